@@ -1,0 +1,190 @@
+"""The Backend protocol: what moves tokens, and the plan it moves them by.
+
+A *plan* is the routing of one batch: computed once, then used by dispatch, by combine and by the backward of
+both. A *backend* executes plans over one process group. Everything above (dispatcher, autograd, ``Buffer``,
+framework integrations) is written against this page and knows no backend by name.
+
+Symbols in shapes:
+
+====  =====================================================================================
+T     tokens of this rank (ranks may differ, 0 included)
+H     hidden size
+K     top-k (0 when a plan was made without expert indices)
+R     ranks of the group; rank r owns experts ``r * L .. (r + 1) * L - 1``
+E, L  experts of the group, experts of one rank (``E = R * L``)
+N     rows received: one per (token, rank that owns at least one of its experts)
+M     expert rows: one per (received row, local expert chosen by it), plus padding
+====  =====================================================================================
+
+Two layouts of received data:
+
+* **rank layout** ``[N, ...]``: ordered by source rank, then by source token. The DeepEP 1.x ``Buffer`` uses it.
+* **expert layout** ``[M, ...]``: grouped by local expert; inside a group ordered by source rank, token and
+  top-k position; each group padded at its end with zero rows to a multiple of ``alignment``. ``TokenDispatcher``
+  uses it.
+
+Both orders are a function of the routing alone, so results are deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Who gets what, counted on this rank alone (no communication)."""
+
+    num_tokens_per_rank: Tensor  # [R] int32: tokens of this rank that go to each rank
+    num_tokens_per_node: Tensor | None  # [nodes] int32; None when the group is one NVLink domain
+    num_tokens_per_expert: Tensor  # [E] int32: routes of this rank to each expert
+    is_token_in_rank: Tensor  # [T, R] bool
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Routing metadata of one batch. Owns its tensors: it survives later plans of the same backend.
+
+    All tensors live on the backend's device except ``expert_counts_host``. -1 marks "no route" everywhere.
+    """
+
+    num_experts: int
+    alignment: int  # rows of one expert are padded to a multiple of this
+    topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped)
+    send_slot: Tensor  # [T, R] int32: position of the token among those this rank sends to r, or -1
+    rank_prefix: Tensor  # [R, R] int32: [s][d] = rows that rank d receives from ranks 0..s
+    recv_topk_idx: Tensor  # [N, K] int64: local expert of the row's route k, or -1 (owned elsewhere)
+    recv_src_idx: Tensor  # [N] int32: token index at the source rank
+    recv_rows: Tensor  # [N, K] int32: expert row of the route, or -1
+    row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
+    expert_counts: Tensor  # [L] int64: rows of each local expert, padding not counted
+    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group; the last entry is M
+    expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
+
+    @property
+    def num_tokens(self) -> int:
+        return self.topk_idx.shape[0] if self.topk_idx.shape[1] else self.send_slot.shape[0]
+
+    @property
+    def num_topk(self) -> int:
+        return self.topk_idx.shape[1]
+
+    @property
+    def num_recv(self) -> int:
+        """N: rows in rank layout."""
+        return self.recv_src_idx.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """M: rows in expert layout, padding included."""
+        return self.row_recv.shape[0]
+
+    def tensors(self) -> list[Tensor | None]:
+        """The tensor fields in declaration order: what custom ops take and autograd saves."""
+        return [getattr(self, f.name) for f in fields(self)[2:]]
+
+    @classmethod
+    def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> Plan:
+        """Inverse of :meth:`tensors`."""
+        return cls(num_experts, alignment, *tensors)  # type: ignore[arg-type]
+
+
+class Rows(NamedTuple):
+    """What dispatch delivers."""
+
+    x: Tensor  # rank layout [N, H] or expert layout [M, H]
+    scales: Tensor | None  # [N or M, S]: as given for the tokens
+    weights: Tensor | None  # rank layout [N, K] (0 where the route is owned elsewhere), expert layout [M]; fp32
+
+
+class Tokens(NamedTuple):
+    """What combine delivers."""
+
+    x: Tensor  # [T, H]
+    weights: Tensor | None  # [T, K] fp32: the weights carried back
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Executes plans over one process group. Calls are collective unless said otherwise.
+
+    Work is enqueued on the current stream of ``device`` (on a CPU it is done when the call returns); streams and
+    events are the caller's business. Inputs are validated by the backend: errors are ``deepep_moe.errors``.
+    """
+
+    name: str
+    group: dist.ProcessGroup
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+        """Count destinations of ``topk_idx [T, K]`` (int32 or int64, -1 = dropped). Local, not collective."""
+        ...
+
+    def plan(
+        self,
+        topk_idx: Tensor | None,
+        num_experts: int,
+        *,
+        alignment: int = 1,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        max_recv: int | None = None,
+        max_rows: int | None = None,
+    ) -> Plan:
+        """Exchange routing once and place every row.
+
+        ``topk_idx [T, K]``: int32 or int64 global experts, -1 = dropped. Without it (K = 0) ``is_token_in_rank
+        [T, R]`` bool and ``num_tokens_per_expert [E]`` int32 say where tokens go, and only the rank layout exists.
+        ``max_recv`` / ``max_rows`` fix N and M beforehand so that the host waits for nothing: unused rows have -1
+        in ``recv_topk_idx``, ``recv_rows`` and ``row_recv``, ``expert_counts_host`` is None, and more rows than
+        that raise :class:`~deepep_moe.errors.CapacityError` at the next :meth:`check`.
+        """
+        ...
+
+    def dispatch(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        scales: Tensor | None = None,
+        weights: Tensor | None = None,
+        grouped: bool = False,
+    ) -> Rows:
+        """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
+
+        ``grouped=False`` delivers the rank layout, ``grouped=True`` the expert layout, padding rows zeroed.
+        """
+        ...
+
+    def combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        weights: Tensor | None = None,
+        apply_weights: bool = False,
+        bias: tuple[Tensor, ...] = (),
+        grouped: bool = False,
+    ) -> Tokens:
+        """Transpose of :meth:`dispatch`: sum the rows of each token, in fp32 and in a fixed order, at its source.
+
+        ``x`` is ``[N, H]`` (rank layout) or ``[M, H]`` (expert layout). ``weights`` (``[N, K]`` or ``[M]`` fp32) are
+        carried back and summed into ``[T, K]``, or, with ``apply_weights`` (expert layout only), multiplied into
+        the rows before summing and not returned. ``bias``: up to two ``[T, H]`` tensors added to the result.
+        Rows of other dtypes than the fp32 accumulator are rounded once per hop: one partial sum per (token, rank).
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong in work already enqueued (timeouts, overflow). Local, does not wait for the device."""
+        ...
+
+    def close(self) -> None:
+        """Free resources. Idempotent; using the backend afterwards raises :class:`~deepep_moe.errors.HandleError`."""
+        ...
