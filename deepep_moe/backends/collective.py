@@ -1,0 +1,461 @@
+"""The complete backend over torch.distributed: gloo on a CPU, NCCL on any GPU.
+
+It needs no extension and no NVLink, so it runs everywhere and is what the kernels are compared with. How one
+batch travels:
+
+* :meth:`CollectiveBackend.plan` exchanges a header (counts, and what ranks must agree on) and then the top-k rows
+  of the tokens; from these every rank computes where each row goes.
+* :meth:`CollectiveBackend.dispatch` sends one packed row of bytes (token, scales, weights) per token and
+  destination rank, and copies it into the layout asked for.
+* :meth:`CollectiveBackend.combine` sums the expert rows of one token in fp32 and top-k order, rounds that partial
+  sum to the rows' dtype, returns it, and sums what comes back in fp32 and rank order, then adds the biases.
+
+All sums go over gathered rows in a fixed order, so results are bit-for-bit reproducible.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
+from deepep_moe.backends.exchange import Exchange
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
+
+SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
+
+
+class CollectiveBackend:
+    """:class:`~deepep_moe.backends.base.Backend` over the collectives of ``group``.
+
+    Args:
+        group: the expert-parallel process group; its backend must serve ``device`` (gloo: CPU, nccl: CUDA).
+        device: where tensors live.
+        config: ``timeout_seconds`` and ``check_agreement`` apply.
+    """
+
+    name = "collective"
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
+        self.group, self.device, self.config = group, device, config
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise InputError("group", group, "this process must be a member of the group")
+        self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
+        self._overflow: CapacityError | None = None
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+        check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
+        in_rank = self._tokens_in_ranks(topk_idx, num_experts)
+        per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts)
+        return Layout(
+            num_tokens_per_rank=in_rank.sum(0, dtype=torch.int32),
+            num_tokens_per_node=None,
+            num_tokens_per_expert=per_expert.to(torch.int32),
+            is_token_in_rank=in_rank,
+        )
+
+    def plan(
+        self,
+        topk_idx: Tensor | None,
+        num_experts: int,
+        *,
+        alignment: int = 1,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        max_recv: int | None = None,
+        max_rows: int | None = None,
+    ) -> Plan:
+        exchange = self._open()
+        ranks = self.world_size
+        problem: DeepEPMoEError | None = self._overflow
+        try:
+            if topk_idx is not None:
+                check_topk_idx(topk_idx, num_experts, ranks, self.device)
+            else:
+                _check_token_in_rank(is_token_in_rank, num_tokens_per_expert, num_experts, ranks, self.device)
+            if alignment < 1:
+                raise InputError("alignment", alignment, "must be at least 1")
+        except DeepEPMoEError as error:
+            problem = problem or error
+        self._overflow = None
+
+        in_rank = torch.zeros((0, ranks), dtype=torch.bool, device=self.device)
+        if problem is None:
+            in_rank = (
+                is_token_in_rank if topk_idx is None else self._tokens_in_ranks(topk_idx, num_experts)  # type: ignore[assignment]
+            )
+        facts = {
+            "num_experts": num_experts,
+            "top-k": 0 if topk_idx is None or problem is not None else topk_idx.shape[1],
+            "expert alignment": alignment,
+        }
+        counts = exchange.agree("plan", facts, problem, private=in_rank.sum(0).tolist())
+        prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int32)
+        send_counts, recv_counts = counts[self.rank].tolist(), counts[:, self.rank].tolist()
+
+        position = in_rank.cumsum(0, dtype=torch.int32) - 1
+        send_slot = torch.where(in_rank, position, -1).to(torch.int32)
+        sent_tokens = in_rank.t().nonzero()[:, 1]
+        if topk_idx is None:
+            topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=self.device)
+        meta = torch.cat([sent_tokens.unsqueeze(1), topk_idx[sent_tokens]], dim=1).to(torch.int32)
+        meta = exchange.all_to_all("plan", meta, send_counts, recv_counts)
+
+        experts_here = num_experts // ranks
+        recv_src_idx = self._fit(meta[:, 0].contiguous(), max_recv, "received tokens", "max_recv")
+        local = self._fit(meta[:, 1:].to(torch.int64) - self.rank * experts_here, max_recv)
+        recv_topk_idx = torch.where((local >= 0) & (local < experts_here), local, -1)
+        if topk_idx.shape[1]:
+            placed = self._place(recv_topk_idx, experts_here, alignment, max_rows)
+        else:
+            assert num_tokens_per_expert is not None
+            placed = self._count_only(num_tokens_per_expert, experts_here, recv_topk_idx)
+        exact = max_recv is None and max_rows is None
+        return Plan(
+            num_experts=num_experts,
+            alignment=alignment,
+            topk_idx=topk_idx.to(torch.int64, copy=True),
+            send_slot=send_slot,
+            rank_prefix=prefix,
+            recv_topk_idx=recv_topk_idx,
+            recv_src_idx=recv_src_idx,
+            recv_rows=placed.recv_rows,
+            row_recv=placed.row_recv,
+            expert_counts=placed.counts,
+            expert_offsets=placed.offsets,
+            expert_counts_host=placed.counts.to("cpu", copy=True) if exact else None,
+        )
+
+    def _tokens_in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        owner = torch.div(topk_idx, num_experts // self.world_size, rounding_mode="floor")  # -1 stays negative
+        return (owner.unsqueeze(-1) == torch.arange(self.world_size, device=self.device)).any(1)
+
+    def _fit(self, rows: Tensor, limit: int | None, what: str = "", setting: str = "") -> Tensor:
+        """``rows`` cut or filled with -1 to ``limit`` rows; an overflow is reported by the next :meth:`check`."""
+        if limit is None:
+            return rows
+        if rows.shape[0] > limit and what:
+            self._note_overflow(rows.shape[0], limit, what, setting)
+        fill = rows.new_full((max(0, limit - rows.shape[0]), *rows.shape[1:]), -1)
+        return torch.cat([rows[:limit], fill])
+
+    def _note_overflow(self, needed: int, limit: int, what: str, setting: str) -> None:
+        self._overflow = CapacityError(
+            f"rank {self.rank} needs room for {needed} {what}, but {setting} = {limit}: rows beyond it were dropped"
+        )
+
+    def _place(self, recv_topk_idx: Tensor, experts_here: int, alignment: int, max_rows: int | None) -> _Placed:
+        """Give every route its expert row: by expert, then received row, then top-k position."""
+        routes = recv_topk_idx.reshape(-1)
+        order = torch.where(routes >= 0, routes, experts_here).argsort(stable=True)
+        counts = torch.bincount(routes[routes >= 0], minlength=experts_here)
+        padded = (counts + alignment - 1) // alignment * alignment
+        offsets = torch.cat([counts.new_zeros(1), padded.cumsum(0)])
+        needed = int(offsets[-1])
+        num_rows = needed if max_rows is None else max_rows
+        if needed > num_rows:
+            self._note_overflow(needed, num_rows, "expert rows", "max_rows")
+
+        order = order[: int(counts.sum())]
+        expert = routes[order]
+        rank_in_group = torch.arange(order.shape[0], device=self.device) - (counts.cumsum(0) - counts)[expert]
+        row = offsets[expert] + rank_in_group
+        fits = row < num_rows
+        order, row = order[fits], row[fits]
+        recv_rows = torch.full_like(routes, -1, dtype=torch.int32)
+        recv_rows[order] = row.to(torch.int32)
+        row_recv = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
+        row_recv[row] = (order // recv_topk_idx.shape[1]).to(torch.int32)
+        offsets = offsets.clamp(max=num_rows)
+        offsets[-1] = num_rows  # rows nobody uses pad the last group
+        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets)
+
+    def _count_only(self, num_tokens_per_expert: Tensor, experts_here: int, recv_topk_idx: Tensor) -> _Placed:
+        """Without expert indices there are no expert rows, only how many tokens each expert would get."""
+        per_rank = num_tokens_per_expert.to(torch.int64).view(self.world_size, experts_here)
+        ones = [1] * self.world_size
+        counts = self._open().all_to_all("plan", per_rank, ones, ones).sum(0)
+        return _Placed(
+            recv_rows=torch.empty_like(recv_topk_idx, dtype=torch.int32),
+            row_recv=torch.empty(0, dtype=torch.int32, device=self.device),
+            counts=counts,
+            offsets=counts.new_zeros(experts_here + 1),
+        )
+
+    # -- moving rows ---------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        scales: Tensor | None = None,
+        weights: Tensor | None = None,
+        grouped: bool = False,
+    ) -> Rows:
+        exchange = self._open()
+        problem: DeepEPMoEError | None = None
+        try:
+            self._check_plan(plan, grouped)
+            tokens = plan.num_tokens
+            check_rows("x", x, tokens, "the plan's tokens", SENT_DTYPES, self.device)
+            if scales is not None:
+                check_shape("scales", scales, (tokens, None), self.device)
+            if weights is not None:
+                check_shape("topk_weights", weights, (tokens, plan.num_topk), self.device, torch.float32)
+        except DeepEPMoEError as error:
+            problem = error
+        if self.config.check_agreement:
+            exchange.agree("dispatch", self._facts(x, grouped, scales, weights), problem)
+        elif problem is not None:
+            raise problem
+
+        send_counts, recv_counts = self._counts(plan)
+        parts = [x] + [part for part in (scales, weights) if part is not None]
+        packed = torch.cat([part.detach().contiguous().view(torch.uint8) for part in parts], dim=1)
+        received = exchange.all_to_all("dispatch", packed[self._sent_tokens(plan)], send_counts, recv_counts)
+        received = _resize(received, plan.num_recv)
+
+        row_bytes = [part.shape[1] * part.element_size() for part in parts]
+        columns = list(received.split(row_bytes, dim=1))
+        recv_weights: Tensor | None = None
+        if weights is not None:
+            recv_weights = columns.pop().contiguous().view(torch.float32)
+            recv_weights = torch.where(plan.recv_topk_idx >= 0, recv_weights, 0.0)
+        if grouped:
+            used = (plan.row_recv >= 0).nonzero()[:, 0]
+            source = plan.row_recv[used]
+            columns = [c.new_zeros((plan.num_rows, c.shape[1])).index_copy_(0, used, c[source]) for c in columns]
+            if recv_weights is not None:
+                placed = plan.recv_rows >= 0
+                row_weights = recv_weights.new_zeros(plan.num_rows)
+                row_weights[plan.recv_rows[placed].long()] = recv_weights[placed]
+                recv_weights = row_weights
+        return Rows(
+            x=columns[0].contiguous().view(x.dtype),
+            scales=None if scales is None else columns[1].contiguous().view(scales.dtype),
+            weights=recv_weights,
+        )
+
+    def combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        weights: Tensor | None = None,
+        apply_weights: bool = False,
+        bias: tuple[Tensor, ...] = (),
+        grouped: bool = False,
+    ) -> Tokens:
+        """See the protocol. Weights of the rank layout are summed as given, also where the route is elsewhere."""
+        exchange = self._open()
+        problem: DeepEPMoEError | None = None
+        try:
+            self._check_combine(plan, x, weights, apply_weights, bias, grouped)
+        except DeepEPMoEError as error:
+            problem = error
+        if self.config.check_agreement:
+            carried = None if apply_weights else weights
+            exchange.agree("combine", self._facts(x, grouped, None, carried), problem)
+        elif problem is not None:
+            raise problem
+
+        x = x.detach()
+        partial, back_weights = (x, weights) if not grouped else _sum_routes(plan, x, weights, apply_weights)
+        parts = [partial] + ([back_weights] if back_weights is not None else [])
+        packed = torch.cat([part.detach().contiguous().view(torch.uint8) for part in parts], dim=1)
+        send_counts, recv_counts = self._counts(plan)
+        packed = _resize(packed, sum(recv_counts))
+        back = exchange.all_to_all("combine", packed, recv_counts, send_counts)
+
+        columns = back.split([part.shape[1] * part.element_size() for part in parts], dim=1)
+        sent_tokens = self._sent_tokens(plan).split(send_counts)
+        tokens = self._sum_ranks(columns[0].contiguous().view(x.dtype), sent_tokens, plan.num_tokens, bias)
+        if back_weights is None:
+            return Tokens(tokens, None)
+        return Tokens(tokens, self._sum_ranks(columns[1].contiguous().view(torch.float32), sent_tokens, len(tokens)))
+
+    def _sum_ranks(
+        self, back: Tensor, sent_tokens: tuple[Tensor, ...], num_tokens: int, bias: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        total = torch.zeros((num_tokens, back.shape[1]), dtype=torch.float32, device=self.device)
+        for tokens, rows in zip(sent_tokens, back.split([len(t) for t in sent_tokens]), strict=True):
+            total.index_add_(0, tokens, rows.float())  # a token appears once per rank: the order is the loop's
+        for added in bias:
+            total += added.detach().float()
+        return total.to(back.dtype)
+
+    def _counts(self, plan: Plan) -> tuple[list[int], list[int]]:
+        prefix = plan.rank_prefix.cpu()
+        counts = prefix.diff(dim=0, prepend=prefix.new_zeros((1, self.world_size)))
+        return counts[self.rank].tolist(), counts[:, self.rank].tolist()
+
+    @staticmethod
+    def _sent_tokens(plan: Plan) -> Tensor:
+        return (plan.send_slot.t() >= 0).nonzero()[:, 1]
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        if self._overflow is not None:
+            overflow, self._overflow = self._overflow, None
+            raise overflow
+
+    def close(self) -> None:
+        self._exchange = None
+
+    def _open(self) -> Exchange:
+        if self._exchange is None:
+            raise HandleError("this backend was closed; make a new dispatcher or Buffer")
+        return self._exchange
+
+    def _check_plan(self, plan: Plan, grouped: bool) -> None:
+        if plan.send_slot.dim() != 2 or plan.send_slot.shape[1] != self.world_size:
+            raise HandleError(
+                f"the plan was made for {plan.send_slot.shape[-1]} ranks, this group has {self.world_size}"
+            )
+        if grouped and plan.num_topk == 0:
+            raise HandleError("the plan was made without expert indices: it has no expert layout")
+
+    def _check_combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        weights: Tensor | None,
+        apply_weights: bool,
+        bias: tuple[Tensor, ...],
+        grouped: bool,
+    ) -> None:
+        self._check_plan(plan, grouped)
+        expected, what = (plan.num_rows, "expert rows") if grouped else (plan.num_recv, "received rows")
+        check_rows("x", x, expected, f"the plan's {what}", SUMMED_DTYPES, self.device)
+        if weights is not None:
+            shape = (expected,) if grouped else (expected, plan.num_topk)
+            check_shape("weights", weights, shape, self.device, torch.float32)
+        if apply_weights and (weights is None or not grouped):
+            raise InputError("apply_weights", True, "needs weights and the expert layout")
+        if len(bias) > 2:
+            raise InputError("bias", f"{len(bias)} tensors", "at most two can be added")
+        for added in bias:
+            check_shape("bias", added, (plan.num_tokens, x.shape[1]), self.device, x.dtype)
+
+    def _facts(
+        self, x: Tensor, grouped: bool, scales: Tensor | None, weights: Tensor | None
+    ) -> dict[str, int | torch.dtype]:
+        known = x.dtype in SENT_DTYPES
+        return {
+            "hidden size": x.shape[-1] if x.dim() else 0,
+            "dtype": x.dtype if known else -1,
+            "expert layout": grouped,
+            "scale columns": -1 if scales is None else scales.shape[-1],
+            "weights": weights is not None,
+        }
+
+
+class _Placed(NamedTuple):
+    """The expert layout of one plan; see the fields of the same name in :class:`Plan`."""
+
+    recv_rows: Tensor
+    row_recv: Tensor
+    counts: Tensor
+    offsets: Tensor
+
+
+def _sum_routes(plan: Plan, rows: Tensor, weights: Tensor | None, apply_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """Expert layout to rank layout: ``[M, H]`` -> ``[N, H]``, and weights ``[M]`` -> ``[N, K]`` unless applied."""
+    total = torch.zeros((plan.num_recv, rows.shape[1]), dtype=torch.float32, device=rows.device)
+    for route in plan.recv_rows.unbind(1):
+        used = (route >= 0).nonzero()[:, 0]
+        source = route[used].long()
+        addend = rows[source].float()
+        if apply_weights and weights is not None:
+            addend *= weights[source].unsqueeze(1)
+        total.index_add_(0, used, addend)
+    if weights is None or apply_weights:
+        return total.to(rows.dtype), None
+    placed = plan.recv_rows >= 0
+    carried = weights.new_zeros(plan.recv_rows.shape)
+    carried[placed] = weights[plan.recv_rows[placed].long()]
+    return total.to(rows.dtype), carried
+
+
+def _resize(rows: Tensor, length: int) -> Tensor:
+    """Cut or zero-fill: plans of fixed size hold more or fewer rows than travelled."""
+    if rows.shape[0] == length:
+        return rows
+    return torch.cat([rows[:length], rows.new_zeros((max(0, length - rows.shape[0]), rows.shape[1]))])
+
+
+def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: torch.device) -> None:
+    """Raise :class:`InputError` unless ``topk_idx`` is ``[T, K]`` integers, -1 or below ``num_experts``.
+
+    Values are looked at on a CPU only: on a GPU that would make the host wait.
+    """
+    if num_experts < 1 or num_experts % world_size:
+        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    check_shape("topk_idx", topk_idx, (None, None), device)
+    if topk_idx.dtype not in (torch.int32, torch.int64):
+        raise InputError("topk_idx", topk_idx.dtype, "must be int32 or int64")
+    if topk_idx.shape[1] < 1:
+        raise InputError("topk_idx", f"shape {tuple(topk_idx.shape)}", "top-k must be at least 1")
+    if topk_idx.device.type == "cpu" and topk_idx.numel():
+        low, high = (int(v) for v in topk_idx.aminmax())
+        if low < -1 or high >= num_experts:
+            wrong = low if low < -1 else high
+            raise InputError("topk_idx", wrong, f"an expert must be -1 (dropped) or 0 to {num_experts - 1}")
+
+
+def _check_token_in_rank(
+    is_token_in_rank: Tensor | None,
+    num_tokens_per_expert: Tensor | None,
+    num_experts: int,
+    world_size: int,
+    device: torch.device,
+) -> None:
+    if num_experts < 1 or num_experts % world_size:
+        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    if is_token_in_rank is None or num_tokens_per_expert is None:
+        raise InputError("topk_idx", None, "without it is_token_in_rank and num_tokens_per_expert are needed")
+    check_shape("is_token_in_rank", is_token_in_rank, (None, world_size), device, torch.bool)
+    check_shape("num_tokens_per_expert", num_tokens_per_expert, (num_experts,), device, torch.int32)
+
+
+def check_rows(
+    argument: str, x: Tensor, rows: int, whose: str, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raise :class:`InputError` unless ``x`` is ``[rows, H]`` with H >= 1, one of ``dtypes``, on ``device``."""
+    check_shape(argument, x, (None, None), device)
+    if x.shape[0] != rows:
+        raise InputError(argument, f"shape {tuple(x.shape)}", f"must have {rows} rows, {whose}")
+    if x.shape[1] < 1:
+        raise InputError(argument, f"shape {tuple(x.shape)}", "the hidden size must be at least 1")
+    if x.dtype not in dtypes:
+        raise InputError(argument, x.dtype, "must be one of " + ", ".join(str(d) for d in dtypes))
+
+
+def check_shape(
+    argument: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise :class:`InputError` unless ``tensor`` has ``shape`` (None: any size), ``dtype`` and ``device``."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(argument, type(tensor).__name__, "must be a torch.Tensor")
+    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(argument, f"shape {tuple(tensor.shape)}", f"must have shape ({wanted})")
+    if dtype is not None and tensor.dtype != dtype:
+        raise InputError(argument, tensor.dtype, f"must be {dtype}")
+    if tensor.device != device:
+        raise InputError(argument, tensor.device, f"must be on {device}, the device of this group's backend")

@@ -1,0 +1,225 @@
+"""Settings: :class:`DispatcherConfig` is what a user sets, :class:`Config` is DeepEP 1.x kernel tuning.
+
+``DispatcherConfig`` is the one source of truth. Megatron arguments, the ds_config block, a YAML file and
+``DEEPEP_MOE_*`` environment variables all end in :meth:`DispatcherConfig.load`; a later source wins:
+
+    defaults  <  framework arguments  <  YAML file ($DEEPEP_MOE_CONFIG)  <  DEEPEP_MOE_<FIELD> variables
+
+A new setting is one field here plus one line in ``_RULES``: every source, the documentation of errors and the
+tools pick it up from the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from deepep_moe.errors import ConfigError
+
+ENV_PREFIX = "DEEPEP_MOE_"
+ENV_CONFIG_FILE = ENV_PREFIX + "CONFIG"
+
+BackendName = Literal["auto", "collective", "nvlink"]
+
+
+@dataclass(frozen=True)
+class DispatcherConfig:
+    """What a user can set. Frozen and hashable; impossible values raise :class:`~deepep_moe.errors.ConfigError`."""
+
+    backend: BackendName = "auto"
+    """Who moves the rows. ``auto``: ``nvlink`` where it can run, else ``collective``."""
+    expert_alignment: int = 1
+    """Rows of each expert are padded with zero rows to a multiple of this."""
+    num_sms: int = 0
+    """SMs the communication kernels may use; 0 leaves it to the backend."""
+    max_tokens_per_rank: int = 0
+    """Staging memory is sized for this many tokens of one rank; 0 grows on demand."""
+    fp8_dispatch: bool = False
+    """Send BF16 tokens as e4m3 with one fp32 scale per 128 channels in the forward dispatch."""
+    fp8_dispatch_grad: bool = False
+    """The same for gradients that travel by dispatch, which is the backward of combine."""
+    capacity_factor: float = 0.0
+    """Above 0: outputs have a fixed size, this factor over the balanced load, and nothing waits for the host."""
+    num_chunks: int = 1
+    """Cut a layer's tokens in this many chunks, so that one chunk communicates while another computes."""
+    timeout_seconds: float = 100.0
+    """Longest wait for a peer, in seconds."""
+    check_agreement: bool = True
+    """Compare in every call what all ranks must share. Off: only once per plan, where it costs nothing extra."""
+    debug_waits: bool = False
+    """Print how long each rank waited for its peers."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _parse(field.name, getattr(self, field.name), "argument"))
+
+    @classmethod
+    def load(
+        cls,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        yaml_path: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] = os.environ,
+    ) -> DispatcherConfig:
+        """Merge all sources: defaults < ``overrides`` < YAML file < environment.
+
+        Args:
+            overrides: framework arguments, by field name.
+            yaml_path: a YAML mapping of field names; ``$DEEPEP_MOE_CONFIG`` names one when this is None.
+            env: where ``DEEPEP_MOE_<FIELD>`` variables are read from.
+
+        Raises:
+            ConfigError: unknown key (also an unknown ``DEEPEP_MOE_*`` variable), impossible value, unreadable file.
+        """
+        merged: dict[str, Any] = {}
+        for key, value in (overrides or {}).items():
+            merged[_known(key, "overrides")] = _parse(key, value, "overrides")
+
+        path = yaml_path if yaml_path is not None else env.get(ENV_CONFIG_FILE)
+        if path:
+            for key, value in _read_yaml(path).items():
+                merged[_known(key, str(path))] = _parse(key, value, str(path))
+
+        for variable, text in env.items():
+            if variable.startswith(ENV_PREFIX) and variable != ENV_CONFIG_FILE:
+                key = _known(variable[len(ENV_PREFIX) :].lower(), f"environment variable {variable}")
+                merged[key] = _parse(key, text, f"environment variable {variable}")
+        return cls(**merged)
+
+
+_TYPES: dict[str, Any] = get_type_hints(DispatcherConfig)
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "backend": (lambda v: v in get_args(BackendName), "one of " + ", ".join(get_args(BackendName))),
+    "expert_alignment": (lambda v: v >= 1, "an integer >= 1"),
+    "num_sms": (lambda v: v >= 0, "an integer >= 0 (0: the backend's choice)"),
+    "max_tokens_per_rank": (lambda v: v >= 0, "an integer >= 0 (0: grow on demand)"),
+    "fp8_dispatch": (lambda v: True, "true or false"),
+    "fp8_dispatch_grad": (lambda v: True, "true or false"),
+    "capacity_factor": (lambda v: v >= 0 and math.isfinite(v), "a number >= 0 (0: exact sizes)"),
+    "num_chunks": (lambda v: v >= 1, "an integer >= 1"),
+    "timeout_seconds": (lambda v: v > 0 and math.isfinite(v), "a number > 0"),
+    "check_agreement": (lambda v: True, "true or false"),
+    "debug_waits": (lambda v: True, "true or false"),
+}
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _known(key: str, source: str) -> str:
+    if key in _RULES:
+        return key
+    close = difflib.get_close_matches(str(key), _RULES, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise ConfigError(f"unknown setting {key!r} from {source}{hint}; allowed: {', '.join(_RULES)}")
+
+
+def _parse(key: str, value: Any, source: str) -> Any:
+    """``value`` in the field's type; text (from the environment) is converted, nothing else is guessed."""
+    accepts, allowed = _RULES[key]
+    try:
+        parsed = _convert(_TYPES[key], value)
+    except (TypeError, ValueError):
+        parsed = None
+    if parsed is None or not accepts(parsed):
+        raise ConfigError(f"{key} = {value!r} from {source}: allowed is {allowed}")
+    return parsed
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        return value if isinstance(value, bool) else _BOOLEANS[value.strip().lower()] if _is_bool_text(value) else None
+    if isinstance(value, bool):
+        return None  # True is an int to Python, but no count or factor
+    if kind is int:
+        return int(value) if isinstance(value, (int, str)) else None
+    if kind is float:
+        return float(value) if isinstance(value, (int, float, str)) else None
+    return value if isinstance(value, str) else None
+
+
+def _is_bool_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower() in _BOOLEANS
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    import yaml  # only users of a settings file need it
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read settings file {os.fspath(path)}: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"settings file {os.fspath(path)} holds a {type(content).__name__}; allowed is a mapping")
+    return content
+
+
+_RANKS_PER_NODE = 8  # one NVLink domain of the machines DeepEP 1.x programs are written for
+_MAX_TOPK = 128  # upper bound used for sizing only
+_CHANNELS_PER_SCALE = 128
+_ALIGNMENT_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """DeepEP 1.x kernel tuning: how many SMs, and how many tokens travel at a time over NVLink and RDMA.
+
+    Our kernels place rows directly and need no chunk sizes; the values are kept, validated and used for the size
+    hints, so that programs written for DeepEP 1.x allocate as they always did.
+    """
+
+    num_sms: int = 20
+    num_max_nvl_chunked_send_tokens: int = 6
+    num_max_nvl_chunked_recv_tokens: int = 256
+    num_max_rdma_chunked_send_tokens: int = 6
+    num_max_rdma_chunked_recv_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Config.{field.name} = {value!r}: allowed is an integer >= 1")
+        for link in ("nvl", "rdma"):
+            send = getattr(self, f"num_max_{link}_chunked_send_tokens")
+            recv = getattr(self, f"num_max_{link}_chunked_recv_tokens")
+            if send > recv:
+                raise ConfigError(
+                    f"Config.num_max_{link}_chunked_send_tokens = {send}: allowed is at most "
+                    f"num_max_{link}_chunked_recv_tokens = {recv}"
+                )
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes to reserve for NVLink staging, for rows of ``hidden_bytes`` and a group of ``num_ranks``."""
+        peers = min(num_ranks, _RANKS_PER_NODE)
+        return self._staging_bytes(hidden_bytes, num_ranks, peers, self.num_max_nvl_chunked_recv_tokens)
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Bytes to reserve for RDMA staging; 0 when the group fits in one node."""
+        if num_ranks <= _RANKS_PER_NODE:
+            _check_sizes(hidden_bytes, num_ranks)
+            return 0
+        nodes = -(-num_ranks // _RANKS_PER_NODE)
+        both_directions = 2
+        return both_directions * self._staging_bytes(
+            hidden_bytes, num_ranks, nodes, self.num_max_rdma_chunked_recv_tokens
+        )
+
+    def _staging_bytes(self, hidden_bytes: int, num_ranks: int, peers: int, tokens: int) -> int:
+        _check_sizes(hidden_bytes, num_ranks)
+        channels = max(1, self.num_sms // 2)
+        scales = -(-hidden_bytes // _CHANNELS_PER_SCALE) * 4
+        row = hidden_bytes + scales + _MAX_TOPK * (8 + 4) + 16  # indices, weights, source token
+        total = channels * peers * (tokens * row + 64)  # 64: counters of one queue
+        return -(-total // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _check_sizes(hidden_bytes: int, num_ranks: int) -> None:
+    if hidden_bytes < 1:
+        raise ConfigError(f"hidden_bytes = {hidden_bytes}: allowed is an integer >= 1")
+    if num_ranks < 1:
+        raise ConfigError(f"num_ranks = {num_ranks}: allowed is an integer >= 1")

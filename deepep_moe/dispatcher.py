@@ -1,0 +1,158 @@
+"""TokenDispatcher: tokens to expert-grouped rows and back, differentiable, on any backend.
+
+The whole MoE layer around it::
+
+    dispatcher = TokenDispatcher(ep_group, num_experts)
+    dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
+    y = experts(dispatched.rows, dispatched.tokens_per_expert)
+    out = dispatcher.combine(y, dispatched, weights=dispatched.weights)
+
+All ranks of the group make the same calls in the same order; the numbers of tokens may differ, 0 included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe import ops
+from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import HandleError, InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatched:
+    """Rows that arrived for the experts of this rank, grouped by expert, and the way back."""
+
+    rows: Tensor
+    """[M, H]: the group of local expert 0, then 1, ...; each ends with zero rows up to ``expert_alignment``."""
+    weights: Tensor | None
+    """[M] fp32: the routing weight of each row, 0 on padding; None when none were given."""
+    tokens_per_expert: Tensor
+    """[L] int64 on the rows' device: rows of each group, padding included; they sum to M."""
+    tokens_per_expert_host: Tensor | None
+    """[L] int64 on the CPU, the same numbers; None in capacity mode, where the host never learns them."""
+    plan: Plan
+    """The routing; valid for any number of combines with the dispatcher that made it."""
+    owner: int
+    """Which backend made the plan."""
+
+
+class TokenDispatcher:
+    """Dispatch and combine for one expert-parallel group.
+
+    Args:
+        group: the expert-parallel process group (None: the default group). Rank r owns experts
+            ``r * L .. (r + 1) * L - 1`` with ``L = num_experts / group size``.
+        num_experts: experts of the whole group.
+        config: settings; default ``DispatcherConfig.load()``, which reads YAML and environment.
+        device: where tensors live; default: the current CUDA device if the group serves it, else the CPU.
+
+    Raises:
+        InputError: no process group, or ``num_experts`` is no multiple of its size.
+        UnsupportedError: the configured backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_experts: int,
+        config: DispatcherConfig | None = None,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config if config is not None else DispatcherConfig.load()
+        self.backend: Backend = get_backend(group, device, self.config)
+        self.rank, self.world_size = self.backend.rank, self.backend.world_size
+        if num_experts < 1 or num_experts % self.world_size:
+            raise InputError(
+                "num_experts", num_experts, f"must be a positive multiple of the group's {self.world_size} ranks"
+            )
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // self.world_size
+        self._backend_number = ops.register_backend(self.backend)
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None = None) -> Dispatched:
+        """Send every token to the experts it chose. Collective; differentiable in ``x`` and ``topk_weights``.
+
+        Args:
+            x: [T, H] bf16, fp16 or fp32 tokens of this rank.
+            topk_idx: [T, K] int32 or int64 experts of each token, -1 for a dropped route.
+            topk_weights: [T, K] routing weights, any float type; they travel as fp32.
+
+        Raises:
+            InputError: an argument of the wrong shape, dtype, device or value (on a GPU values are not looked at).
+            RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
+        """
+        if topk_idx.dtype == torch.int32:
+            topk_idx = topk_idx.to(torch.int64)
+        if topk_weights is not None:
+            topk_weights = topk_weights.float()
+        max_recv, max_rows = self._limits(topk_idx)
+        alignment = self.config.expert_alignment
+        outputs = ops.plan(topk_idx, self._backend_number, self.num_experts, alignment, max_recv, max_rows)
+        plan = ops.plan_from_outputs(topk_idx, outputs, self.num_experts, alignment)
+        rows, weights = ops.dispatch(
+            x,
+            topk_weights,
+            plan.tensors(),
+            self._backend_number,
+            self.num_experts,
+            alignment,
+            self.config.fp8_dispatch,
+        )
+        host = plan.expert_counts_host
+        return Dispatched(
+            rows=rows,
+            weights=None if topk_weights is None else weights,
+            tokens_per_expert=plan.expert_offsets.diff(),
+            tokens_per_expert_host=None if host is None else (host + (alignment - 1)) // alignment * alignment,
+            plan=plan,
+            owner=self._backend_number,
+        )
+
+    def combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> Tensor:
+        """Sum the rows of each token at the rank it came from. Collective; differentiable in rows and weights.
+
+        Args:
+            rows: [M, H'] bf16, fp16 or fp32, in the order of ``dispatched.rows``; padding rows are ignored.
+            dispatched: what :meth:`dispatch` returned; may be combined more than once.
+            weights: [M], multiplied into the rows (in fp32) before summing; usually ``dispatched.weights``.
+
+        Returns:
+            [T, H'] in the rows' dtype. Sums are in fp32; one partial sum per token and rank is rounded to the
+            rows' dtype on its way. Tokens without a route are 0.
+
+        Raises:
+            HandleError: ``dispatched`` comes from a dispatcher with another group or configuration.
+            InputError, RankMismatchError, PeerError: as for :meth:`dispatch`.
+        """
+        if dispatched.owner != self._backend_number:
+            raise HandleError("dispatched was made by a dispatcher with another group or configuration")
+        tokens, _ = ops.combine(
+            rows,
+            None if weights is None else weights.float(),
+            dispatched.plan.tensors(),
+            self._backend_number,
+            self.num_experts,
+            self.config.expert_alignment,
+            weights is not None,
+            self.config.fp8_dispatch_grad,
+        )
+        return tokens
+
+    def _limits(self, topk_idx: Tensor) -> tuple[int, int]:
+        """Fixed numbers of received and expert rows in capacity mode; a balanced load is K routes per own token."""
+        factor = self.config.capacity_factor
+        if factor == 0 or topk_idx.dim() != 2:
+            return ops.NO_LIMIT, ops.NO_LIMIT
+        tokens, topk = self.config.max_tokens_per_rank or topk_idx.shape[0], topk_idx.shape[1]
+        alignment = self.config.expert_alignment
+        received = math.ceil(factor * tokens * min(topk, self.world_size))
+        rows = math.ceil(factor * tokens * topk) + self.num_local_experts * (alignment - 1)
+        return received, -(-rows // alignment) * alignment

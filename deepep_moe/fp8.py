@@ -1,0 +1,31 @@
+"""Block-scaled e4m3: one fp32 scale per 128 channels of a row, the format expert-parallel FP8 training sends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepep_moe.errors import InputError
+
+BLOCK = 128
+E4M3_MAX = 448.0
+_TINY = 1e-4  # keeps the scale of an all-zero block finite
+
+
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [T, H]`` -> (``[T, H]`` float8_e4m3fn, ``[T, H / 128]`` float32 scales); ``value = fp8 * scale``.
+
+    Raises:
+        InputError: H is no multiple of 128.
+    """
+    if x.shape[1] % BLOCK:
+        raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
+    blocks = x.float().view(x.shape[0], -1, BLOCK)
+    scales = blocks.abs().amax(2).clamp(min=_TINY) / E4M3_MAX
+    return (blocks / scales.unsqueeze(2)).view_as(x).to(torch.float8_e4m3fn), scales
+
+
+def dequantize_e4m3(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`quantize_e4m3`, up to rounding: ``[M, H]`` in ``dtype``."""
+    blocks = x.float().view(x.shape[0], -1, BLOCK) * scales.unsqueeze(2)
+    return blocks.view_as(x).to(dtype)

@@ -1,0 +1,213 @@
+"""The differentiable operators ``deepep_moe::plan``, ``::dispatch`` and ``::combine``.
+
+They wrap a backend's verbs as torch.library custom ops, so autograd, activation checkpointing, torch.compile and
+FakeTensor all see three opaque calls with known shapes. The one fact behind the gradients: **dispatch and combine
+are transposes of each other on the same plan**, so the backward of one is the other. A combine that multiplies
+rows by weights first is ``combine(w * rows)``, and its gradients follow by the product rule.
+
+A plan passes through the ops as its list of tensors. A backend passes as a number from :func:`register_backend`:
+the registry is weak, whoever made the number keeps the backend alive.
+
+Where a tensor is absent an output has no rows (``[0]``): operators cannot return None.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends.base import Backend, Plan
+from deepep_moe.errors import HandleError
+from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
+
+NO_LIMIT = -1
+
+_by_number: WeakValueDictionary[int, Backend] = WeakValueDictionary()
+_numbers: WeakKeyDictionary[Backend, int] = WeakKeyDictionary()
+_next_number = itertools.count()
+
+
+def register_backend(backend: Backend) -> int:
+    """The number under which the ops find ``backend``; it ends with the backend's last reference."""
+    number = _numbers.get(backend)
+    if number is None:
+        number = _numbers[backend] = next(_next_number)
+        _by_number[number] = backend
+    return number
+
+
+def _backend(number: int) -> Backend:
+    try:
+        return _by_number[number]
+    except KeyError:
+        raise HandleError("the dispatcher that made this plan is gone; keep it until the backward is done") from None
+
+
+@torch.library.custom_op("deepep_moe::plan", mutates_args=())
+def plan(
+    topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int
+) -> list[Tensor]:
+    """The tensors of the :class:`Plan` of ``topk_idx``, without ``topk_idx`` itself; limits of -1 mean exact sizes."""
+    made = _backend(backend).plan(
+        topk_idx,
+        num_experts,
+        alignment=alignment,
+        max_recv=None if max_recv == NO_LIMIT else max_recv,
+        max_rows=None if max_rows == NO_LIMIT else max_rows,
+    )
+    return [torch.empty(0, dtype=torch.int64) if t is None else t for t in made.tensors()[1:]]
+
+
+@plan.register_fake
+def _(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> list[Tensor]:
+    tokens, topk = topk_idx.shape
+    ranks = _backend(backend).world_size
+    local = num_experts // ranks
+    context = torch.library.get_ctx()
+    received = context.new_dynamic_size() if max_recv == NO_LIMIT else max_recv
+    rows = context.new_dynamic_size() if max_rows == NO_LIMIT else max_rows
+    exact = max_recv == NO_LIMIT and max_rows == NO_LIMIT
+
+    def made(*shape: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return topk_idx.new_empty(shape, dtype=dtype)
+
+    return [
+        made(tokens, ranks),
+        made(ranks, ranks),
+        made(received, topk, dtype=torch.int64),
+        made(received),
+        made(received, topk),
+        made(rows),
+        made(local, dtype=torch.int64),
+        made(local + 1, dtype=torch.int64),
+        torch.empty(local if exact else 0, dtype=torch.int64, device="cpu"),
+    ]
+
+
+def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int, alignment: int) -> Plan:
+    """Put together what :func:`plan` returned for ``topk_idx`` (int64)."""
+    host = outputs[-1]
+    tensors = [topk_idx, *outputs[:-1], host if host.shape[0] else None]
+    return Plan.from_tensors(num_experts, alignment, tensors)
+
+
+@torch.library.custom_op("deepep_moe::dispatch", mutates_args=())
+def dispatch(
+    x: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (``[0]`` without weights)."""
+    engine, routing = _backend(backend), Plan.from_tensors(num_experts, alignment, plan)
+    if fp8 and x.dtype == torch.bfloat16:
+        tokens, scales = quantize_e4m3(x)
+        sent = engine.dispatch(routing, tokens, scales=scales, weights=weights, grouped=True)
+        assert sent.scales is not None
+        rows = dequantize_e4m3(sent.x, sent.scales, x.dtype)
+    else:
+        sent = engine.dispatch(routing, x, weights=weights, grouped=True)
+        rows = sent.x
+    return rows, _or_empty(sent.weights, x)
+
+
+@torch.library.custom_op("deepep_moe::combine", mutates_args=())
+def combine(
+    rows: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    apply_weights: bool,
+    fp8_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Expert layout ``[M, H]`` -> ``[T, H]``.
+
+    ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second output is ``[0]``) or
+    carried back beside them (the second output is ``[T, K]``).
+    """
+    routing = Plan.from_tensors(num_experts, alignment, plan)
+    back = _backend(backend).combine(routing, rows, weights=weights, apply_weights=apply_weights, grouped=True)
+    return back.x, _or_empty(back.weights, rows)
+
+
+def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if weights is None else weights
+
+
+@dispatch.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    count = Plan.from_tensors(num_experts, alignment, plan).num_rows
+    return x.new_empty((count, x.shape[1])), x.new_empty(0 if weights is None else count, dtype=torch.float32)
+
+
+@combine.register_fake
+def _(
+    rows: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    apply_weights: bool,
+    fp8_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    routing = Plan.from_tensors(num_experts, alignment, plan)
+    carried = (0,) if weights is None or apply_weights else (routing.num_tokens, routing.num_topk)
+    return (
+        rows.new_empty((routing.num_tokens, rows.shape[1])),
+        rows.new_empty(carried, dtype=torch.float32),
+    )
+
+
+def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, weights, plan_tensors, *ctx.constants, _ = inputs
+    ctx.has_weights = weights is not None
+    ctx.save_for_backward(*plan_tensors)
+
+
+def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Any, ...]:
+    carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
+    plan_tensors = list(ctx.saved_tensors)
+    grad_x, grad_topk = combine(grad_rows, carried, plan_tensors, *ctx.constants, False, False)
+    no_plan = [None] * len(plan_tensors)
+    return grad_x, (None if carried is None else grad_topk), no_plan, None, None, None, None
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    rows, weights, plan_tensors, *ctx.constants, ctx.apply_weights, ctx.fp8_grad = inputs
+    ctx.has_weights = weights is not None
+    keeps_rows = ctx.apply_weights and ctx.needs_input_grad[1]
+    ctx.save_for_backward(rows if keeps_rows else None, weights if ctx.apply_weights else None, *plan_tensors)
+
+
+def _combine_backward(ctx: Any, grad_tokens: Tensor, grad_topk: Tensor) -> tuple[Any, ...]:
+    rows, weights, *plan_tensors = ctx.saved_tensors
+    carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
+    grad_rows, grad_weights = dispatch(grad_tokens, carried, list(plan_tensors), *ctx.constants, ctx.fp8_grad)
+    if ctx.apply_weights:
+        grad_weights = None if rows is None else (grad_rows.float() * rows.float()).sum(1)
+        grad_rows = (grad_rows.float() * weights.unsqueeze(1)).to(grad_rows.dtype) if ctx.needs_input_grad[0] else None
+    elif carried is None:
+        grad_weights = None
+    return grad_rows, grad_weights, [None] * len(plan_tensors), None, None, None, None, None
+
+
+dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)
+combine.register_autograd(_combine_backward, setup_context=_save_combine)
