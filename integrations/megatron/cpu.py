@@ -37,7 +37,7 @@ _enabled = False
 
 
 class Stream:
-    """Stands in for ``torch.cuda.Stream``: work on a CPU is done when its call returns, so there is no order to keep."""
+    """Stands in for ``torch.cuda.Stream``: CPU work is done when its call returns, so there is no order to keep."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = torch.device("cpu")

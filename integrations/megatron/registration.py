@@ -1,0 +1,166 @@
+"""Teach Megatron-Core the token dispatcher type ``deepep``.
+
+Four places in Megatron-Core know dispatcher types by name. :func:`register` extends each of them, checks first that
+all four are where they should be, and does nothing for configurations of another type:
+
+===================================  ==================================================================================
+``TransformerConfig`` field type     a ``Literal``; Megatron's command line takes its choices from it
+``TransformerConfig.__post_init__``  validates; for us it runs with the type ``alltoall``, whose rules are ours too
+``MoELayer.__init__``                builds the dispatcher; for us its ``alltoall`` branch builds our class
+``should_free_input``                says which inputs the 1F1B communication overlap may free after the forward pass
+===================================  ==================================================================================
+
+A configuration reads ``deepep`` at all times except inside these two functions, so copies of it stay true.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
+
+from deepep_moe.errors import UnsupportedError
+from deepep_moe.integrations.megatron.options import check_options
+
+NAME = "deepep"
+OLDEST, NEWEST = (0, 16, 1), (0, 19)
+SUPPORTED = "0.16.1 to 0.19.2"
+
+_MARK = "_deepep_moe_original"
+_FIELD = "moe_token_dispatcher_type"
+_log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make ``moe_token_dispatcher_type="deepep"`` known to Megatron-Core. Calling it again changes nothing.
+
+    Raises:
+        UnsupportedError: Megatron-Core is missing, its version is not supported, or a patch point is not there.
+    """
+    version = _check_version()
+    config_class = _find("megatron.core.transformer.transformer_config", "TransformerConfig", version)
+    layers = importlib.import_module("megatron.core.transformer.moe.moe_layer")
+    layer_class = _find(layers.__name__, "MoELayer", version)
+    _find(layers.__name__, "MoEAlltoAllTokenDispatcher", version)
+    schedule = _schedule_module(version)
+    field = getattr(config_class, "__dataclass_fields__", {}).get(_FIELD)
+    if field is None or get_origin(field.type) is not Literal:
+        raise _missing(f"a Literal-typed field TransformerConfig.{_FIELD}", version)
+
+    choices = get_args(field.type)
+    if NAME not in choices:
+        field.type = Literal[(*choices, NAME)]  # type: ignore[valid-type]
+        config_class.__annotations__[_FIELD] = field.type
+    _wrap(config_class, "__post_init__", _post_init)
+    _wrap(layer_class, "__init__", functools.partial(_layer_init, layers))
+    _wrap(schedule, "should_free_input", _should_free_input)
+
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 leaves the router a NameError where TransformerEngine is missing
+    _log.debug("registered token dispatcher %r with megatron-core %s", NAME, version)
+
+
+def _check_version() -> str:
+    try:
+        info = importlib.import_module("megatron.core.package_info")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"deepep_moe.integrations.megatron needs megatron-core {SUPPORTED}, which cannot be imported ({error}); "
+            "install it with `pip install megatron-core`"
+        ) from error
+    version = (info.MAJOR, info.MINOR, info.PATCH)
+    if version < OLDEST or version[:2] > NEWEST:
+        raise UnsupportedError(
+            f"megatron-core {info.__version__} is installed; deepep_moe.integrations.megatron supports {SUPPORTED}"
+        )
+    return str(info.__version__)
+
+
+def _missing(what: str, version: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"megatron-core {version} does not have {what}, which the {NAME} dispatcher attaches to; "
+        f"supported are unmodified versions {SUPPORTED}"
+    )
+
+
+def _find(module: str, name: str, version: str) -> Any:
+    found = getattr(importlib.import_module(module), name, None)
+    if found is None:
+        raise _missing(f"{module}.{name}", version)
+    return found
+
+
+def _schedule_module(version: str) -> ModuleType:
+    """The module with ``should_free_input``: moved in 0.19."""
+    for name in ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables"):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            continue
+        if hasattr(module, "should_free_input"):
+            return module
+    raise _missing("should_free_input", version)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace ``owner.name`` by ``wrapper(original, *args, **kwargs)``, once."""
+    original = owner.__dict__[name]
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, wrapped)
+
+
+def _post_init(original: Callable[..., None], config: Any) -> None:
+    if config.moe_token_dispatcher_type != NAME:
+        original(config)
+        return
+    config.moe_token_dispatcher_type = "alltoall"
+    try:
+        original(config)
+    finally:
+        config.moe_token_dispatcher_type = NAME
+    check_options(config)
+
+
+def _layer_init(module: Any, original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    if config.moe_token_dispatcher_type != NAME:
+        original(layer, config, *args, **kwargs)
+        return
+    from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher
+
+    alltoall = module.MoEAlltoAllTokenDispatcher
+
+    def build(*build_args: Any, **build_kwargs: Any) -> Any:
+        config.moe_token_dispatcher_type = NAME  # what is built next copies the configuration
+        return DeepEPTokenDispatcher(*build_args, **build_kwargs)
+
+    config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = "alltoall", build
+    try:
+        original(layer, config, *args, **kwargs)
+    finally:
+        config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = NAME, alltoall
+
+
+def _should_free_input(
+    original: Callable[..., bool], name: str, is_moe: bool, config: Any, *args: Any, **kwargs: Any
+) -> bool:
+    """Which node of the 1F1B overlap may free its input once its forward is done.
+
+    ``moe_dispatch`` gets a view of the layer norm's output, and ``mlp`` gets rows that the experts save for their
+    backward. Nobody needs the experts' output after ``moe_combine``.
+    """
+    if config.moe_token_dispatcher_type != NAME:
+        return original(name, is_moe, config, *args, **kwargs)
+    return bool(is_moe) and name == "moe_combine"
