@@ -1,0 +1,459 @@
+"""What the training recipes share: settings, processes, text, timing, progress, curves, checkpoints.
+
+Nothing here knows a framework or a model; the recipes do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pydoc_data.topics
+import sysconfig
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RecipeError(Exception):
+    """Something a user can mend: a setting, a path, a checkpoint of another run. Shown without a stack trace."""
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def read_settings(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The YAML file at ``path`` with ``section.key=value`` overrides, whose values are YAML too."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} must hold a mapping of sections")
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot and isinstance(settings.get(section), dict)):
+            raise RecipeError(f"--set {override}: write section.key=value with a section of {', '.join(settings)}")
+        settings[section][key] = yaml.safe_load(text)
+    return settings
+
+
+def fill(kind: type[T], section: str, values: Mapping[str, Any] | None) -> T:
+    """The dataclass ``kind`` from one section of the settings; unknown keys are errors."""
+    allowed = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values or {}:
+        if key not in allowed:
+            raise RecipeError(f"unknown key {section}.{key}; allowed: {', '.join(allowed)}")
+    return kind(**(values or {}))
+
+
+# --------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, value: float) -> float:
+        """Mean of one number over all processes."""
+        total = torch.tensor([value], dtype=torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item() / self.size
+
+
+def start_processes(timeout_seconds: float = 600) -> World:
+    """Join the process group: NCCL with a GPU for every process, gloo on a machine without GPUs.
+
+    Without torchrun this is a world of one process.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < local_size:
+        raise RecipeError(
+            f"{local_size} processes but {gpus} GPUs on this machine: start one process per GPU "
+            "(torchrun --nproc-per-node), or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    dist.init_process_group(
+        "nccl" if gpus else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if gpus else None,
+    )
+    return World(rank, size, device)
+
+
+# -------------------------------------------------------------------------------------------------- text
+
+
+def read_text(source: str) -> bytes:
+    """Text to learn from.
+
+    ``python-docs``: the language reference that every CPython carries for ``help()``, about 0.5 MB of English.
+    ``python-source``: the modules of the standard library, some 10 MB of code and comments. Anything else is a
+    text file, or a directory whose ``*.txt`` and ``*.md`` files are read in order of name.
+    """
+    if source == "python-docs":
+        return "\n\n".join(pydoc_data.topics.topics.values()).encode()
+    if source == "python-source":
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py"))
+        files = [path for path in files if path.parts[-2] not in ("site-packages", "test", "pydoc_data")]
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise RecipeError(f"data.text = {source}: neither python-docs, python-source nor a file or directory")
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md")) if path.is_dir() else [path]
+    return b"\n\n".join(path.read_bytes() for path in files)
+
+
+class ByteText:
+    """Text as bytes (256 tokens), every tenth block of it held out from training.
+
+    Batches are a function of (seed, step, rank) alone, so a resumed run sees what an uninterrupted one sees.
+    """
+
+    BLOCK = 4096
+    HELD_OUT_EVERY = 10
+
+    def __init__(self, text: bytes, sequence_length: int, seed: int) -> None:
+        blocks = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(self.BLOCK)
+        self.train = torch.cat([b for i, b in enumerate(blocks) if i % self.HELD_OUT_EVERY])
+        self.held_out = torch.cat(blocks[:: self.HELD_OUT_EVERY])
+        self.sequence_length, self.seed = sequence_length, seed
+        if len(self.held_out) <= sequence_length or len(self.train) <= sequence_length:
+            raise RecipeError(f"{len(text)} bytes of text are too few for sequences of {sequence_length}")
+
+    def batch(self, step: int, rank: int, sequences: int) -> tuple[Tensor, Tensor]:
+        """Inputs and next-byte labels, each int64 ``[sequences, sequence_length]``, at random places."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 65_537 + rank)
+        starts = torch.randint(len(self.train) - self.sequence_length, (sequences,), generator=generator)
+        return self._windows(self.train, starts)
+
+    def held_out_batches(self, world: World, windows: int, sequences: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """This rank's share of ``windows`` fixed places in the held-out text; every rank gets as many batches."""
+        per_rank = max(1, windows // (world.size * sequences)) * sequences
+        last = len(self.held_out) - self.sequence_length - 1
+        starts = torch.linspace(0, last, per_rank * world.size).long()[world.rank :: world.size]
+        return [self._windows(self.held_out, part) for part in starts.split(sequences)]
+
+    def _windows(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        rows = tokens[starts[:, None] + torch.arange(self.sequence_length + 1)].long()
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# ---------------------------------------------------------------------------------------------- optimizer
+
+
+class Adam:
+    """AdamW on fp32 copies of the parameters (fp32 parameters are their own copy).
+
+    NVIDIA Apex's fused Adam where ``apex.optimizers`` can be imported, else torch's fused one. The learning rate
+    rises over ``warmup_steps`` and falls to a tenth along a cosine.
+    """
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, warmup: int, steps: int
+    ) -> None:
+        self.parameters = parameters
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in parameters]
+        self.learning_rate, self.warmup, self.steps = learning_rate, warmup, steps
+        groups = [
+            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.inner, self.name = self._make(groups, parameters[0].device)
+
+    @staticmethod
+    def _make(groups: list[dict[str, Any]], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+        betas = (0.9, 0.95)
+        if device.type == "cuda":
+            try:
+                from apex.optimizers import FusedAdam
+
+                return FusedAdam(groups, betas=betas, adam_w_mode=True), "Apex FusedAdam"
+            except (ImportError, RuntimeError):
+                pass  # not installed, PyPI's unrelated package of that name, or built without its CUDA extension
+        return torch.optim.AdamW(groups, betas=betas, fused=True), "torch AdamW (fused)"
+
+    def step(self, step: int, gradient_scale: float | Tensor) -> float:
+        """Update the parameters from their gradients times ``gradient_scale``; clears them, returns the rate used."""
+        rate = self.learning_rate * self._schedule(step)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        for parameter, master in zip(self.parameters, self.masters):
+            gradient = parameter.grad
+            master.grad = None if gradient is None else gradient.float().mul_(gradient_scale)
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters):
+                if parameter is not master:
+                    parameter.copy_(master)
+                parameter.grad = master.grad = None
+        return rate
+
+    def _schedule(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"]):
+                master.copy_(saved)
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+class _OnBackward(torch.autograd.Function):
+    """Identity whose backward calls ``hook`` once the gradients of all its tensors are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hook: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.hook = hook
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.hook()
+        return (None, *gradients)
+
+
+class PhaseTimer:
+    """Seconds that the device spends in named phases of a step, forward and backward.
+
+    On a GPU these are CUDA events on the current stream: work that another stream hides does not count, and
+    nothing waits before :meth:`collect`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._pairs: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._open: dict[object, Any] = {}
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` with its time, and that of its backward, added to ``phase``."""
+
+        def call(*args: Any) -> Any:
+            key = object()
+            begin_backward, end_backward = self._backward_hooks(phase, key)
+            args = self._mark(args, end_backward)
+            start = self._now()
+            result = function(*args)
+            self._pairs[phase].append((start, self._now()))
+            if isinstance(result, tuple):
+                return self._mark(result, begin_backward)
+            return self._mark((result,), begin_backward)[0]
+
+        return call
+
+    def _backward_hooks(self, phase: str, key: object) -> tuple[Callable[[], None], Callable[[], None]]:
+        def begin() -> None:
+            self._open[key] = self._now()
+
+        def end() -> None:
+            if key in self._open:
+                self._pairs[phase].append((self._open.pop(key), self._now()))
+
+        return begin, end
+
+    @staticmethod
+    def _mark(values: tuple[Any, ...], hook: Callable[[], None]) -> tuple[Any, ...]:
+        places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+        if not places:
+            return values
+        marked = dict(zip(places, _OnBackward.apply(hook, *(values[i] for i in places))))
+        return tuple(marked.get(i, value) for i, value in enumerate(values))
+
+    def collect(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = {
+            phase: sum(stop - start if not self.cuda else start.elapsed_time(stop) / 1000 for start, stop in pairs)
+            for phase, pairs in self._pairs.items()
+        }
+        self._pairs.clear()
+        return seconds
+
+
+# -------------------------------------------------------------------------------------- progress and curves
+
+
+class Journal:
+    """Progress bar, log lines, ``metrics.jsonl`` and the curves of one run. Only rank 0 writes.
+
+    Entries are dictionaries with a ``step``; a resumed run drops the entries after its checkpoint.
+    """
+
+    def __init__(self, folder: Path, world: World, title: str, steps: int, resumed_at: int) -> None:
+        self.folder, self.active, self.steps = folder, world.rank == 0, steps
+        self.entries: list[dict[str, float]] = []
+        self.path = folder / "metrics.jsonl"
+        if not self.active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if resumed_at and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.entries = [entry for entry in map(json.loads, lines) if entry["step"] <= resumed_at]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+        self.console = Console(highlight=False, soft_wrap=True)
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        # a bar is for a terminal; a log file gets the lines of `add` and `say`
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.progress.add_task(title, total=steps, completed=resumed_at)
+        self.progress.start()
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self.console.print(text)
+
+    def add(self, entry: dict[str, float], text: str) -> None:
+        """Keep ``entry``, and show ``text`` (if any)."""
+        if self.active:
+            self.entries.append(entry)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.console.print(text)
+
+    def advance(self) -> None:
+        if self.active:
+            self.progress.advance(self.task)
+
+    def close(self) -> None:
+        if self.active:
+            self.progress.stop()
+
+    def draw(self, title: str) -> Path | None:
+        """Loss, throughput and balance against steps, as ``curves.png``. None where matplotlib is missing."""
+        if not self.active:
+            return None
+        try:
+            import matplotlib
+        except ImportError:
+            self.say("no curves.png: matplotlib is not installed")
+            return None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (loss, speed, share) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+        figure.suptitle(title)
+        panels = [
+            (loss, "loss (nats per token)", {"train_loss": "training", "held_out_loss": "held out"}),
+            (speed, "tokens/s", {"tokens_per_second": "all ranks"}),
+            (share, "share of step time (%)", {"dispatch_percent": "dispatch", "combine_percent": "combine"}),
+        ]
+        for axes, label, curves in panels:
+            for key, name in curves.items():
+                points = [(entry["step"], entry[key]) for entry in self.entries if key in entry]
+                axes.plot(*zip(*points), marker="." if len(points) < 40 else "", label=name)
+            axes.set(xlabel="step", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        for axes in (speed, share):
+            axes.set_ylim(bottom=0)
+        path = self.folder / "curves.png"
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        return path
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """``checkpoints/step-N/rank-R.pt``: each rank its own part. ``latest.json`` names the newest complete step.
+
+    Files appear under their final name only when complete, and ``latest.json`` only changes when every rank has
+    written: a run that is killed at any moment leaves a checkpoint that can be resumed.
+    """
+
+    KEEP = 2
+
+    def __init__(self, folder: Path, world: World, layout: Mapping[str, Any]) -> None:
+        self.folder, self.world = folder / "checkpoints", world
+        self.layout = json.loads(json.dumps({"processes": world.size, **layout}))
+        self.pointer = self.folder / "latest.json"
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Collective: every rank writes ``state``, then the checkpoint becomes the latest."""
+        target = self.folder / f"step-{step:07d}" / f"rank-{self.world.rank}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._replace(target, lambda path: torch.save(dict(state), path))
+        dist.barrier()
+        if self.world.rank == 0:
+            text = json.dumps({"step": step, "layout": self.layout})
+            self._replace(self.pointer, lambda path: path.write_text(text, encoding="utf-8"))
+            self._remove(sorted(self.folder.glob("step-*"))[: -self.KEEP])
+
+    def load(self) -> tuple[int, dict[str, Any]]:
+        """Step and state of the latest checkpoint, on the CPU. Raises RecipeError where it cannot be used here."""
+        if not self.pointer.exists():
+            raise RecipeError(f"--resume: no checkpoint in {self.folder}; start without --resume")
+        latest = json.loads(self.pointer.read_text(encoding="utf-8"))
+        for key, value in self.layout.items():
+            if latest["layout"].get(key) != value:
+                raise RecipeError(
+                    f"--resume: the checkpoint in {self.folder} was written with {key} = {latest['layout'].get(key)}, "
+                    f"this run has {key} = {value}"
+                )
+        path = self.folder / f"step-{latest['step']:07d}" / f"rank-{self.world.rank}.pt"
+        return latest["step"], torch.load(path, map_location="cpu", weights_only=True)
+
+    def clear(self) -> None:
+        """Collective: remove the checkpoints of an earlier run in this folder."""
+        if self.world.rank == 0 and self.folder.exists():
+            self.pointer.unlink(missing_ok=True)
+            self._remove(sorted(self.folder.glob("step-*")))
+        dist.barrier()
+
+    @staticmethod
+    def _replace(target: Path, write: Callable[[Path], object]) -> None:
+        unfinished = target.with_suffix(".unfinished")
+        write(unfinished)
+        unfinished.replace(target)
+
+    @staticmethod
+    def _remove(folders: Iterable[Path]) -> None:
+        for folder in folders:
+            for file in folder.glob("rank-*"):
+                file.unlink()
+            folder.rmdir()

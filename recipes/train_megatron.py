@@ -1,0 +1,422 @@
+"""Train a mixture-of-experts GPT with Megatron-Core, its tokens moved by deepep_moe.
+
+The model is Megatron-Core's own GPTModel and MoELayer; what this project adds is one value in the YAML file:
+``moe_token_dispatcher_type: deepep``. The same script and files run on CPUs (gloo, fp32) and GPUs (NCCL, bf16).
+
+Read it from top to bottom: settings, model, one step, measuring, the run.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E402
+import dataclasses
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional packages are missing is no news here
+
+import common
+import torch
+import torch.distributed as dist
+import typer
+from common import RecipeError, World
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+import deepep_moe.integrations.megatron  # noqa: F401  makes the type "deepep" known to Megatron-Core
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import DeepEPMoEError
+from deepep_moe.integrations.megatron import cpu
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Gpt:
+    """Section ``gpt``: what GPTModel takes beside its TransformerConfig."""
+
+    vocab_size: int = 256  # at least the 256 bytes; larger only to give the layers their real shape
+    rotary_base: int = 10000
+    share_embeddings_and_output_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """Section ``data``."""
+
+    text: str = "python-docs"  # python-docs, python-source, a file or a directory
+    sequence_length: int = 128
+    held_out_windows: int = 64
+
+
+@dataclass(frozen=True)
+class Train:
+    """Section ``train``. A step trains ``sequences * accumulate`` sequences on every rank."""
+
+    steps: int
+    sequences: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    clip_gradient: float = 1.0
+    log_every: int = 10
+    evaluate_every: int = 50
+    save_every: int = 100
+    seed: int = 1234
+    expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def transformer_config(section: Mapping[str, Any], world: World, expert_parallel: int) -> TransformerConfig:
+    """Section ``model``: fields of Megatron-Core's TransformerConfig, by their own names."""
+    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for key in section:
+        if key not in allowed:
+            raise RecipeError(f"unknown key model.{key}: not a field of Megatron-Core's TransformerConfig")
+    values: dict[str, Any] = {
+        "expert_model_parallel_size": expert_parallel,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        "gradient_accumulation_fusion": False,  # needs Apex or TransformerEngine
+    }
+    if world.device.type == "cuda":
+        values.update(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+    else:
+        values.update(cpu.CONFIG)
+    if section.get("gated_linear_unit"):
+        values["activation_func"] = torch.nn.functional.silu
+    return TransformerConfig(**{**values, **section})
+
+
+def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world: World) -> GPTModel:
+    """Megatron-Core's GPTModel from its local layer spec: needs neither TransformerEngine nor Apex."""
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    model = GPTModel(
+        config,
+        transformer_layer_spec=spec,
+        vocab_size=gpt.vocab_size,
+        max_sequence_length=sequence_length,
+        position_embedding_type="rope",
+        rotary_base=gpt.rotary_base,
+        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+    ).to(world.device)
+    if config.params_dtype != torch.float32:
+        model = model.to(config.params_dtype)
+    # Ranks that hold the same parameter start from the same values.
+    for parameter in model.parameters():
+        group = replicas(parameter)
+        dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
+    return model
+
+
+def is_expert(parameter: Tensor) -> bool:
+    """Megatron-Core marks the parameters that are not the same on all data-parallel ranks."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def replicas(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold a copy of ``parameter``."""
+    if is_expert(parameter):
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+
+def loss_of(model: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss per token, in nats. ``tokens`` and ``labels``: int64 ``[sequences, length]``."""
+    length, device = tokens.shape[1], tokens.device
+    positions = torch.arange(length, device=device).expand_as(tokens)
+    future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
+    return model(tokens, positions, future, labels=labels).float().mean()
+
+
+def reduce_gradients(model: GPTModel, world: World) -> None:
+    """Make every gradient that of the mean loss over all ranks.
+
+    Each rank's loss is the mean over its own tokens, so sums over ranks are divided by the number of ranks. An
+    expert's gradient already holds what all ranks of its expert-parallel group sent to it (the backward of dispatch
+    and combine brought it), so it is summed over the other copies of the expert only, and divided just the same.
+    """
+    pending = []
+    for parameter in model.parameters():
+        if parameter.grad is None:  # an expert that no token chose: its peers wait for the sum all the same
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.div_(world.size)
+        group = replicas(parameter)
+        if group.size() > 1:
+            pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
+    for work in pending:
+        work.wait()
+
+
+def gradient_norm(model: GPTModel) -> Tensor:
+    """2-norm of the whole gradient, all experts included; the same on every rank."""
+    squares = {True: torch.zeros(()), False: torch.zeros(())}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            kind = is_expert(parameter)
+            squares[kind] = squares[kind].to(parameter.device) + parameter.grad.float().square().sum()
+    experts = squares[True].to(squares[False].device)
+    dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
+    return (squares[False] + experts).sqrt()
+
+
+def train_step(
+    model: GPTModel, optimizer: common.Adam, text: common.ByteText, train: Train, world: World, step: int
+) -> Tensor:
+    """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it)."""
+    total = torch.zeros((), device=world.device)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / train.accumulate, device=world.device))
+    for part in range(train.accumulate):
+        tokens, labels = text.batch(step * train.accumulate + part, world.rank, train.sequences)
+        loss = loss_of(model, tokens.to(world.device), labels.to(world.device)) / train.accumulate
+        loss.backward()
+        total += loss.detach()
+    reduce_gradients(model, world)
+    scale = (train.clip_gradient / (gradient_norm(model) + 1e-6)).clamp(max=1.0)
+    optimizer.step(step, scale)
+    return total
+
+
+@torch.no_grad()
+def held_out_loss(model: GPTModel, text: common.ByteText, data: Data, train: Train, world: World) -> float:
+    """Mean loss on the held-out windows, over all ranks."""
+    model.eval()
+    batches = text.held_out_batches(world, data.held_out_windows, train.sequences)
+    losses = [loss_of(model, tokens.to(world.device), labels.to(world.device)) for tokens, labels in batches]
+    model.train()
+    return world.mean(torch.stack(losses).mean().item())
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+class DispatcherMeter:
+    """Time in dispatch and combine, and how evenly the experts are loaded, for any of Megatron-Core's dispatchers.
+
+    ``dispatch`` is the way from routed tokens to the experts' rows, ``combine`` the way back, both with their
+    backward; permutation and padding count, since some dispatchers do in it what others do in the transfer.
+    """
+
+    PHASES = {
+        "dispatch": ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess"),
+        "combine": ("combine_preprocess", "token_combine", "combine_postprocess"),
+    }
+
+    def __init__(self, model: GPTModel, world: World) -> None:
+        self.timer = common.PhaseTimer(world.device)
+        self.world = world
+        self.loads: list[Tensor] = []  # one [local experts] per MoE layer: tokens since the last report
+        for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
+            dispatcher = layer.token_dispatcher
+            load = torch.zeros(layer.num_local_experts, dtype=torch.int64)
+            self.loads.append(load)
+            count = self._counting(dispatcher.dispatch_postprocess, load)
+            dispatcher.dispatch_postprocess = count
+            for phase, methods in self.PHASES.items():
+                for method in methods:
+                    setattr(dispatcher, method, self.timer.timed(phase, getattr(dispatcher, method)))
+
+    @staticmethod
+    def _counting(postprocess: Callable[..., Any], load: Tensor) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = postprocess(*args)
+            load.add_(result[1].detach().to(load.device, torch.int64))
+            return result
+
+        return call
+
+    def report(self, elapsed: float) -> dict[str, float]:
+        """Percent of ``elapsed`` seconds per phase (mean over ranks); busiest expert over the mean (mean over layers).
+
+        Collective.
+        """
+        seconds = self.timer.collect()
+        entry = {f"{phase}_percent": self.world.mean(100 * seconds.get(phase, 0.0) / elapsed) for phase in self.PHASES}
+        if self.loads:
+            local = torch.stack(self.loads).to(self.world.device)
+            parts = [torch.empty_like(local) for _ in range(parallel_state.get_expert_model_parallel_world_size())]
+            dist.all_gather(parts, local, group=parallel_state.get_expert_model_parallel_group())
+            loads = torch.cat(parts, dim=1).double()
+            entry["imbalance"] = self.world.mean((loads.amax(1) / loads.mean(1).clamp(min=1)).mean().item())
+            for load in self.loads:
+                load.zero_()
+        return entry
+
+
+# ----------------------------------------------------------------------------------------------- the run
+
+
+def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
+    """Train as ``settings`` say; everything written goes to ``folder``."""
+    for section in settings:
+        if section not in ("model", "gpt", "data", "train", "dispatcher"):
+            raise RecipeError(f"unknown section {section}; allowed: model, gpt, data, train, dispatcher")
+    gpt = common.fill(Gpt, "gpt", settings.get("gpt"))
+    data = common.fill(Data, "data", settings.get("data"))
+    train = common.fill(Train, "train", settings.get("train"))
+    # Section dispatcher: fields of DispatcherConfig. The environment wins, as it does everywhere.
+    for key, value in (settings.get("dispatcher") or {}).items():
+        os.environ.setdefault(f"DEEPEP_MOE_{key.upper()}", str(value))
+    DispatcherConfig.load()  # an impossible setting is an error before anything is built
+
+    expert_parallel = train.expert_parallel or world.size
+    if world.size % expert_parallel:
+        raise RecipeError(f"train.expert_parallel = {expert_parallel} does not divide the {world.size} processes")
+    cpu.enable()
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(train.seed)
+    config = transformer_config(settings["model"], world, expert_parallel)
+    model = build_model(config, gpt, data.sequence_length, world)
+    optimizer = common.Adam(
+        list(model.parameters()), train.learning_rate, train.weight_decay, train.warmup_steps, train.steps
+    )
+    text = common.ByteText(common.read_text(data.text), data.sequence_length, train.seed)
+    meter = DispatcherMeter(model, world)
+
+    checkpoints = common.Checkpoints(folder, world, {"expert_parallel": expert_parallel, "model": settings["model"]})
+    first = 0
+    if resume:
+        first, state = checkpoints.load()
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        checkpoints.clear()
+
+    own = sum(p.numel() for p in model.parameters())
+    journal = common.Journal(folder, world, folder.name, train.steps, first)
+    journal.say(
+        f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
+        f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each, {optimizer.name}\n"
+        f"text {data.text}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out"
+        + (f"\nresumed after step {first}" if first else "")
+    )
+    try:
+        if not first:
+            loss = held_out_loss(model, text, data, train, world)
+            journal.add({"step": 0, "held_out_loss": loss}, f"step {0:>5}  held-out loss {loss:.4f}")
+        model.train()
+        _train(model, optimizer, text, data, train, world, meter, journal, checkpoints, first)
+    finally:
+        journal.close()
+    title = f"{folder.name}: {config.moe_token_dispatcher_type}, {world.size} x {world.device.type}"
+    if picture := journal.draw(title):
+        journal.say(f"curves: {picture}\nmetrics: {journal.path}\ncheckpoint: {checkpoints.folder}")
+
+
+def _train(
+    model: GPTModel,
+    optimizer: common.Adam,
+    text: common.ByteText,
+    data: Data,
+    train: Train,
+    world: World,
+    meter: DispatcherMeter,
+    journal: common.Journal,
+    checkpoints: common.Checkpoints,
+    first: int,
+) -> None:
+    """Steps ``first`` to ``train.steps``, with their logging, evaluation and checkpoints."""
+    tokens_per_step = train.sequences * train.accumulate * data.sequence_length * world.size
+    meter.report(1.0)  # forget what the evaluation above took
+    losses: list[Tensor] = []
+    since = time.perf_counter()
+    for step in range(first, train.steps):
+        losses.append(train_step(model, optimizer, text, train, world, step))
+        done = step + 1
+        journal.advance()
+        last = done == train.steps
+
+        if done % train.log_every == 0 or last:
+            loss = world.mean(torch.stack(losses).mean().item())  # waits for the device
+            elapsed = time.perf_counter() - since
+            entry = {"step": done, "train_loss": loss, "tokens_per_second": tokens_per_step * len(losses) / elapsed}
+            entry.update(meter.report(elapsed))
+            journal.add(
+                entry,
+                f"step {done:>5}  loss {loss:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
+                f"dispatch {entry['dispatch_percent']:.1f}%  combine {entry['combine_percent']:.1f}%  "
+                f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean",
+            )
+            losses.clear()
+            since = time.perf_counter()
+        if done % train.evaluate_every == 0 or last:
+            loss = held_out_loss(model, text, data, train, world)
+            journal.add({"step": done, "held_out_loss": loss}, f"step {done:>5}  held-out loss {loss:.4f}")
+        if done % train.save_every == 0 or last:
+            checkpoints.save(done, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+EXAMPLES = """[bold]Examples[/bold]
+
+Two processes, on GPUs where there are two, else on the CPU:
+
+    torchrun --nproc-per-node 2 recipes/train_megatron.py recipes/tiny.yaml
+
+Megatron-Core's own dispatcher, to compare with:
+
+    torchrun --nproc-per-node 2 recipes/train_megatron.py recipes/tiny.yaml
+        --set model.moe_token_dispatcher_type=alltoall --output runs/alltoall
+
+Go on after an interruption:
+
+    torchrun --nproc-per-node 2 recipes/train_megatron.py recipes/tiny.yaml --resume
+
+Your own text, longer:
+
+    torchrun --nproc-per-node 2 recipes/train_megatron.py recipes/tiny.yaml
+        --set data.text=books/ --set train.steps=5000
+"""
+
+
+@app.command(epilog=EXAMPLES)
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file with the sections model, gpt, data, train, dispatcher")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; repeatable")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for checkpoints and curves [runs/NAME OF THE FILE]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the latest checkpoint in the folder")] = False,
+) -> None:
+    """Train a Megatron-Core MoE whose tokens deepep_moe moves to their experts and back.
+
+    Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
+    """
+    try:
+        settings = common.read_settings(config, overrides or [])
+        world = common.start_processes()
+        run(settings, output or Path("runs") / config.stem, resume, world)
+    except (RecipeError, DeepEPMoEError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    app()
