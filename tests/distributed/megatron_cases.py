@@ -1,0 +1,227 @@
+"""Cases for ``test_megatron.py``: Megatron-Core on the ``deepep`` dispatcher against its own ``alltoall``."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from tests.launch import case
+
+
+def _util() -> ModuleType:
+    """Imported by ranks only, not by the pytest process that lists the cases."""
+    from tests.distributed import megatron_util
+
+    return megatron_util
+
+
+@case(ranks=(2,))
+def gpt_learns_like_alltoall(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    curves, grads = {}, {}
+    for dispatcher in ("alltoall", "deepep"):
+        model = util.gpt(util.configure(dispatcher, moe_shared_expert_intermediate_size=16, **layout))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        curves[dispatcher], grads[dispatcher] = [], []
+        for step in range(20):
+            tokens, positions, mask, labels = util.batch(step)
+            loss = model(tokens, positions, mask, labels=labels).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in model.parameters():
+                if getattr(parameter, "allreduce", True):  # experts are not replicated
+                    dist.all_reduce(parameter.grad)
+            if step in (0, 19):
+                grads[dispatcher].append({name: g.clone() for name, g in util.gradients(model).items()})
+            optimizer.step()
+            curves[dispatcher].append(loss.item())
+    for step, (expected, actual) in enumerate(zip(curves["alltoall"], curves["deepep"])):
+        assert abs(actual - expected) <= 1e-5 * expected, f"step {step}: {actual} instead of {expected}"
+    assert curves["deepep"][-1] < 0.8 * curves["deepep"][0]
+    names = {name for name, _ in model.named_parameters()}
+    for expected, actual in zip(grads["alltoall"], grads["deepep"]):
+        assert actual.keys() == names
+        for name in names:
+            util.assert_near(name, actual[name], expected[name])
+
+
+@case(ranks=(2,))
+def one_layer(group: dist.ProcessGroup) -> None:
+    util = _util()
+    util.assert_same_layer(**util.parallel(ep=2))
+
+
+@case(ranks=(1,))
+def group_of_one(group: dist.ProcessGroup) -> None:
+    util = _util()
+    util.assert_same_layer(**util.parallel())
+
+
+@case(ranks=(2,))
+def one_local_expert(group: dist.ProcessGroup) -> None:
+    util = _util()
+    util.assert_same_layer(num_moe_experts=2, moe_router_topk=1, moe_router_pre_softmax=True, **util.parallel(ep=2))
+
+
+@case(ranks=(2,))
+def replicated_experts(group: dist.ProcessGroup) -> None:
+    """Data parallel only: every rank holds all experts."""
+    util = _util()
+    util.assert_same_layer(**util.parallel(ep=1))
+
+
+@case(ranks=(2,))
+def shared_experts(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    util.assert_same_layer(moe_shared_expert_intermediate_size=24, **layout)
+    for gate in (False, True):
+        util.assert_same_layer(
+            moe_shared_expert_intermediate_size=24,
+            moe_shared_expert_overlap=True,
+            moe_shared_expert_gate=gate,
+            **layout,
+        )
+
+
+@case(ranks=(2,))
+def token_dropping(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    for policy in ("probs", "position"):
+        options = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": policy, **layout}
+        _, dropped = util.assert_same_layer(**options)
+        _, padded = util.assert_same_layer(moe_pad_expert_input_to_capacity=True, **options)
+        for name, value in dropped.items():
+            util.assert_near(name, padded[name], value)
+
+
+@case(ranks=(2,))
+def padding_to_capacity_gives_experts_equal_shapes(group: dist.ProcessGroup) -> None:
+    util = _util()
+    options = {"moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True, **util.parallel(ep=2)}
+    seen = []
+    for dispatcher in ("alltoall", "deepep"):
+        layer = util.moe_layer(util.configure(dispatcher, **options))
+        layer.experts.register_forward_pre_hook(
+            lambda module, args: seen.append((args[0].shape, args[1].tolist(), args[2].shape))
+        )
+        util.run_layer(layer, 16)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0][1])) == 1
+
+
+@case(ranks=(2,))
+def recompute(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    for modules in (["moe"], ["shared_experts"]):
+        util.assert_same_layer(
+            recompute_granularity="selective",
+            recompute_modules=modules,
+            moe_shared_expert_intermediate_size=24,
+            **layout,
+        )
+
+
+@case(ranks=(2,))
+def router_dtype(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    for dtype in ("fp32", "fp64"):
+        layer = util.assert_same_layer(moe_router_dtype=dtype, **layout)[0]
+        seen = []
+        layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[2].dtype))
+        util.run_layer(layer, 4)
+        assert seen == [{"fp32": torch.float32, "fp64": torch.float64}[dtype]]
+
+
+@case(ranks=(2,))
+def sigmoid_router_with_groups(group: dist.ProcessGroup) -> None:
+    util = _util()
+    util.assert_same_layer(
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_topk=3,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        **util.parallel(ep=2),
+    )
+
+
+@case(ranks=(2,))
+def probabilities_on_the_input(group: dist.ProcessGroup) -> None:
+    util = _util()
+    util.assert_same_layer(
+        moe_apply_probs_on_input=True, moe_router_topk=1, moe_router_pre_softmax=True, **util.parallel(ep=2)
+    )
+
+
+@case(ranks=(2,))
+def padding_for_quantization(group: dist.ProcessGroup) -> None:
+    """FP8 itself needs TransformerEngine; the padding does not."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    layer, _ = util.assert_same_layer(after={"moe_router_padding_for_quantization": True}, **layout)
+    counts = []
+    layer.experts.register_forward_pre_hook(lambda module, args: counts.extend(args[1].tolist()))
+    util.run_layer(layer, 16)
+    assert layer.token_dispatcher.dispatcher.config.expert_alignment > 1
+    assert all(count % layer.token_dispatcher.dispatcher.config.expert_alignment == 0 for count in counts)
+
+
+@case(ranks=(2,))
+def evaluation_without_gradients(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(ep=2)
+    x = torch.randn(4, 2, util.HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank()))
+    outputs = []
+    for dispatcher in ("alltoall", "deepep"):
+        layer = util.moe_layer(util.configure(dispatcher, **layout)).eval()
+        with torch.no_grad():
+            outputs.append(layer(x)[0])
+    util.assert_near("output", outputs[1], outputs[0])
+
+
+@case(ranks=(2,))
+def interleaved_micro_batches(group: dist.ProcessGroup) -> None:
+    """Two forwards before their backwards, in either order: pipeline schedules do that."""
+    util = _util()
+    layer = util.moe_layer(util.configure("deepep", **util.parallel(ep=2)))
+
+    def forward(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(6, 2, util.HIDDEN, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        return x, layer(x)[0]
+
+    alone = []
+    for seed in (1, 2):
+        x, output = forward(seed)
+        output.square().sum().backward()
+        alone.append(x.grad)
+    (x1, output1), (x2, output2) = forward(1), forward(2)
+    output1.square().sum().backward()
+    output2.square().sum().backward()
+    util.assert_near("first", x1.grad, alone[0])
+    util.assert_near("second", x2.grad, alone[1])
+
+
+@case(ranks=(2,))
+def expert_tensor_parallel(group: dist.ProcessGroup) -> None:
+    util = _util()
+    layout = util.parallel(tp=2, etp=2)
+    util.assert_same_layer(**layout)
+    util.assert_same_layer(moe_shared_expert_intermediate_size=24, moe_shared_expert_overlap=True, **layout)
+    util.assert_same_layer(moe_expert_capacity_factor=0.5, **layout)
+    util.assert_same_layer(moe_expert_capacity_factor=0.5, moe_pad_expert_input_to_capacity=True, **layout)
+
+
+@case(ranks=(4,))
+def expert_and_tensor_parallel(group: dist.ProcessGroup) -> None:
+    util = _util()
+    for layout in ({"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "ep": 2, "etp": 1}, {"tp": 2, "ep": 4, "etp": 1}):
+        util.assert_same_layer(moe_shared_expert_intermediate_size=24, **util.parallel(**layout))

@@ -1,0 +1,141 @@
+"""What the Megatron-Core cases share: models on a CPU, and the comparison of two dispatchers.
+
+Imported only by ranks: :func:`cpu.enable` changes ``torch.cuda`` for the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.integrations.megatron import cpu
+
+warnings.filterwarnings("ignore", module="megatron")
+cpu.enable()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+
+TOLERANCE = 1e-5
+HIDDEN, HEADS, EXPERTS, VOCAB, SEQUENCE, BATCH = 32, 4, 8, 64, 16, 2
+
+
+def parallel(tp: int = 1, ep: int = 1, etp: int = 1) -> dict[str, Any]:
+    """Set up Megatron's process groups, and give the configuration that goes with them."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
+    return {
+        "tensor_model_parallel_size": tp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+        "sequence_parallel": tp > 1,
+    }
+
+
+def configure(dispatcher: str, **options: Any) -> Any:
+    """A small MoE ``TransformerConfig``."""
+    defaults: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 1e-2,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.2,
+    }
+    return TransformerConfig(moe_token_dispatcher_type=dispatcher, **{**defaults, **cpu.CONFIG, **options})
+
+
+def moe_layer(config: Any) -> Any:
+    """A ``MoELayer`` with the local spec's submodules; the same weights on every call."""
+    model_parallel_cuda_manual_seed(11, force_reset_rng=True)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules.mlp
+    submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]
+    return MoELayer(config, submodules, layer_number=1)
+
+
+def gpt(config: Any) -> Any:
+    model_parallel_cuda_manual_seed(11, force_reset_rng=True)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, positions, attention mask and labels of this rank: counting sequences, easy to learn."""
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    start = torch.randint(VOCAB, (BATCH, 1), generator=generator)
+    tokens = (start + torch.arange(SEQUENCE + 1)) % VOCAB
+    mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    return tokens[:, :-1], torch.arange(SEQUENCE).expand(BATCH, -1), mask, tokens[:, 1:]
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_near(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Equal to ``TOLERANCE``, relative to the largest value."""
+    assert actual.shape == expected.shape, f"{name}: {list(actual.shape)} instead of {list(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype} instead of {expected.dtype}"
+    error = (actual - expected).abs().max() if actual.numel() else torch.tensor(0.0)
+    scale = expected.abs().max().clamp(min=1e-12) if actual.numel() else torch.tensor(1.0)
+    assert error <= TOLERANCE * scale, f"{name}: off by {error:g}, largest value {scale:g}"
+
+
+def run_layer(layer: Any, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Forward and backward of one layer on this rank's own input: everything a dispatcher could get wrong."""
+    layer.zero_grad()
+    generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    x = torch.randn(tokens, BATCH, HIDDEN, generator=generator, requires_grad=True)
+    grad = torch.randn(tokens, BATCH, HIDDEN, generator=generator)
+    output, bias = layer(x)
+    assert bias is None
+    output.backward(grad)
+    return {"output": output.detach(), "input gradient": x.grad, **gradients(layer)}
+
+
+def assert_same_layer(
+    tokens: int = SEQUENCE, build: Callable[[Any], Any] = moe_layer, after: dict[str, Any] | None = None, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """Compare a layer on ``deepep`` with one on ``alltoall``: outputs and all gradients, two batches.
+
+    ``after`` are options set on the validated configuration: those that Megatron-Core refuses on a CPU.
+    """
+    results = {}
+    for dispatcher in ("alltoall", "deepep"):
+        config = configure(dispatcher, **options)
+        for name, value in (after or {}).items():
+            setattr(config, name, value)
+        layer = build(config)
+        results[dispatcher] = [run_layer(layer, tokens, seed) for seed in (1, 2)]
+    assert type(layer.token_dispatcher).__name__ == "DeepEPTokenDispatcher"
+    assert layer.config.moe_token_dispatcher_type == "deepep"
+    for expected, actual in zip(results["alltoall"], results["deepep"]):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_near(name, actual[name], value)
+    assert any(value.abs().max() > 0 for name, value in results["deepep"][0].items() if "experts" in name)
+    return layer, results["deepep"][0]
+
+
+def copy_of(config: Any, **changes: Any) -> Any:
+    return dataclasses.replace(config, **changes)
