@@ -22,6 +22,8 @@ from deepep_moe.errors import ConfigError
 
 ENV_PREFIX = "DEEPEP_MOE_"
 ENV_CONFIG_FILE = ENV_PREFIX + "CONFIG"
+# Variables with our prefix that are no settings: the file above, and what setup.py and environment.sh read.
+_OTHER_VARIABLES = (ENV_CONFIG_FILE, ENV_PREFIX + "CUDA", ENV_PREFIX + "PYTHON")
 
 BackendName = Literal["auto", "collective", "nvlink"]
 
@@ -85,7 +87,7 @@ class DispatcherConfig:
                 merged[_known(key, str(path))] = _parse(key, value, str(path))
 
         for variable, text in env.items():
-            if variable.startswith(ENV_PREFIX) and variable != ENV_CONFIG_FILE:
+            if variable.startswith(ENV_PREFIX) and variable not in _OTHER_VARIABLES:
                 key = _known(variable[len(ENV_PREFIX) :].lower(), f"environment variable {variable}")
                 merged[key] = _parse(key, text, f"environment variable {variable}")
         return cls(**merged)

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -108,7 +109,7 @@ def check_case(module: str, ranks: int, name: str) -> None:
     assert errors[name] is None, errors[name]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _run_all(module: str, ranks: int) -> dict[str, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
@@ -130,6 +131,7 @@ def _main(module: str, results: str) -> None:
     world = dist.get_world_size()
     for name, function in cases_for(module, world).items():
         error: str | None = None
+        started = time.monotonic()
         try:
             function(dist.new_group(timeout=GROUP_TIMEOUT))
         except Exception:
@@ -137,6 +139,7 @@ def _main(module: str, results: str) -> None:
         errors: list[str | None] = [None] * world
         dist.all_gather_object(errors, error)
         if dist.get_rank() == 0:
+            print(f"{time.monotonic() - started:6.2f} s  {name}", flush=True)
             told = "\n".join(e for e in errors if e is not None) or None
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps([name, told]) + "\n")

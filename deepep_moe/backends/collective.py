@@ -228,7 +228,7 @@ class CollectiveBackend:
         columns = list(received.split(row_bytes, dim=1))
         recv_weights: Tensor | None = None
         if weights is not None:
-            recv_weights = columns.pop().contiguous().view(torch.float32)
+            recv_weights = _typed(columns.pop(), torch.float32)
             recv_weights = torch.where(plan.recv_topk_idx >= 0, recv_weights, 0.0)
         if grouped:
             used = (plan.row_recv >= 0).nonzero()[:, 0]
@@ -240,8 +240,8 @@ class CollectiveBackend:
                 row_weights[plan.recv_rows[placed].long()] = recv_weights[placed]
                 recv_weights = row_weights
         return Rows(
-            x=columns[0].contiguous().view(x.dtype),
-            scales=None if scales is None else columns[1].contiguous().view(scales.dtype),
+            x=_typed(columns[0], x.dtype),
+            scales=None if scales is None else _typed(columns[1], scales.dtype),
             weights=recv_weights,
         )
 
@@ -278,10 +278,10 @@ class CollectiveBackend:
 
         columns = back.split([part.shape[1] * part.element_size() for part in parts], dim=1)
         sent_tokens = self._sent_tokens(plan).split(send_counts)
-        tokens = self._sum_ranks(columns[0].contiguous().view(x.dtype), sent_tokens, plan.num_tokens, bias)
+        tokens = self._sum_ranks(_typed(columns[0], x.dtype), sent_tokens, plan.num_tokens, bias)
         if back_weights is None:
             return Tokens(tokens, None)
-        return Tokens(tokens, self._sum_ranks(columns[1].contiguous().view(torch.float32), sent_tokens, len(tokens)))
+        return Tokens(tokens, self._sum_ranks(_typed(columns[1], torch.float32), sent_tokens, len(tokens)))
 
     def _sum_ranks(
         self, back: Tensor, sent_tokens: tuple[Tensor, ...], num_tokens: int, bias: tuple[Tensor, ...] = ()
@@ -385,6 +385,12 @@ def _sum_routes(plan: Plan, rows: Tensor, weights: Tensor | None, apply_weights:
     carried = weights.new_zeros(plan.recv_rows.shape)
     carried[placed] = weights[plan.recv_rows[placed].long()]
     return total.to(rows.dtype), carried
+
+
+def _typed(column: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes cut out of packed rows as ``dtype``: copied where they do not start their own memory."""
+    whole = column.is_contiguous() and column.storage_offset() == 0
+    return (column if whole else column.clone(memory_format=torch.contiguous_format)).view(dtype)
 
 
 def _resize(rows: Tensor, length: int) -> Tensor:
