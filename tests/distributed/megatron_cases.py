@@ -133,8 +133,8 @@ def router_dtype(group: dist.ProcessGroup) -> None:
     layout = util.parallel(ep=2)
     for dtype in ("fp32", "fp64"):
         layer = util.assert_same_layer(moe_router_dtype=dtype, **layout)[0]
-        seen = []
-        layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[2].dtype))
+        seen: list[torch.dtype] = []
+        layer.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[2].dtype))
         util.run_layer(layer, 4)
         assert seen == [{"fp32": torch.float32, "fp64": torch.float64}[dtype]]
 
@@ -208,6 +208,31 @@ def interleaved_micro_batches(group: dist.ProcessGroup) -> None:
     output2.square().sum().backward()
     util.assert_near("first", x1.grad, alone[0])
     util.assert_near("second", x2.grad, alone[1])
+
+
+@case(ranks=(2,))
+def one_forward_one_backward_overlap(group: dist.ProcessGroup) -> None:
+    """Megatron's own fine-grained schedule: nodes with detached inputs, some of them freed after the forward."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    for shared in (None, 24):
+        model = util.gpt(util.configure("deepep", moe_shared_expert_intermediate_size=shared, **layout))
+        batches = [util.batch(step) for step in (1, 2, 3)]
+        expected_losses = []
+        for tokens, positions, mask, labels in batches:
+            loss = model(tokens, positions, mask, labels=labels)
+            loss.sum().backward()
+            expected_losses.append(loss.detach())
+        expected = {name: grad.clone() for name, grad in util.gradients(model).items()}
+
+        model.zero_grad()
+        losses = util.run_overlapped(model, batches)
+        for loss, expected_loss in zip(losses, expected_losses):
+            util.assert_near("loss", loss, expected_loss)
+        actual = util.gradients(model)
+        assert actual.keys() == expected.keys()
+        for name, grad in expected.items():
+            util.assert_near(name, actual[name], grad)
 
 
 @case(ranks=(2,))

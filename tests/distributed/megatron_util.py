@@ -5,7 +5,6 @@ Imported only by ranks: :func:`cpu.enable` changes ``torch.cuda`` for the proces
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +21,39 @@ cpu.enable()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.pipeline_parallel.utils import set_streams  # noqa: E402
+from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
 TOLERANCE = 1e-5
 HIDDEN, HEADS, EXPERTS, VOCAB, SEQUENCE, BATCH = 32, 4, 8, 64, 16, 2
+
+
+def _teach_gloo_unequal_splits() -> None:
+    """``alltoall`` gathers and reduces unequal parts over expert tensor parallel ranks, which gloo refuses."""
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(x: Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if output_split_sizes is None:
+            return gather(x, group, output_split_sizes, *args, **kwargs)
+        padded = torch.cat([x, x.new_zeros(max(output_split_sizes) - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes)])
+
+    def reduce_scatter_any(x: Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if input_split_sizes is None:
+            return reduce_scatter(x, group, input_split_sizes, *args, **kwargs)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+_teach_gloo_unequal_splits()
 
 
 def parallel(tp: int = 1, ep: int = 1, etp: int = 1) -> dict[str, Any]:
@@ -88,6 +114,20 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens[:, :-1], torch.arange(SEQUENCE).expand(BATCH, -1), mask, tokens[:, 1:]
 
 
+def run_overlapped(model: Any, batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Losses of the batches; the forward of each overlaps with the backward of the one before it."""
+    set_streams()
+    losses: list[Tensor] = []
+    before = None
+    for tokens, positions, mask, labels in batches:
+        plan = model.build_schedule_plan(tokens, positions, mask, labels=labels)
+        loss = type(plan).run(plan, before, b_grad=torch.ones_like(losses[-1]) if losses else None)
+        losses.append(loss.detach())
+        before = plan
+    type(before).run(None, before, b_grad=torch.ones_like(losses[-1]))
+    return losses
+
+
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
@@ -135,7 +175,3 @@ def assert_same_layer(
             assert_near(name, actual[name], value)
     assert any(value.abs().max() > 0 for name, value in results["deepep"][0].items() if "experts" in name)
     return layer, results["deepep"][0]
-
-
-def copy_of(config: Any, **changes: Any) -> Any:
-    return dataclasses.replace(config, **changes)
