@@ -151,7 +151,8 @@ class CudaBuild:
 
     def command(self, source: Path) -> list[str]:
         """Compiler call for one source, without its output."""
-        assert self.cuda_home is not None and self.pybind11 is not None
+        assert self.cuda_home is not None
+        assert self.pybind11 is not None
         common = ["-O3", "-std=c++17", f"-I{CSRC}"]
         common += [] if self.sm90 else ["-DDISABLE_SM90_FEATURES"]
         common += [] if self.aggressive_ptx else ["-DDISABLE_AGGRESSIVE_PTX_INSTRS"]

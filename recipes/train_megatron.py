@@ -14,10 +14,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional packages are missing is no news here
 
@@ -215,7 +216,7 @@ class DispatcherMeter:
     backward; permutation and padding count, since some dispatchers do in it what others do in the transfer.
     """
 
-    PHASES = {
+    PHASES: ClassVar = {
         "dispatch": ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess"),
         "combine": ("combine_preprocess", "token_combine", "combine_postprocess"),
     }
@@ -228,20 +229,26 @@ class DispatcherMeter:
             dispatcher = layer.token_dispatcher
             load = torch.zeros(layer.num_local_experts, dtype=torch.int64)
             self.loads.append(load)
-            count = self._counting(dispatcher.dispatch_postprocess, load)
-            dispatcher.dispatch_postprocess = count
+            dispatcher.dispatch_postprocess = self._counting(dispatcher.dispatch_postprocess, load)
             for phase, methods in self.PHASES.items():
                 for method in methods:
                     setattr(dispatcher, method, self.timer.timed(phase, getattr(dispatcher, method)))
 
-    @staticmethod
-    def _counting(postprocess: Callable[..., Any], load: Tensor) -> Callable[..., Any]:
+    def _counting(self, postprocess: Callable[..., Any], load: Tensor) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = postprocess(*args)
-            load.add_(result[1].detach().to(load.device, torch.int64))
+            if self.timer.active:
+                load.add_(result[1].detach().to(load.device, torch.int64))
             return result
 
         return call
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is measured: evaluation is no part of a training step."""
+        self.timer.active = False
+        yield
+        self.timer.active = True
 
     def report(self, elapsed: float) -> dict[str, float]:
         """Percent of ``elapsed`` seconds per phase (mean over ranks); busiest expert over the mean (mean over layers).
@@ -312,7 +319,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     )
     try:
         if not first:
-            loss = held_out_loss(model, text, data, train, world)
+            with meter.paused():
+                loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": 0, "held_out_loss": loss}, f"step {0:>5}  held-out loss {loss:.4f}")
         model.train()
         _train(model, optimizer, text, data, train, world, meter, journal, checkpoints, first)
@@ -337,7 +345,6 @@ def _train(
 ) -> None:
     """Steps ``first`` to ``train.steps``, with their logging, evaluation and checkpoints."""
     tokens_per_step = train.sequences * train.accumulate * data.sequence_length * world.size
-    meter.report(1.0)  # forget what the evaluation above took
     losses: list[Tensor] = []
     since = time.perf_counter()
     for step in range(first, train.steps):
@@ -359,11 +366,14 @@ def _train(
             )
             losses.clear()
             since = time.perf_counter()
+        paused = time.perf_counter()
         if done % train.evaluate_every == 0 or last:
-            loss = held_out_loss(model, text, data, train, world)
+            with meter.paused():
+                loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": done, "held_out_loss": loss}, f"step {done:>5}  held-out loss {loss:.4f}")
         if done % train.save_every == 0 or last:
             checkpoints.save(done, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        since += time.perf_counter() - paused
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -1,0 +1,109 @@
+"""The training recipe's gradients do not depend on how the experts are spread: run by test_recipe.py."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.launch import ROOT, case
+
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import common  # noqa: E402
+import train_megatron as recipe  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+
+EXPERTS, LENGTH, SEQUENCES = 8, 16, 3
+MODEL = {
+    "moe_token_dispatcher_type": "deepep",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "num_moe_experts": EXPERTS,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 48,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+}
+
+
+def build(world: common.World, expert_parallel: int) -> Any:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+    config = recipe.transformer_config(MODEL, world, expert_parallel)
+    return recipe.build_model(config, recipe.Gpt(), LENGTH, world)
+
+
+def global_name(name: str, expert_parallel: int) -> str:
+    """The name of a parameter with its expert's number among all experts."""
+    head, mark, tail = name.partition(".local_experts.")
+    if not mark:
+        return name
+    number, _, rest = tail.partition(".")
+    first = parallel_state.get_expert_model_parallel_rank() * EXPERTS // expert_parallel
+    return f"{head}{mark}{first + int(number)}.{rest}"
+
+
+def gradients_equal_those_of_one_process(expert_parallel: int) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    text = common.ByteText(common.read_text("python-docs"), LENGTH, seed=3)
+
+    # the truth: one process that holds all experts and sees the tokens of all ranks
+    whole = build(world, 1)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / world.size))
+    losses = []
+    for rank in range(world.size):
+        loss = recipe.loss_of(whole, *text.batch(0, rank, SEQUENCES))
+        (loss / world.size).backward()
+        losses.append(loss.item())
+    weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+    # an expert without tokens has no gradient there, and zeros after reduce_gradients
+    expected = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in whole.named_parameters()
+    }
+    expected_norm = torch.stack([gradient.square().sum() for gradient in expected.values()]).sum().sqrt()
+
+    spread = build(world, expert_parallel)
+    names = {name: global_name(name, expert_parallel) for name, _ in spread.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in spread.named_parameters():
+            parameter.copy_(weights[names[name]])
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    loss = recipe.loss_of(spread, *text.batch(0, world.rank, SEQUENCES))
+    torch.testing.assert_close(loss.item(), losses[world.rank], rtol=1e-5, atol=0)
+    loss.backward()
+    recipe.reduce_gradients(spread, world)
+
+    experts = [name for name, parameter in spread.named_parameters() if recipe.is_expert(parameter)]
+    assert bool(experts) == (expert_parallel > 1)
+    for name, parameter in spread.named_parameters():
+        difference = (parameter.grad - expected[names[name]]).norm()
+        assert difference <= 1e-5 * max(expected[names[name]].norm(), 1e-3), (name, difference)
+    torch.testing.assert_close(recipe.gradient_norm(spread), expected_norm, rtol=1e-5, atol=0)
+    parallel_state.destroy_model_parallel()
+
+
+@case(ranks=(2,))
+def data_parallel_only(group: dist.ProcessGroup) -> None:
+    gradients_equal_those_of_one_process(1)
+
+
+@case(ranks=(2, 4))
+def expert_parallel_over_all_ranks(group: dist.ProcessGroup) -> None:
+    gradients_equal_those_of_one_process(dist.get_world_size())
+
+
+@case(ranks=(4,))
+def two_copies_of_each_expert(group: dist.ProcessGroup) -> None:
+    gradients_equal_those_of_one_process(2)

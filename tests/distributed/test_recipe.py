@@ -1,0 +1,114 @@
+"""The Megatron-Core recipe: it learns, a resumed run continues exactly, its gradients are right, its errors readable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch import ROOT, all_cases, check_case, torchrun
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+if importlib.util.find_spec("megatron") is not None:
+    CASES = all_cases("tests.distributed.cases_recipe", ranks=(2, 4))
+else:
+    CASES = []
+
+SCRIPT = "recipes/train_megatron.py"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny.yaml, smaller: the shapes of a test."""
+    settings = yaml.safe_load((ROOT / "recipes/tiny.yaml").read_text())
+    settings["model"].update(hidden_size=32, moe_ffn_hidden_size=32)
+    settings["data"].update(sequence_length=32, held_out_windows=16)
+    settings["train"].update(
+        steps=STEPS, sequences=4, accumulate=2, warmup_steps=2, log_every=1, evaluate_every=4, save_every=4
+    )
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp("finished")
+    torchrun(2, SCRIPT, str(config), "--output", str(folder))
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    entries = metrics(folder)
+    return [(entry["step"], entry.get("train_loss", entry.get("held_out_loss", math.nan))) for entry in entries]
+
+
+def test_learns_and_reports(finished: Path) -> None:
+    held_out = [entry["held_out_loss"] for entry in metrics(finished) if "held_out_loss" in entry]
+    assert len(held_out) == 3
+    assert held_out[0] == pytest.approx(math.log(256), abs=0.5)  # it starts knowing nothing about bytes
+    assert held_out[0] > held_out[1] > held_out[2]
+
+    steps = [entry for entry in metrics(finished) if "train_loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
+    for entry in steps:
+        assert entry["tokens_per_second"] > 0
+        assert 0 < entry["dispatch_percent"] < 100
+        assert 0 < entry["combine_percent"] < 100
+        assert 1 <= entry["imbalance"] <= 8
+
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (finished / "checkpoints/step-0000008").iterdir()) == ["rank-0.pt", "rank-1.pt"]
+
+
+def test_resumed_run_equals_uninterrupted_run(finished: Path, config: Path, tmp_path: Path) -> None:
+    before = losses(finished)
+    # as if the run had been killed after its checkpoint of step 4: later files are there, but not complete
+    pointer = finished / "checkpoints/latest.json"
+    latest = json.loads(pointer.read_text())
+    assert latest["step"] == STEPS
+    pointer.write_text(json.dumps({**latest, "step": 4}))
+
+    output = torchrun(2, SCRIPT, str(config), "--output", str(finished), "--resume").stdout
+    assert "resumed after step 4" in output
+    assert losses(finished) == before
+
+
+def test_checkpoint_of_another_run_is_refused(finished: Path, config: Path) -> None:
+    command = [sys.executable, SCRIPT, str(config), "--output", str(finished), "--resume"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "written with processes = 2, this run has processes = 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.num_expert=4", "unknown key model.num_expert"),
+        ("train.expert_parallel=3", "train.expert_parallel = 3 does not divide the 1 processes"),
+    ],
+)
+def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, message: str) -> None:
+    command = [sys.executable, SCRIPT, str(config), "--output", str(tmp_path), "--set", setting]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_gradients_do_not_depend_on_expert_parallelism(ranks: int, name: str) -> None:
+    check_case("tests.distributed.cases_recipe", ranks, name)
