@@ -34,7 +34,8 @@ class Dispatched:
     weights: Tensor | None
     """[M] fp32: the routing weight of each row, 0 on padding; None when none were given."""
     tokens_per_expert: Tensor
-    """[L] int64 on the rows' device: rows of each group, padding included; they sum to M."""
+    """[L] int64 on the rows' device: rows of each group, padding included. They sum to M, in capacity mode to at
+    most M: the rows after the last group are zero."""
     tokens_per_expert_host: Tensor | None
     """[L] int64 on the CPU, the same numbers; None in capacity mode, where the host never learns them."""
     plan: Plan

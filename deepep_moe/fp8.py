@@ -20,12 +20,13 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.shape[1] % BLOCK:
         raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
-    blocks = x.float().view(x.shape[0], -1, BLOCK)
-    scales = blocks.abs().amax(2).clamp(min=_TINY) / E4M3_MAX
-    return (blocks / scales.unsqueeze(2)).view_as(x).to(torch.float8_e4m3fn), scales
+    blocks = x.float().reshape(x.shape[0], x.shape[1] // BLOCK, BLOCK)
+    largest = blocks.abs().amax(2).clamp(min=_TINY)
+    quantized = (blocks * (E4M3_MAX / largest).unsqueeze(2)).to(torch.float8_e4m3fn)
+    return quantized.view(x.shape), largest / E4M3_MAX
 
 
 def dequantize_e4m3(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_e4m3`, up to rounding: ``[M, H]`` in ``dtype``."""
-    blocks = x.float().view(x.shape[0], -1, BLOCK) * scales.unsqueeze(2)
+    blocks = x.float().view(x.shape[0], x.shape[1] // BLOCK, BLOCK) * scales.unsqueeze(2)
     return blocks.view_as(x).to(dtype)

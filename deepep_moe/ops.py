@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Backend, Plan
 from deepep_moe.errors import HandleError
-from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
+from deepep_moe.fp8 import dequantize_e4m3
 
 NO_LIMIT = -1
 
@@ -108,8 +108,7 @@ def dispatch(
     """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (``[0]`` without weights)."""
     engine, routing = _backend(backend), Plan.from_tensors(num_experts, alignment, plan)
     if fp8 and x.dtype == torch.bfloat16:
-        tokens, scales = quantize_e4m3(x)
-        sent = engine.dispatch(routing, tokens, scales=scales, weights=weights, grouped=True)
+        sent = engine.dispatch(routing, x, weights=weights, quantize=True, grouped=True)
         assert sent.scales is not None
         rows = dequantize_e4m3(sent.x, sent.scales, x.dtype)
     else:

@@ -25,6 +25,7 @@ from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
 from deepep_moe.backends.exchange import Exchange
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
+from deepep_moe.fp8 import quantize_e4m3
 
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
@@ -174,9 +175,7 @@ class CollectiveBackend:
         recv_rows[order] = row.to(torch.int32)
         row_recv = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
         row_recv[row] = (order // recv_topk_idx.shape[1]).to(torch.int32)
-        offsets = offsets.clamp(max=num_rows)
-        offsets[-1] = num_rows  # rows nobody uses pad the last group
-        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets)
+        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets.clamp(max=num_rows))
 
     def _count_only(self, num_tokens_per_expert: Tensor, experts_here: int, recv_topk_idx: Tensor) -> _Placed:
         """Without expert indices there are no expert rows, only how many tokens each expert would get."""
@@ -199,6 +198,7 @@ class CollectiveBackend:
         *,
         scales: Tensor | None = None,
         weights: Tensor | None = None,
+        quantize: bool = False,
         grouped: bool = False,
     ) -> Rows:
         exchange = self._open()
@@ -211,6 +211,10 @@ class CollectiveBackend:
                 check_shape("scales", scales, (tokens, None), self.device)
             if weights is not None:
                 check_shape("topk_weights", weights, (tokens, plan.num_topk), self.device, torch.float32)
+            if quantize:
+                if x.dtype != torch.bfloat16 or scales is not None:
+                    raise InputError("quantize", True, f"needs bfloat16 tokens without scales, x is {x.dtype}")
+                x, scales = quantize_e4m3(x)
         except DeepEPMoEError as error:
             problem = error
         if self.config.check_agreement:
@@ -219,6 +223,7 @@ class CollectiveBackend:
             raise problem
 
         send_counts, recv_counts = self._counts(plan)
+        x = x.detach()
         parts = [x] + [part for part in (scales, weights) if part is not None]
         packed = torch.cat([part.detach().contiguous().view(torch.uint8) for part in parts], dim=1)
         received = exchange.all_to_all("dispatch", packed[self._sent_tokens(plan)], send_counts, recv_counts)
