@@ -1,0 +1,53 @@
+// deepep_moe._C: the runtime as Python sees it. Typed in deepep_moe/_C.pyi.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "runtime/buffer.h"
+
+namespace py = pybind11;
+using deepep_moe::Buffer;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CUDA runtime of deepep_moe: one Buffer per rank and process group.";
+    m.attr("MAX_RANKS") = deepep_moe::kMaxRanks;
+    m.attr("MAX_TOPK") = deepep_moe::kMaxTopk;
+    m.attr("MAX_EXPERTS") = deepep_moe::kMaxExperts;
+#ifdef DISABLE_SM90_FEATURES
+    m.attr("SM90_FEATURES") = false;
+#else
+    m.attr("SM90_FEATURES") = true;
+#endif
+
+    py::class_<Buffer>(m, "Buffer")
+        .def(py::init<int, int, int, double, bool>(), py::arg("rank"), py::arg("num_ranks"), py::arg("device"),
+             py::arg("timeout_seconds"), py::arg("record_waits"))
+        .def_static("control_bytes", &Buffer::control_bytes)
+        .def_static("staging_bytes", &Buffer::staging_bytes)
+        .def("set_control", &Buffer::set_control)
+        .def("set_staging", &Buffer::set_staging)
+        .def("layout", &Buffer::layout)
+        .def("begin_plan", &Buffer::begin_plan)
+        .def("wait_plan",
+             [](Buffer& self) -> py::object {
+                 std::optional<deepep_moe::PlanNumbers> numbers;
+                 {
+                     py::gil_scoped_release release;
+                     numbers = self.wait_plan();
+                 }
+                 if (!numbers) return py::none();
+                 return py::make_tuple(numbers->num_recv, numbers->num_rows, numbers->max_tokens);
+             })
+        .def("copy_expert_counts", &Buffer::copy_expert_counts)
+        .def("finish_plan", &Buffer::finish_plan)
+        .def("set_route", &Buffer::set_route)
+        .def("dispatch", &Buffer::dispatch)
+        .def("combine", &Buffer::combine)
+        .def("take_failure",
+             [](Buffer& self) -> py::object {
+                 const auto report = self.take_failure();
+                 if (!report) return py::none();
+                 return py::make_tuple(report->failure, report->phase, report->peer, report->field, report->expected,
+                                       report->seen);
+             })
+        .def("wait_seconds", &Buffer::wait_seconds);
+}

@@ -1,0 +1,66 @@
+// Single instructions that CUDA C++ has no spelling for, and the two memory orders that ranks talk with.
+#pragma once
+
+#include <cstdint>
+
+namespace deepep_moe {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// Rows are streamed: read once and written once, so neither side should evict what L1 holds.
+__device__ __forceinline__ int4 load_streaming(const int4* p) {
+    int4 v;
+#ifdef DISABLE_AGGRESSIVE_PTX_INSTRS
+    v = *p;
+#else
+    asm volatile("ld.global.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+#endif
+    return v;
+}
+
+__device__ __forceinline__ void store_streaming(int4* p, int4 v) {
+#ifdef DISABLE_AGGRESSIVE_PTX_INSTRS
+    *p = v;
+#else
+    asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_streaming(int2* p, int2 v) {
+#ifdef DISABLE_AGGRESSIVE_PTX_INSTRS
+    *p = v;
+#else
+    asm volatile("st.global.L1::no_allocate.v2.s32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+#endif
+}
+
+// Acquire / release at system scope: what a rank wrote before the release is seen by whoever acquires the value.
+__device__ __forceinline__ int load_acquire_system(const int* p) {
+    int v;
+    asm volatile("ld.acquire.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_release_system(int* p, int v) {
+    asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ int load_relaxed_system(const int* p) {
+    int v;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
+// Nanoseconds of a clock that all multiprocessors share.
+__device__ __forceinline__ uint64_t global_nanoseconds() {
+    uint64_t t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+
+}  // namespace deepep_moe

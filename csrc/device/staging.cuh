@@ -1,0 +1,77 @@
+// Where a row in flight lies in the memory of its destination.
+#pragma once
+
+#include "kernels/args.h"
+
+namespace deepep_moe {
+
+__device__ __forceinline__ char* staged_row(const Runtime& rt, const Staging& staging, int epoch, int owner, int source,
+                                            int slot, int pitch) {
+    // A rank's own rows are never staged: the other R - 1 sources share the memory.
+    int region = source - owner - 1;
+    if (region < 0) region += rt.num_ranks;
+    return staging.base[owner] + staging.data_offset + (epoch & 1) * staging.data_bytes +
+           (static_cast<int64_t>(region) * staging.max_tokens + slot) * pitch;
+}
+
+__device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& staging, int epoch, int owner, int source,
+                                             int slot) {
+    return reinterpret_cast<int*>(staging.base[owner]) +
+           (static_cast<int64_t>(epoch & 1) * rt.num_ranks + source) * staging.max_tokens + slot;
+}
+
+// The rows that this rank received, by source; lane r of a warp knows about source r.
+struct Received {
+    int start, count;  // of this lane's source
+    int most;          // rows of any peer, at most
+    int own_start, own_count;
+
+    __device__ __forceinline__ Received(const Runtime& rt, const int* rank_prefix) {
+        const int lane = threadIdx.x % kWarpSize;
+        start = count = 0;
+        if (lane < rt.num_ranks) {
+            start = lane > 0 ? rank_prefix[(lane - 1) * rt.num_ranks + rt.rank] : 0;
+            count = rank_prefix[lane * rt.num_ranks + rt.rank] - start;
+        }
+        own_start = __shfl_sync(kFullMask, start, rt.rank);
+        own_count = __shfl_sync(kFullMask, count, rt.rank);
+        most = lane == rt.rank ? 0 : count;
+#pragma unroll
+        for (int d = kWarpSize / 2; d > 0; d /= 2) most = max(most, __shfl_xor_sync(kFullMask, most, d));
+    }
+
+    // Items that enumerate the peers' rows, one of each peer in turn; some stand for no row.
+    __device__ __forceinline__ int items(const Runtime& rt) const { return most * (rt.num_ranks - 1); }
+
+    struct Row {
+        int source, slot, index;  // index < 0: no row
+    };
+    __device__ __forceinline__ Row at(const Runtime& rt, int item) const {
+        const int peers = rt.num_ranks - 1;
+        Row row;
+        row.slot = item / peers;
+        row.source = (rt.rank + 1 + item % peers) % rt.num_ranks;
+        const int first = __shfl_sync(kFullMask, start, row.source);
+        const bool exists = row.slot < __shfl_sync(kFullMask, count, row.source);
+        row.index = exists ? first + row.slot : -1;
+        return row;
+    }
+};
+
+// Warps take work one item at a time, each asking for the next item while it works on the current one.
+struct WorkQueue {
+    int* counter;
+    int next;
+
+    __device__ __forceinline__ explicit WorkQueue(int* counter) : counter(counter) { fetch(); }
+    __device__ __forceinline__ void fetch() {
+        if (threadIdx.x % kWarpSize == 0) next = atomicAdd(counter, 1);
+    }
+    __device__ __forceinline__ int take() {
+        const int item = __shfl_sync(kFullMask, next, 0);
+        fetch();
+        return item;
+    }
+};
+
+}  // namespace deepep_moe

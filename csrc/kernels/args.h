@@ -1,0 +1,205 @@
+// What kernels take: one struct each, plain pointers and sizes, filled in one place (runtime/buffer.cpp).
+//
+// Symbols in shapes are those of deepep_moe/backends/base.py: T tokens, K top-k, R ranks, E experts, L local
+// experts, N received rows, M expert rows. All arrays are row-major and contiguous unless a stride is given.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace deepep_moe {
+
+constexpr int kMaxRanks = 32;  // one lane of a warp per rank
+constexpr int kMaxTopk = 32;   // one lane of a warp per route of a token
+constexpr int kMaxExperts = 1024;
+constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
+constexpr int kTileTokens = 64;    // and tokens at most
+
+// Tokens of one tile: blocks of the plan kernels cut the batch alike.
+inline __host__ __device__ int tile_tokens(int num_topk) {
+    const int fit = kTileEntries / (num_topk > 0 ? num_topk : 1);
+    return fit < kTileTokens ? fit : kTileTokens;
+}
+
+enum Phase : int { kPlanCounts, kPlanPlaces, kDispatchStart, kDispatchRows, kCombineStart, kCombineRows };
+
+enum Failure : int {
+    kNoFailure,
+    kTimeout,        // peer, phase, expected, seen
+    kPeerFailed,     // peer: it reported a failure of its own; phase is where this rank was
+    kMismatch,       // peer, field (PeerCounts::Field or an Operation::Field), expected = own value, seen = the peer's
+    kBadExpert,      // peer: whose; expected = number of experts, seen = the index (0 when it is a peer's)
+    kRecvOverflow,   // expected = rows there is room for, seen = rows that came (rank layout)
+    kRowsOverflow,   // the same in expert layout
+    kStaging,        // expected = tokens per rank that staging holds, seen = tokens of a rank
+};
+
+// What ranks tell each other about one batch before any row moves.
+struct PeerCounts {
+    // What ranks must agree on, then what they may differ in.
+    enum Field : int { kNumExperts, kNumTopk, kAlignment, kNumAgreed, kNumTokens = kNumAgreed, kBadInput, kNumFields };
+    int header[8];
+    int tokens_to_rank[kMaxRanks];
+    int routes_to_expert[kMaxExperts];
+};
+
+// What ranks must agree on in every dispatch and combine.
+struct Operation {
+    enum Field : int { kKind = PeerCounts::kNumFields, kRowBytes };  // numbered after PeerCounts::Field
+    int kind;       // enum Phase of its start, plus 1 << 8 in expert layout
+    int row_bytes;  // of a staged row
+};
+
+// Symmetric memory that never grows: written by peers, read by its owner.
+struct Control {
+    int entered[kMaxRanks];  // [source] epoch of the last dispatch or combine that the peer has started
+    int counted[kMaxRanks];  // [source] epoch of the last plan whose counts below are complete
+    int placed[kMaxRanks];   // [source] epoch of the last plan whose places in staging are complete
+    int failed[kMaxRanks];   // [source] not 0: the peer gave up
+    Operation operation[2][kMaxRanks];  // [data epoch % 2][source]
+    PeerCounts counts[2][kMaxRanks];    // [plan epoch % 2][source]
+};
+
+// Device memory of this rank alone. Counters live here, not in launch arguments, so that a captured graph can be
+// replayed; the last block of a kernel advances them.
+struct LocalState {
+    int plan_epoch;
+    int data_epoch;  // dispatches and combines so far
+    int blocks_done;
+    int next_item;   // work the receiving warps of the running kernel take one by one
+    int bad_input;
+    int failed;
+    unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
+};
+
+// Pinned host memory, written by the device.
+struct HostStatus {
+    int plan_ticket;  // ticket of the last plan whose numbers below are complete
+    int num_recv;     // N
+    int num_rows;     // M
+    int max_tokens;   // most tokens of any rank
+    int expert_counts[kMaxExperts];  // [L]
+    int failure;      // enum Failure; the rest says more
+    int phase, peer, field, expected, seen;
+};
+
+// Symmetric memory for rows in flight, grown when a batch needs more (collectively).
+//   arrived [2][R][max_tokens] int: epoch of the row that lies in the slot
+//   places  [R][max_tokens][1 + 2 * K] int: token at its source; local expert per route; expert row per route
+//   data    [2][R - 1][max_tokens] rows of `pitch` bytes: the row, its scales, its weights
+struct Staging {
+    char* base[kMaxRanks];  // [rank] as mapped here
+    int max_tokens;
+    int64_t places_offset;
+    int64_t data_offset;
+    int64_t data_bytes;  // of one of the two halves
+};
+
+struct Runtime {
+    int rank, num_ranks;
+    Control* control[kMaxRanks];  // [rank] as mapped here
+    LocalState* local;
+    HostStatus* status;
+    uint64_t timeout_nanoseconds;
+    bool record_waits;
+};
+
+// Where tokens go, counted per tile so that later kernels can place them.
+struct LayoutArgs {
+    Runtime runtime;
+    const int64_t* topk_idx;         // [T, K]
+    const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
+    int num_tokens, num_topk, num_experts, num_ranks;
+    int* tile_ranks;                 // [tiles, R] or null
+    int* tile_experts;               // [tiles, E] or null
+    int* num_tokens_per_rank;        // [R] zeroed, or null
+    int* num_tokens_per_node;        // [nodes] zeroed, or null
+    int ranks_per_node;
+    int* num_tokens_per_expert;      // [E] zeroed, or null
+    bool* is_token_in_rank;          // [T, R] or null
+};
+
+struct PlanArgs {
+    Runtime runtime;
+    Staging staging;
+    const int64_t* topk_idx;       // [T, K]
+    const bool* given_membership;  // [T, R] or null
+    const int* given_expert_counts;  // [E] or null: used when K = 0
+    int num_tokens, num_topk, num_experts, alignment;
+    int ticket;                    // not 0: publish the counts to the host under this number
+    int* tile_ranks;               // [tiles, R] counts, then exclusive sums
+    int* tile_experts;             // [tiles, E] counts, then exclusive sums
+    int* row_base;                 // [E] expert row at its owner of this rank's first route to the expert
+    int max_recv, max_rows;        // room in the outputs below
+    int* send_slot;                // [T, R]
+    int* rank_prefix;              // [R, R]
+    int64_t* recv_topk_idx;        // [max_recv, K]
+    int* recv_src_idx;             // [max_recv]
+    int* recv_rows;                // [max_recv, K]
+    int* row_recv;                 // [max_rows]
+    int64_t* expert_counts;        // [L]
+    int64_t* expert_offsets;       // [L + 1]
+};
+
+// The part of a plan that moving rows needs.
+struct Route {
+    int num_tokens, num_topk;
+    int max_recv, max_rows;
+    const int* send_slot;     // [T, R]
+    const int* rank_prefix;   // [R, R]
+    const int64_t* recv_topk_idx;  // [N, K]
+    const int* recv_src_idx;  // [N]
+    const int* recv_rows;     // [N, K]
+    const int* row_recv;      // [M]
+    bool grouped;             // expert layout, else rank layout
+};
+
+// 4-byte scales beside rows, with any strides (in elements).
+struct Scales {
+    int* data;  // null: none
+    int64_t row_stride, channel_stride;
+    int count;  // per row
+};
+
+struct DispatchArgs {
+    Runtime runtime;
+    Staging staging;
+    Route route;
+    int row_bytes;  // as sent
+    int pitch;      // bytes of a staged row: row, scales, weights, rounded up to 16
+    const char* x;  // [T] rows of row_bytes; when quantising, rows of 2 * row_bytes
+    Scales scales;
+    const float* weights;  // [T, K] or null
+    char* out;             // [N or M] rows of row_bytes
+    Scales out_scales;
+    float* out_weights;    // [N, K] or [M], or null
+    int num_send_blocks;
+};
+
+struct CombineArgs {
+    Runtime runtime;
+    Staging staging;
+    Route route;
+    int row_bytes;
+    int pitch;             // bytes of a staged row: row, weights, rounded up to 16
+    const char* x;         // [N or M] rows
+    const float* weights;  // [N, K] or [M], or null
+    bool apply_weights;    // multiply them into the rows (expert layout) ...
+    bool carry_weights;    // ... or send them home beside the rows; neither without weights
+    const char* bias[2];   // [T] rows each, or null
+    char* out;             // [T] rows
+    float* out_weights;    // [T, K] when weights are carried
+    int num_send_blocks;
+};
+
+enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
+
+// Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
+cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
+cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
+
+}  // namespace deepep_moe

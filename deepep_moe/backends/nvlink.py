@@ -1,0 +1,491 @@
+"""One NVLink domain, our kernels: peers write each other's memory, the host only launches.
+
+How one batch travels (csrc/kernels has the device side of each step):
+
+* :meth:`NVLinkBackend.plan` counts tokens, exchanges the counts through peer memory and places every row. The host
+  waits once, for the numbers that size the outputs; with ``max_recv`` it does not wait and can be captured.
+* :meth:`NVLinkBackend.dispatch` and :meth:`NVLinkBackend.combine` are one kernel each. Rows in flight lie in
+  staging, double-buffered by epoch, so no barrier separates calls.
+
+Kernels never wait longer than ``timeout_seconds``; what went wrong is in pinned memory and raised by the next call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
+from deepep_moe.backends.checks import (
+    check_combine,
+    check_dispatch,
+    check_plan_inputs,
+    check_topk_idx,
+)
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import (
+    CapacityError,
+    DeepEPMoEError,
+    HandleError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+    RankMismatchError,
+)
+from deepep_moe.peer_memory import PeerMemory
+
+try:
+    from deepep_moe import _C
+except ImportError as error:  # not built, or for another Python
+    _missing: str | None = f"the CUDA extension is not there ({error}); install with nvcc in PATH to build it"
+else:
+    _missing = None
+
+_log = logging.getLogger(__name__)
+
+_VECTOR_BYTES = 16  # kernels move rows in units of this
+_CHANNELS_PER_SCALE = 128
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
+
+# enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
+_TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING = range(1, 8)
+_PHASES = (
+    "plan (exchanging counts)",
+    "plan (placing rows)",
+    "dispatch (start)",
+    "dispatch (rows)",
+    "combine (start)",
+    "combine (rows)",
+)
+_FIELDS = ("num_experts", "top-k", "expert alignment", "number of tokens", "validity", "operation", "staged row bytes")
+
+
+class NVLinkBackend:
+    """:class:`~deepep_moe.backends.base.Backend` for GPUs that reach each other's memory.
+
+    Args:
+        group: the expert-parallel process group, of any kind and any members; it is used only to set up.
+        device: this rank's GPU.
+        config: ``num_sms``, ``max_tokens_per_rank``, ``timeout_seconds`` and ``debug_waits`` apply.
+    """
+
+    name = "nvlink"
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
+        self.group, self.device, self.config = group, device, config
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._runtime: _C.Buffer | None = _C.Buffer(
+            self.rank, self.world_size, device.index, config.timeout_seconds, config.debug_waits
+        )
+        self._control: PeerMemory | None = PeerMemory(group, device, _C.Buffer.control_bytes())
+        self._runtime.set_control(self._control.addresses)
+        self._staging: PeerMemory | None = None
+        self._staging_tokens = self._staging_topk = self._staging_pitch = 0
+        self._last_stream: torch.cuda.Stream | None = None
+
+    @staticmethod
+    def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        """The reason this rank cannot use the backend, or None. Collective."""
+        ranks = dist.get_world_size(group)
+        places: list[tuple[str, int]] = [("", 0)] * ranks
+        dist.all_gather_object(places, (_host_id(), device.index), group=group)
+        if _missing is not None:
+            return _missing
+        if ranks > _C.MAX_RANKS:
+            return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
+        elsewhere = sorted({host for host, _ in places if host != places[dist.get_rank(group)][0]})
+        if elsewhere:
+            return "ranks of the group are on several hosts"
+        for peer, (_, index) in enumerate(places):
+            # Under CUDA_VISIBLE_DEVICES a peer's GPU may have no index here; then mapping its memory is the test.
+            if index < torch.cuda.device_count() and index != device.index:
+                if not torch.cuda.can_device_access_peer(device, index):
+                    return f"{device} has no peer access to cuda:{index} of rank {peer}"
+        return None
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+        runtime = self._open()
+        check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
+        self._check_limits(num_experts, topk_idx.shape[1])
+        topk_idx = topk_idx.to(torch.int64).contiguous()
+        tokens, topk = topk_idx.shape
+        counts = torch.zeros(self.world_size + num_experts, dtype=torch.int32, device=self.device)
+        per_rank, per_expert = counts.split([self.world_size, num_experts])
+        in_rank = torch.empty((tokens, self.world_size), dtype=torch.bool, device=self.device)
+        runtime.layout(
+            topk_idx.data_ptr(),
+            tokens,
+            topk,
+            num_experts,
+            self.world_size,
+            per_rank.data_ptr(),
+            0,
+            per_expert.data_ptr(),
+            in_rank.data_ptr(),
+            torch.cuda.current_stream(self.device).cuda_stream,
+        )
+        return Layout(per_rank, None, per_expert, in_rank)
+
+    def plan(
+        self,
+        topk_idx: Tensor | None,
+        num_experts: int,
+        *,
+        alignment: int = 1,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        max_recv: int | None = None,
+        max_rows: int | None = None,
+    ) -> Plan:
+        runtime = self._open()
+        check_plan_inputs(
+            topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
+        )
+        if topk_idx is not None:
+            tokens, topk = topk_idx.shape
+            topk_idx = topk_idx.to(torch.int64).contiguous()
+        else:
+            assert is_token_in_rank is not None
+            tokens, topk = is_token_in_rank.shape[0], 0
+            topk_idx = torch.empty((tokens, 0), dtype=torch.int64, device=self.device)
+        self._check_limits(num_experts, topk)
+        if is_token_in_rank is not None:
+            is_token_in_rank = is_token_in_rank.contiguous()
+        local_experts = num_experts // self.world_size
+        stream = self._enter_stream()
+
+        rank_prefix = self._int32(self.world_size, self.world_size)
+        expert_counts = torch.empty(2 * local_experts + 1, dtype=torch.int64, device=self.device)
+        expert_counts, expert_offsets = expert_counts.split([local_experts, local_experts + 1])
+        wait = max_recv is None
+        if not wait:
+            # All ranks size staging alike without asking each other: by the configured maximum.
+            self._reserve(max(self.config.max_tokens_per_rank, self._staging_tokens, tokens), topk, 0)
+        runtime.begin_plan(
+            topk_idx.data_ptr(),
+            0 if is_token_in_rank is None else is_token_in_rank.data_ptr(),
+            0 if num_tokens_per_expert is None else num_tokens_per_expert.data_ptr(),
+            tokens,
+            topk,
+            num_experts,
+            alignment,
+            rank_prefix.data_ptr(),
+            expert_counts.data_ptr(),
+            expert_offsets.data_ptr(),
+            wait,
+            max_recv or 0,
+            max_rows or 0,
+            stream,
+        )
+        counts_host: Tensor | None = None
+        if wait:
+            numbers = runtime.wait_plan()
+            self.check()
+            if numbers is None:
+                raise PeerTimeoutError(
+                    f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; "
+                    "something before it on this GPU does not end"
+                )
+            max_recv, max_rows, max_tokens = numbers
+            max_rows = max_rows if topk else 0
+            self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
+            counts_host = torch.empty(local_experts, dtype=torch.int64)
+            runtime.copy_expert_counts(counts_host.data_ptr(), local_experts)
+        assert max_recv is not None
+        max_rows = max_rows or 0
+
+        send_slot = self._int32(tokens, self.world_size)
+        recv_topk_idx = torch.empty((max_recv, topk), dtype=torch.int64, device=self.device)
+        recv_src_idx, recv_rows = self._int32(max_recv), self._int32(max_recv, topk)
+        row_recv = self._int32(max_rows)
+        runtime.finish_plan(
+            send_slot.data_ptr(),
+            recv_topk_idx.data_ptr(),
+            recv_src_idx.data_ptr(),
+            recv_rows.data_ptr(),
+            row_recv.data_ptr(),
+            max_recv,
+            max_rows,
+            stream,
+        )
+        return Plan(
+            num_experts,
+            alignment,
+            topk_idx,
+            send_slot,
+            rank_prefix,
+            recv_topk_idx,
+            recv_src_idx,
+            recv_rows,
+            row_recv,
+            expert_counts,
+            expert_offsets,
+            counts_host,
+        )
+
+    # -- moving rows ---------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        scales: Tensor | None = None,
+        weights: Tensor | None = None,
+        quantize: bool = False,
+        grouped: bool = False,
+    ) -> Rows:
+        runtime = self._open()
+        check_dispatch(plan, x, scales, weights, quantize, grouped, self.world_size, self.device)
+        x = x.contiguous()
+        hidden = x.shape[1]
+        num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
+        out_dtype = torch.float8_e4m3fn if quantize else x.dtype
+        row_bytes = self._row_bytes("x", x, out_dtype)
+        pitch = _pitch(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
+        stream = self._enter_stream()
+        self._reserve(self._staging_tokens, plan.num_topk, pitch)
+
+        count = plan.num_rows if grouped else plan.num_recv
+        out = torch.empty((count, hidden), dtype=out_dtype, device=self.device)
+        out_scales = out_weights = None
+        if num_scales:
+            kind = torch.float32 if scales is None else scales.dtype
+            # Column-major, as block-scaled GEMMs load them: the scales of one channel block lie together.
+            if scales is not None and scales.stride(1) == 1:
+                out_scales = torch.empty((count, num_scales), dtype=kind, device=self.device)
+            else:
+                out_scales = torch.empty((num_scales, _pitch(4 * count) // 4), dtype=kind, device=self.device).t()[:count]
+        if weights is not None:
+            weights = weights.contiguous()
+            shape = (count,) if grouped else (count, plan.num_topk)
+            out_weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+
+        self._set_route(plan, grouped)
+        blocks = self.config.num_sms or self.num_sms
+        runtime.dispatch(
+            x.data_ptr(),
+            row_bytes,
+            pitch,
+            quantize,
+            0 if scales is None else scales.data_ptr(),
+            0 if scales is None else scales.stride(0),
+            0 if scales is None else scales.stride(1),
+            num_scales,
+            0 if weights is None else weights.data_ptr(),
+            out.data_ptr(),
+            0 if out_scales is None else out_scales.data_ptr(),
+            0 if out_scales is None else out_scales.stride(0),
+            0 if out_scales is None else out_scales.stride(1),
+            0 if out_weights is None else out_weights.data_ptr(),
+            blocks,
+            _dispatch_send_blocks(blocks, self.world_size),
+            stream,
+        )
+        return Rows(out, out_scales, out_weights)
+
+    def combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        *,
+        weights: Tensor | None = None,
+        apply_weights: bool = False,
+        bias: tuple[Tensor, ...] = (),
+        grouped: bool = False,
+    ) -> Tokens:
+        runtime = self._open()
+        check_combine(plan, x, weights, apply_weights, bias, grouped, self.world_size, self.device)
+        x = x.contiguous()
+        carry = weights is not None and not apply_weights
+        row_bytes = self._row_bytes("x", x, x.dtype)
+        pitch = _pitch(row_bytes + (4 * plan.num_topk if carry else 0))
+        stream = self._enter_stream()
+        self._reserve(self._staging_tokens, plan.num_topk, pitch)
+
+        out = torch.empty((plan.num_tokens, x.shape[1]), dtype=x.dtype, device=self.device)
+        out_weights = None
+        if weights is not None:
+            weights = weights.contiguous()
+        if carry:
+            out_weights = torch.empty((plan.num_tokens, plan.num_topk), dtype=torch.float32, device=self.device)
+        added = [b.contiguous() for b in bias]
+        self._set_route(plan, grouped)
+        blocks = self.config.num_sms or self.num_sms
+        runtime.combine(
+            x.data_ptr(),
+            _DTYPE_CODES[x.dtype],
+            row_bytes,
+            pitch,
+            0 if weights is None else weights.data_ptr(),
+            apply_weights,
+            carry,
+            added[0].data_ptr() if added else 0,
+            added[1].data_ptr() if len(added) > 1 else 0,
+            out.data_ptr(),
+            0 if out_weights is None else out_weights.data_ptr(),
+            blocks,
+            _combine_send_blocks(blocks, self.world_size),
+            stream,
+        )
+        return Tokens(out, out_weights)
+
+    def _set_route(self, plan: Plan, grouped: bool) -> None:
+        self._open().set_route(
+            plan.num_tokens,
+            plan.num_topk,
+            plan.num_recv,
+            plan.num_rows,
+            plan.send_slot.data_ptr(),
+            plan.rank_prefix.data_ptr(),
+            plan.recv_topk_idx.data_ptr(),
+            plan.recv_src_idx.data_ptr(),
+            plan.recv_rows.data_ptr(),
+            plan.row_recv.data_ptr(),
+            grouped,
+        )
+
+    # -- memory and streams --------------------------------------------------------------------------------------
+
+    def _reserve(self, tokens: int, topk: int, pitch: int) -> None:
+        """Make staging hold ``tokens`` per rank, ``topk`` places and rows of ``pitch`` bytes. Collective if it grows.
+
+        All ranks come to the same answer: the numbers are exchanged by the plan or equal by contract.
+        """
+        if tokens <= self._staging_tokens and topk <= self._staging_topk and pitch <= self._staging_pitch:
+            return
+        tokens = max(tokens, self._staging_tokens, 1)
+        topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
+        num_bytes, _ = _C.Buffer.staging_bytes(self.world_size, tokens, topk, pitch)
+        if torch.cuda.is_current_stream_capturing():
+            raise CapacityError(
+                f"staging must grow to {num_bytes} bytes ({tokens} tokens per rank, rows of {pitch} bytes), which a "
+                "CUDA graph cannot capture: set max_tokens_per_rank and run once before capturing"
+            )
+        torch.cuda.synchronize(self.device)  # kernels still read the old staging
+        self._staging = None
+        try:
+            self._staging = PeerMemory(self.group, self.device, num_bytes)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"no memory for {num_bytes} bytes of staging ({tokens} tokens per rank, rows of {pitch} bytes)"
+            ) from error
+        self._open().set_staging(self._staging.addresses, tokens, topk, num_bytes)
+        self._staging_tokens, self._staging_topk, self._staging_pitch = tokens, topk, pitch
+        _log.info("deepep_moe: nvlink staging is %d bytes: %d tokens per rank, rows of %d bytes", num_bytes, tokens, pitch)
+
+    def _enter_stream(self) -> int:
+        """The current stream, made to follow the last one used: kernels of one backend share staging."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and stream != self._last_stream:
+            if not torch.cuda.is_current_stream_capturing():
+                stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+        return stream.cuda_stream
+
+    def _int32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=self.device)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        failure = self._runtime.take_failure() if self._runtime is not None else None
+        if failure is not None:
+            raise self._error(*failure)
+
+    def close(self) -> None:
+        if self._runtime is None:
+            return
+        if self.config.debug_waits:
+            self.print_waits()
+        torch.cuda.synchronize(self.device)
+        self._runtime = self._control = self._staging = None
+
+    def print_waits(self) -> None:
+        """Print how long this rank's warps waited for each rank, in milliseconds (``config.debug_waits``)."""
+        waits = ", ".join(f"rank {r}: {s * 1e3:.3f} ms" for r, s in enumerate(self._open().wait_seconds()))
+        print(f"deepep_moe: rank {self.rank} waited (summed over warps) for {waits}", flush=True)
+
+    def _open(self) -> _C.Buffer:
+        if self._runtime is None:
+            raise HandleError("this backend was closed; make a new dispatcher or Buffer")
+        self.check()
+        return self._runtime
+
+    def _check_limits(self, num_experts: int, topk: int) -> None:
+        if topk > _C.MAX_TOPK:
+            raise InputError("topk_idx", f"top-k {topk}", f"the nvlink backend serves at most {_C.MAX_TOPK}")
+        if num_experts > _C.MAX_EXPERTS:
+            raise InputError("num_experts", num_experts, f"the nvlink backend serves at most {_C.MAX_EXPERTS}")
+
+    def _row_bytes(self, argument: str, x: Tensor, dtype: torch.dtype) -> int:
+        row_bytes = x.shape[1] * dtype.itemsize
+        if row_bytes % _VECTOR_BYTES:
+            raise InputError(
+                argument,
+                f"shape {tuple(x.shape)} as {dtype}",
+                f"a row of {row_bytes} bytes must be a multiple of {_VECTOR_BYTES} bytes on the nvlink backend",
+            )
+        return row_bytes
+
+    def _error(self, failure: int, phase: int, peer: int, field: int, expected: int, seen: int) -> DeepEPMoEError:
+        where = _PHASES[phase]
+        if failure == _TIMEOUT:
+            return PeerTimeoutError(
+                f"rank {self.rank} waited {self.config.timeout_seconds:g} s for rank {peer} in {where}: "
+                f"it is at step {seen}, step {expected} was expected. Destroy this buffer or dispatcher."
+            )
+        if failure == _PEER_FAILED:
+            return PeerError(
+                f"rank {peer} gave up (its own error says why) while rank {self.rank} was in {where}. "
+                "Destroy this buffer or dispatcher."
+            )
+        if failure == _MISMATCH:
+            return RankMismatchError(
+                f"{_FIELDS[field]} differs between ranks in {where}: {expected} on rank {self.rank}, {seen} on rank {peer}"
+            )
+        if failure == _BAD_EXPERT and peer == self.rank:
+            return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}")
+        if failure == _BAD_EXPERT:
+            return PeerError(f"rank {peer} gave an expert index that is out of range in {where}; its own error says which")
+        if failure == _STAGING:
+            needed, _ = _C.Buffer.staging_bytes(self.world_size, seen, self._staging_topk, self._staging_pitch)
+            return CapacityError(
+                f"a rank has {seen} tokens, staging holds {expected} per rank: {needed} bytes are needed; "
+                "set max_tokens_per_rank"
+            )
+        what, setting = ("received tokens", "max_recv") if failure == _RECV_OVERFLOW else ("expert rows", "max_rows")
+        return CapacityError(
+            f"rank {self.rank} needs room for {seen} {what}, but {setting} = {expected}: rows beyond it were dropped"
+        )
+
+
+def _pitch(num_bytes: int) -> int:
+    return -(-num_bytes // _VECTOR_BYTES) * _VECTOR_BYTES
+
+
+def _dispatch_send_blocks(blocks: int, ranks: int) -> int:
+    """Blocks that send first. A third fills the link with few blocks, 24 do with many; then they help to receive."""
+    return 0 if ranks == 1 else max(1, min(24, blocks // 3))
+
+
+def _combine_send_blocks(blocks: int, ranks: int) -> int:
+    """Blocks that send first. Sending sums rows too, so it gets its share of the memory bandwidth."""
+    return 0 if ranks == 1 else max(1, blocks // 2)
+
+
+def _host_id() -> str:
+    """The same on all processes of one host and different elsewhere (hostnames alone repeat in containers)."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return f"{socket.gethostname()}-{os.uname().nodename}"

@@ -1,0 +1,58 @@
+"""GPU tests run on every rank of a torchrun launch at once:
+
+    torchrun --nproc-per-node 2 -m pytest tests/gpu
+
+The process group is gloo, so several ranks may share a GPU (under CUDA MPS); results are compared with the
+collective backend on the CPU, over the same group. Without a GPU or outside torchrun everything is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank and its group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    device: torch.device
+    num_sms: int  # small enough that the kernels of all ranks on one GPU fit beside each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA GPU"
+    elif "RANK" not in os.environ:
+        reason = "needs torchrun: torchrun --nproc-per-node 2 -m pytest tests/gpu"
+    else:
+        return
+    for item in items:
+        if "tests/gpu" in str(item.path):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
+    torch.cuda.set_device(device)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    per_gpu = -(-size // gpus)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    group = dist.group.WORLD
+    assert group is not None
+    yield Ranks(group, rank, size, device, sms // (2 * per_gpu) if per_gpu > 1 else 0)
+    dist.destroy_process_group()
