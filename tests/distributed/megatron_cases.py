@@ -167,7 +167,7 @@ def padding_for_quantization(group: dist.ProcessGroup) -> None:
     """FP8 itself needs TransformerEngine; the padding does not."""
     util = _util()
     layout = util.parallel(ep=2)
-    layer, _ = util.assert_same_layer(after={"moe_router_padding_for_quantization": True}, **layout)
+    layer, _ = util.assert_same_layer(after={"fp8": "e4m3", "moe_router_padding_for_quantization": True}, **layout)
     counts = []
     layer.experts.register_forward_pre_hook(lambda module, args: counts.extend(args[1].tolist()))
     util.run_layer(layer, 16)
