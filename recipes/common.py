@@ -143,11 +143,12 @@ class ByteText:
 
     def __init__(self, text: bytes, sequence_length: int, seed: int) -> None:
         blocks = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(self.BLOCK)
-        self.train = torch.cat([b for i, b in enumerate(blocks) if i % self.HELD_OUT_EVERY])
-        self.held_out = torch.cat(blocks[:: self.HELD_OUT_EVERY])
-        self.sequence_length, self.seed = sequence_length, seed
-        if len(self.held_out) <= sequence_length or len(self.train) <= sequence_length:
+        held_out = blocks[:: self.HELD_OUT_EVERY]
+        train = [block for i, block in enumerate(blocks) if i % self.HELD_OUT_EVERY]
+        if any(sum(map(len, part)) <= sequence_length for part in (held_out, train)):
             raise RecipeError(f"{len(text)} bytes of text are too few for sequences of {sequence_length}")
+        self.train, self.held_out = torch.cat(train), torch.cat(held_out)
+        self.sequence_length, self.seed = sequence_length, seed
 
     def batch(self, step: int, rank: int, sequences: int) -> tuple[Tensor, Tensor]:
         """Inputs and next-byte labels, each int64 ``[sequences, sequence_length]``, at random places."""
@@ -387,10 +388,11 @@ class Journal:
         for axes, label, curves in panels:
             for key, name in curves.items():
                 points = [(entry["step"], entry[key]) for entry in self.entries if key in entry]
-                axes.plot(*zip(*points), marker="." if len(points) < 40 else "", label=name)
+                if points:
+                    axes.plot(*zip(*points), marker="." if len(points) < 40 else "", label=name)
+                    axes.legend()
             axes.set(xlabel="step", ylabel=label)
             axes.grid(alpha=0.3)
-            axes.legend()
         for axes in (speed, share):
             axes.set_ylim(bottom=0)
         path = self.folder / "curves.png"

@@ -12,10 +12,10 @@ from tests.launch import ROOT, case
 
 sys.path.insert(0, str(ROOT / "recipes"))
 
-import common  # noqa: E402
-import train_megatron as recipe  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
+import common
+import train_megatron as recipe
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 EXPERTS, LENGTH, SEQUENCES = 8, 16, 3
 MODEL = {

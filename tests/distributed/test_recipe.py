@@ -1,4 +1,4 @@
-"""The Megatron-Core recipe: it learns, a resumed run continues exactly, its gradients are right, its errors readable."""
+"""The Megatron-Core recipe: it learns, resumes exactly, has the right gradients and readable errors."""
 
 from __future__ import annotations
 

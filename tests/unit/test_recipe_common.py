@@ -1,0 +1,206 @@
+"""What the recipes share: settings, text, optimizer, timing, journal, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.launch import ROOT
+
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import common
+from common import RecipeError
+
+CPU = torch.device("cpu")
+ALONE = common.World(0, 1, CPU)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@dataclass
+class Section:
+    steps: int = 3
+
+
+def test_settings_take_overrides_and_name_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {steps: 5, lr: 1.0e-3}\nmodel: {}\n")
+    settings = common.read_settings(path, ["train.steps=7", "model.moe_layer_freq=[0, 1]"])
+    assert settings == {"train": {"steps": 7, "lr": 1e-3}, "model": {"moe_layer_freq": [0, 1]}}
+
+    for wrong in ("train.steps", "steps=3", "optimizer.lr=1"):
+        with pytest.raises(RecipeError, match=r"section\.key=value with a section of train, model"):
+            common.read_settings(path, [wrong])
+    with pytest.raises(RecipeError, match="cannot read"):
+        common.read_settings(tmp_path / "b.yaml")
+
+    assert common.fill(Section, "train", {"steps": 9}) == Section(9)
+    with pytest.raises(RecipeError, match=r"unknown key train.step; allowed: steps"):
+        common.fill(Section, "train", {"step": 9})
+
+
+@pytest.mark.parametrize("source", ["python-docs", "python-source"])
+def test_every_python_has_text(source: str) -> None:
+    text = common.read_text(source)
+    assert len(text) > 300_000
+    assert text.count(b" the ") > 1000
+
+
+def test_text_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "c.bin").write_text("not text")
+    assert common.read_text(str(tmp_path)) == b"first\n\nsecond"
+    with pytest.raises(RecipeError, match="neither python-docs, python-source nor a file"):
+        common.read_text(str(tmp_path / "missing"))
+
+
+def test_held_out_text_is_never_trained_on() -> None:
+    blocks = 40
+    # block i holds only the byte i, so a byte says where it came from
+    text = common.ByteText(bytes(i for i in range(blocks) for _ in range(common.ByteText.BLOCK)), 64, seed=1)
+    held_out = {i for i in range(blocks) if i % common.ByteText.HELD_OUT_EVERY == 0}
+    trained: set[int] = set()
+    for step in range(200):
+        inputs, labels = text.batch(step, 0, 8)
+        assert torch.equal(inputs[:, 1:], labels[:, :-1])
+        trained |= set(inputs.flatten().tolist()) | set(labels.flatten().tolist())
+    assert trained == set(range(blocks)) - held_out
+
+    tested: set[int] = set()
+    shares = [list(text.held_out_batches(common.World(rank, 2, CPU), 64, 4)) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) == 8
+    for inputs, labels in shares[0] + shares[1]:
+        tested |= set(inputs.flatten().tolist()) | set(labels.flatten().tolist())
+    assert tested == held_out
+
+
+def test_batches_depend_on_seed_step_and_rank_alone() -> None:
+    text = common.read_text("python-docs")
+    first = common.ByteText(text, 32, seed=1).batch(5, 0, 4)[0]
+    assert torch.equal(first, common.ByteText(text, 32, seed=1).batch(5, 0, 4)[0])
+    for seed, step, rank in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):
+        assert not torch.equal(first, common.ByteText(text, 32, seed=seed).batch(step, rank, 4)[0])
+    with pytest.raises(RecipeError, match="too few for sequences of 32"):
+        common.ByteText(b"short", 32, seed=1)
+
+
+def test_adam_keeps_what_bf16_would_round_away(group: None) -> None:
+    """2,000 steps too small for bf16 at 1.0: the copies in fp32 add up, as torch's AdamW in fp32 does."""
+    start = torch.ones(4, 4)
+    parameter = torch.nn.Parameter(start.to(torch.bfloat16))
+    optimizer = common.Adam([parameter], learning_rate=1e-5, weight_decay=0.0, warmup=1, steps=10**9)
+    reference = torch.nn.Parameter(start.clone())
+    truth = torch.optim.AdamW([reference], lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(2000):
+        parameter.grad = torch.full((4, 4), 2.0, dtype=torch.bfloat16)
+        reference.grad = torch.ones(4, 4)
+        optimizer.step(step, gradient_scale=0.5)
+        truth.step()
+    assert optimizer.parameters[0].grad is None
+    torch.testing.assert_close(optimizer.masters[0], reference.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(parameter.detach(), reference.detach().to(torch.bfloat16), rtol=0, atol=0)
+    assert parameter[0, 0] < 1
+
+
+def test_learning_rate_rises_and_falls_to_a_tenth() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = common.Adam([parameter], learning_rate=1.0, weight_decay=0.0, warmup=4, steps=100)
+    parameter.grad = torch.ones(2, 2)
+    rates = [optimizer.step(step, 1.0) for step in (0, 1, 3, 4, 100)]
+    assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.1])
+
+
+class Clock:
+    """Stands in for the time module: time passes when told."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_timer_adds_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(common, "time", clock)
+
+    class Move(torch.autograd.Function):
+        """Takes 2 s forward and 3 s backward."""
+
+        @staticmethod
+        def forward(ctx, x):
+            clock.now += 2
+            return x * 2, torch.ones(3, dtype=torch.int64)
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            clock.now += 3
+            return grad * 2
+
+    timer = common.PhaseTimer(CPU)
+    x = torch.ones(3, requires_grad=True)
+    y, counts = timer.timed("move", Move.apply)(x)
+    assert counts.tolist() == [1, 1, 1]
+    clock.now += 100  # what happens between the two is not the phase's
+    y.sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    assert timer.collect() == {"move": 5}
+    assert timer.collect() == {}
+
+    timer.active = False
+    timer.timed("move", Move.apply)(x)
+    assert timer.collect() == {}
+
+
+def test_journal_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    journal = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0)
+    for step in range(1, 5):
+        journal.add({"step": step, "train_loss": 1.0 / step}, "")
+    journal.close()
+    resumed = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=2)
+    resumed.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "train_loss": 1.0}, {"step": 2, "train_loss": 0.5}]
+    assert resumed.draw("title") == tmp_path / "curves.png"
+
+
+def test_checkpoints_keep_two_and_refuse_another_layout(group: None, tmp_path: Path) -> None:
+    checkpoints = common.Checkpoints(tmp_path, ALONE, {"expert_parallel": 1})
+    with pytest.raises(RecipeError, match="no checkpoint in"):
+        checkpoints.load()
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"weights": torch.full((2,), float(step))})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-0000002", "step-0000003"]
+    step, state = checkpoints.load()
+    assert step == 3
+    assert state["weights"].tolist() == [3, 3]
+
+    with pytest.raises(RecipeError, match="written with expert_parallel = 1, this run has expert_parallel = 2"):
+        common.Checkpoints(tmp_path, ALONE, {"expert_parallel": 2}).load()
+    checkpoints.clear()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_save_that_is_cut_off_leaves_the_last_checkpoint(group: None, tmp_path: Path) -> None:
+    class Unsaveable:
+        def __reduce__(self):
+            raise RuntimeError("the disk is full")
+
+    checkpoints = common.Checkpoints(tmp_path, ALONE, {})
+    checkpoints.save(1, {"x": 1})
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        checkpoints.save(2, {"x": Unsaveable()})
+    assert checkpoints.load() == (1, {"x": 1})
