@@ -122,7 +122,8 @@ def read_text(source: str) -> bytes:
     if source == "python-docs":
         return "\n\n".join(pydoc_data.topics.topics.values()).encode()
     if source == "python-source":
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*/*.py"))
+        library = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(path for pattern in ("*.py", "[a-z]*/*.py") for path in library.glob(pattern))
         files = [path for path in files if path.parts[-2] not in ("site-packages", "test", "pydoc_data")]
     else:
         path = Path(source)

@@ -74,7 +74,7 @@ class Train:
     clip_gradient: float = 1.0
     log_every: int = 10
     evaluate_every: int = 50
-    save_every: int = 100
+    save_every: int = 100  # and at the end; 0: never
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
 
@@ -93,7 +93,6 @@ def transformer_config(section: Mapping[str, Any], world: World, expert_parallel
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "add_bias_linear": False,
-        "gradient_accumulation_fusion": False,  # needs Apex or TransformerEngine
     }
     if world.device.type == "cuda":
         values.update(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
@@ -328,7 +327,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         journal.close()
     title = f"{folder.name}: {config.moe_token_dispatcher_type}, {world.size} x {world.device.type}"
     if picture := journal.draw(title):
-        journal.say(f"curves: {picture}\nmetrics: {journal.path}\ncheckpoint: {checkpoints.folder}")
+        journal.say(f"curves: {picture}\nmetrics: {journal.path}")
 
 
 def _train(
@@ -371,7 +370,7 @@ def _train(
             with meter.paused():
                 loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": done, "held_out_loss": loss}, f"step {done:>5}  held-out loss {loss:.4f}")
-        if done % train.save_every == 0 or last:
+        if train.save_every and (done % train.save_every == 0 or last):
             checkpoints.save(done, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
         since += time.perf_counter() - paused
 

@@ -109,6 +109,30 @@ def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, mess
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("name", ["mixtral_like", "deepseek_v3_proxy", "qwen3_30b_a3b_like"])
+def test_gpu_recipe_runs_in_small_on_cpus(name: str, tmp_path: Path) -> None:
+    """The options of the file, at sizes that a CPU can take; fewer heads and groups only where sizes ask for it."""
+    small = {
+        "model": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 32, "kv_channels": 16},
+        "gpt": {"vocab_size": 256},
+        "data": {"text": "python-docs", "sequence_length": 32, "held_out_windows": 2},
+        "train": {"steps": 2, "log_every": 1},
+    }
+    settings = yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text())
+    assert settings["model"]["moe_token_dispatcher_type"] == "deepep"
+    for section, values in small.items():
+        settings[section].update(values)
+    if settings["model"]["num_layers"] > 4:
+        settings["model"]["num_layers"] = 2
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+
+    torchrun(2, SCRIPT, str(tmp_path / "small.yaml"), "--output", str(tmp_path / "run"))
+    trained = [entry["train_loss"] for entry in metrics(tmp_path / "run") if "train_loss" in entry]
+    assert len(trained) == 2
+    assert all(math.isfinite(loss) for loss in trained)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))  # save_every: 0
+
+
 @pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_gradients_do_not_depend_on_expert_parallelism(ranks: int, name: str) -> None:
     check_case("tests.distributed.cases_recipe", ranks, name)
