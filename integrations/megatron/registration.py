@@ -41,6 +41,14 @@ def register() -> None:
         UnsupportedError: Megatron-Core is missing, its version is not supported, or a patch point is not there.
     """
     version = _check_version()
+    try:
+        _attach(version)
+    except ModuleNotFoundError as error:  # 0.18 and newer import triton, which CPU builds of torch come without
+        raise UnsupportedError(f"megatron-core {version} cannot be imported: it needs {error.name}") from error
+    _log.debug("registered token dispatcher %r with megatron-core %s", NAME, version)
+
+
+def _attach(version: str) -> None:
     config_class = _find("megatron.core.transformer.transformer_config", "TransformerConfig", version)
     layers = importlib.import_module("megatron.core.transformer.moe.moe_layer")
     layer_class = _find(layers.__name__, "MoELayer", version)
@@ -61,7 +69,6 @@ def register() -> None:
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16 leaves the router a NameError where TransformerEngine is missing
-    _log.debug("registered token dispatcher %r with megatron-core %s", NAME, version)
 
 
 def _check_version() -> str:
