@@ -62,7 +62,8 @@ class Plan:
     recv_rows: Tensor  # [N, K] int32: expert row of the route, or -1
     row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
     expert_counts: Tensor  # [L] int64: rows of each local expert, padding not counted
-    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group; the last entry is M
+    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group; the last entry is the end of the
+    # last group: M, or less where M was fixed beforehand
     expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
 
     @property
@@ -154,11 +155,14 @@ class Backend(Protocol):
         *,
         scales: Tensor | None = None,
         weights: Tensor | None = None,
+        quantize: bool = False,
         grouped: bool = False,
     ) -> Rows:
         """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
 
         ``grouped=False`` delivers the rank layout, ``grouped=True`` the expert layout, padding rows zeroed.
+        ``quantize``: BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py), so
+        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice.
         """
         ...
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
-from deepep_moe.backends.exchange import Exchange
+from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
 from deepep_moe.fp8 import quantize_e4m3
@@ -225,7 +225,7 @@ class CollectiveBackend:
         send_counts, recv_counts = self._counts(plan)
         x = x.detach()
         parts = [x] + [part for part in (scales, weights) if part is not None]
-        packed = torch.cat([part.detach().contiguous().view(torch.uint8) for part in parts], dim=1)
+        packed = torch.cat([as_bytes(part) for part in parts], dim=1)
         received = exchange.all_to_all("dispatch", packed[self._sent_tokens(plan)], send_counts, recv_counts)
         received = _resize(received, plan.num_recv)
 
@@ -276,7 +276,7 @@ class CollectiveBackend:
         x = x.detach()
         partial, back_weights = (x, weights) if not grouped else _sum_routes(plan, x, weights, apply_weights)
         parts = [partial] + ([back_weights] if back_weights is not None else [])
-        packed = torch.cat([part.detach().contiguous().view(torch.uint8) for part in parts], dim=1)
+        packed = torch.cat([as_bytes(part) for part in parts], dim=1)
         send_counts, recv_counts = self._counts(plan)
         packed = _resize(packed, sum(recv_counts))
         back = exchange.all_to_all("combine", packed, recv_counts, send_counts)

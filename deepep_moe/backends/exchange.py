@@ -51,8 +51,8 @@ class Exchange:
             return out.copy_(rows)
         with self._named(phase):
             work = dist.all_to_all_single(
-                out.view(torch.uint8),
-                rows.contiguous().view(torch.uint8),
+                as_bytes(out),
+                as_bytes(rows),
                 list(recv_counts),
                 list(send_counts),
                 group=self.group,
@@ -148,3 +148,10 @@ def _decode(value: int, is_dtype: bool) -> str:
     if value == _UNUSED:
         return "nothing"
     return str(_DTYPES[value]) if is_dtype and 0 <= value < len(_DTYPES) else str(value)
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
+    rows = rows.detach().contiguous()
+    # contiguous() leaves any strides on tensors of no or one row, and view(dtype) is strict about them
+    return rows.as_strided(rows.shape, torch.empty(rows.shape, device="meta").stride()).view(torch.uint8)
