@@ -2,10 +2,22 @@
 
 * :class:`TokenDispatcher`: expert-grouped rows, differentiable; what framework integrations use.
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
+* :class:`Buffer`, :class:`Config`, :class:`EventHandle`, :class:`EventOverlap`: the DeepEP 1.x interface.
 """
 
+from deepep_moe.buffer import Buffer, topk_idx_t
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+from deepep_moe.events import EventHandle, EventOverlap
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Dispatched", "DispatcherConfig", "TokenDispatcher"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "Dispatched",
+    "DispatcherConfig",
+    "EventHandle",
+    "EventOverlap",
+    "TokenDispatcher",
+    "topk_idx_t",
+]

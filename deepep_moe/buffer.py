@@ -1,0 +1,406 @@
+"""Buffer: the DeepEP 1.x interface on our backends, so that programs written for DeepEP run unchanged.
+
+A call here is a plan plus a row movement in *rank layout* (see :mod:`deepep_moe.backends.base`): received rows are
+ordered by source rank, then by source token, one per token and not per expert. Differences a caller can see:
+
+* any number of ranks, tokens and hidden sizes; CPU groups (gloo) work too;
+* the handle is a tuple of the same length and meaning at the places callers read, and only the Buffer that made it
+  takes it back;
+* kernel chunk sizes (:class:`~deepep_moe.config.Config`) are accepted and not needed.
+
+Low-latency and multi-node kernels raise :class:`~deepep_moe.errors.UnsupportedError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.config import Config, DispatcherConfig
+from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
+from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
+
+topk_idx_t = torch.int64
+"""Index dtype that ``dispatch`` is fastest with; int32 is taken too."""
+
+_SCALE_BLOCK = 128
+_LOW_LATENCY_BUFFERS = 2
+
+
+class Handle(tuple):
+    """What dispatch returns for combine and for cached dispatches.
+
+    The six places, as in DeepEP: rank_prefix_matrix [R, R] int32; expert counts [L] int64; expert offsets [L + 1]
+    int64; recv_src_idx [N] int32; is_token_in_rank [T, R] bool; send slots [T, R] int32.
+    """
+
+    plan: Plan
+    owner: object
+
+    @classmethod
+    def of(cls, plan: Plan, is_token_in_rank: Tensor, owner: object) -> Handle:
+        handle = cls(
+            (
+                plan.rank_prefix,
+                plan.expert_counts,
+                plan.expert_offsets,
+                plan.recv_src_idx,
+                is_token_in_rank,
+                plan.send_slot,
+            )
+        )
+        handle.plan, handle.owner = plan, owner
+        return handle
+
+
+class Buffer:
+    """Communication buffer of one expert-parallel group.
+
+    Args:
+        group: the process group. Its backend decides where tensors live: nccl CUDA, gloo the CPU.
+        num_nvl_bytes, num_rdma_bytes: kept for :meth:`get_local_buffer_tensor`; staging sizes itself.
+        low_latency_mode: needs the nvshmem backend.
+        explicitly_destroy: :meth:`destroy` will be called; without it leaving the buffer to the garbage collector
+            does the same.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, enable_shrink: accepted for
+            compatibility; they tune transports that are not used here.
+        comm: an MPI communicator instead of ``group`` is not supported.
+
+    Settings other than these come from :meth:`DispatcherConfig.load`.
+    """
+
+    num_sms: ClassVar[int] = 20
+    _num_sms_chosen: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        use_fabric: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+    ) -> None:
+        if comm is not None:
+            raise UnsupportedError("comm: MPI communicators are not supported; pass a torch.distributed group")
+        if low_latency_mode:
+            _needs_nvshmem("low_latency_mode")
+        for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+            if value < 0:
+                raise InputError(name, value, "must be at least 0")
+        config = DispatcherConfig.load()
+        if Buffer._num_sms_chosen:
+            config = replace(config, num_sms=Buffer.num_sms)
+        self._backend: Backend | None = get_backend(group, None, config)
+        self.group = self._backend.group
+        self.rank, self.group_size = self._backend.rank, self._backend.world_size
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self._runner = StreamRunner(self._backend.device)
+        self._local_memory: dict[bool, Tensor] = {}
+        self._identity = object()  # what handles know this buffer by; unlike id() never given to another
+
+    # -- life and settings ---------------------------------------------------------------------------------------
+
+    def destroy(self) -> None:
+        """Give the backend back. Idempotent; later calls and handles of this buffer raise HandleError."""
+        self._backend = None
+        self._local_memory.clear()
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether the CUDA extension is there and was built with Hopper features."""
+        try:
+            from deepep_moe import _C
+        except ImportError:
+            return False
+        return bool(_C.SM90_FEATURES)
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """SMs that kernels of Buffers made from now on may use; an even number as in DeepEP."""
+        if new_num_sms < 2 or new_num_sms % 2:
+            raise ConfigError(f"num_sms = {new_num_sms!r}: allowed is an even integer >= 2")
+        Buffer.num_sms, Buffer._num_sms_chosen = new_num_sms, True
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event at the current place of the current stream, for ``previous_event``."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """Tuning for dispatch; our kernels need none, so it is the same for every ``num_ranks`` >= 1."""
+        return _default_config(num_ranks)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """Tuning for combine; see :meth:`get_dispatch_config`."""
+        return _default_config(num_ranks)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that two low-latency results of this shape occupy, sent and received."""
+        for name, value in (
+            ("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank),
+            ("hidden", hidden),
+            ("num_ranks", num_ranks),
+        ):
+            if value < 1:
+                raise InputError(name, value, "must be at least 1")
+        if num_experts < 1 or num_experts % num_ranks:
+            raise InputError("num_experts", num_experts, f"must be a positive multiple of {num_ranks} ranks")
+        row = 16 + max(2 * hidden, hidden + 4 * (-(-hidden // _SCALE_BLOCK)))
+        slots = num_experts * num_max_dispatch_tokens_per_rank
+        sent_and_received = 2
+        return _LOW_LATENCY_BUFFERS * sent_and_received * slots * row + num_experts * 8
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """The stream that asynchronous calls run on (CUDA only)."""
+        self._open()
+        return self._runner.stream
+
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+    ) -> Tensor:
+        """This rank's scratch memory of ``num_nvl_bytes`` (or ``num_rdma_bytes``) from byte ``offset`` on."""
+        backend = self._open()
+        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        if not 0 <= offset <= num_bytes:
+            raise InputError("offset", offset, f"must be within the buffer's {num_bytes} bytes")
+        if use_rdma_buffer not in self._local_memory:
+            self._local_memory[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=backend.device)
+        memory = self._local_memory[use_rdma_buffer][offset:]
+        if offset % dtype.itemsize:
+            raise InputError("offset", offset, f"must be a multiple of {dtype.itemsize} bytes, the size of {dtype}")
+        tensor = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
+        if size is None:
+            return tensor
+        if size.numel() > tensor.numel():
+            raise InputError("size", tuple(size), f"must have at most {tensor.numel()} elements of {dtype}")
+        return tensor[: size.numel()].view(size)
+
+    # -- the calls -----------------------------------------------------------------------------------------------
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
+        """Count where ``topk_idx [T, K]`` (int32 or int64, -1 = dropped) goes. Not collective.
+
+        Returns:
+            num_tokens_per_rank [R] int32; num_tokens_per_rdma_rank (None within one node); num_tokens_per_expert
+            [E] int32; is_token_in_rank [T, R] bool; the event.
+        """
+        backend = self._open()
+        layout, event = self._runner.run(
+            lambda: backend.layout(topk_idx, num_experts),
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            reads=(topk_idx,),
+            made=lambda result: result,
+        )
+        return (*layout, event)
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        handle: Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
+    ]:
+        """Send each token once to every rank that owns one of its experts. Collective.
+
+        Args:
+            x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
+            handle: of an earlier dispatch: repeat its routing without exchanging it again.
+            is_token_in_rank, num_tokens_per_expert: from :meth:`get_dispatch_layout`; needed without ``handle``.
+            num_tokens_per_rank, num_tokens_per_rdma_rank, config: accepted for compatibility.
+            topk_idx: [T, K] int32 or int64, -1 = dropped. Without it only ``is_token_in_rank`` decides.
+            topk_weights: [T, K] float32, beside ``topk_idx``.
+            expert_alignment: the counts in the returned list are rounded up to a multiple of this.
+            num_worst_tokens: > 0: ``recv_x`` has this many rows and the host waits for nothing.
+
+        Returns:
+            recv_x [N, H] (or with scales); recv_topk_idx [N, K] local experts, -1 elsewhere; recv_topk_weights
+            [N, K], 0 there; tokens of each local expert as a list; the handle; the event. With ``handle``:
+            (recv_x, None, None, None, None, event).
+
+        Raises:
+            InputError, HandleError: wrong arguments, or a handle of another or a destroyed buffer.
+            RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
+        """
+        backend = self._open()
+        tokens, scales = x if isinstance(x, tuple) else (x, None)
+
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise InputError("handle", "given", "a cached dispatch takes neither topk_idx nor topk_weights")
+            plan = self._plan_of(handle)
+            rows, event = self._runner.run(
+                lambda: backend.dispatch(plan, tokens, scales=scales),
+                previous_event=previous_event,
+                async_finish=async_finish,
+                allocate_on_comm_stream=allocate_on_comm_stream,
+                reads=(tokens, scales, *handle),
+                made=lambda result: result,
+            )
+            return (rows.x if rows.scales is None else (rows.x, rows.scales)), None, None, None, None, event
+
+        if is_token_in_rank is None or num_tokens_per_expert is None:
+            missing = "is_token_in_rank" if is_token_in_rank is None else "num_tokens_per_expert"
+            raise InputError(missing, None, "without a handle dispatch needs what get_dispatch_layout returned")
+        if topk_weights is not None and topk_idx is None:
+            raise InputError("topk_weights", "given", "needs topk_idx")
+        num_experts = num_tokens_per_expert.shape[0]
+
+        def call() -> tuple[Plan, Any]:
+            plan = backend.plan(
+                topk_idx,
+                num_experts,
+                alignment=expert_alignment,
+                is_token_in_rank=is_token_in_rank,
+                num_tokens_per_expert=num_tokens_per_expert,
+                max_recv=num_worst_tokens or None,
+            )
+            return plan, backend.dispatch(plan, tokens, scales=scales, weights=topk_weights)
+
+        (plan, rows), event = self._runner.run(
+            call,
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            reads=(tokens, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
+            made=lambda result: (*result[1], *result[0].tensors()),
+        )
+        counts: list[int] = []
+        if plan.expert_counts_host is not None:
+            counts = [-(-n // expert_alignment) * expert_alignment for n in plan.expert_counts_host.tolist()]
+        recv_topk_idx = None if topk_idx is None else plan.recv_topk_idx.to(topk_idx.dtype)
+        return (
+            rows.x if rows.scales is None else (rows.x, rows.scales),
+            recv_topk_idx,
+            rows.weights,
+            counts,
+            Handle.of(plan, is_token_in_rank, self._identity),
+            event,
+        )
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: Handle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Sum the rows of each token at the rank it came from, in fp32 and rank order. Collective.
+
+        Args:
+            x: [N, H] bf16, fp16 or fp32, in the order of ``recv_x``; weights are not applied.
+            handle: of the dispatch that is undone.
+            topk_weights: [N, K] float32, summed like the rows and returned.
+            bias: one or two [T, H] tensors of the rows' dtype, added to the result.
+
+        Returns:
+            combined_x [T, H]; combined_topk_weights [T, K] or None; the event.
+        """
+        backend = self._open()
+        plan = self._plan_of(handle)
+        biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+        tokens, event = self._runner.run(
+            lambda: backend.combine(plan, x, weights=topk_weights, bias=biases),
+            previous_event=previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            reads=(x, topk_weights, *biases, *handle),
+            made=lambda result: result,
+        )
+        return tokens.x, tokens.weights, event
+
+    def _open(self) -> Backend:
+        if self._backend is None:
+            raise HandleError("this Buffer was destroyed; make a new one")
+        return self._backend
+
+    def _plan_of(self, handle: Any) -> Plan:
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; pass on the object that dispatch returned")
+        if handle.owner is not self._identity:
+            raise HandleError("the handle was made by another Buffer")
+        return handle.plan
+
+    # -- what other backends will offer --------------------------------------------------------------------------
+
+    def internode_dispatch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("internode_dispatch")
+
+    def internode_combine(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("internode_combine")
+
+    def clean_low_latency_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("clean_low_latency_buffer")
+
+    def low_latency_dispatch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("low_latency_dispatch")
+
+    def low_latency_combine(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("low_latency_combine")
+
+    def low_latency_update_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("low_latency_update_mask_buffer")
+
+    def low_latency_query_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("low_latency_query_mask_buffer")
+
+    def low_latency_clean_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("low_latency_clean_mask_buffer")
+
+    def get_next_low_latency_combine_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _needs_nvshmem("get_next_low_latency_combine_buffer")
+
+
+def _needs_nvshmem(call: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{call} needs the nvshmem backend, which this version does not have; "
+        "dispatch and combine serve one group on the collective and nvlink backends"
+    )
+
+
+def _default_config(num_ranks: int) -> Config:
+    if num_ranks < 1:
+        raise InputError("num_ranks", num_ranks, "must be at least 1")
+    return Config(num_sms=Buffer.num_sms)
