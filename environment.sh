@@ -90,7 +90,8 @@ sys.exit(spec is None or not os.path.samefile(os.path.dirname(spec.origin), sys.
 }
 
 if [ -n "${DEEPEP_MOE_PYTHON:-}" ]; then
-    PYTHON=$(command -v "$DEEPEP_MOE_PYTHON") || _stop "DEEPEP_MOE_PYTHON=$DEEPEP_MOE_PYTHON is not there"
+    PYTHON=$("$DEEPEP_MOE_PYTHON" -c 'import sys; print(sys.executable)') ||
+        _stop "DEEPEP_MOE_PYTHON=$DEEPEP_MOE_PYTHON is no Python that runs"
     "$PYTHON" -c 'import torch' || _stop "DEEPEP_MOE_PYTHON=$PYTHON cannot import torch"
 else
     _make_venv
