@@ -120,7 +120,8 @@ def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world
     # Ranks that hold the same parameter start from the same values.
     for parameter in model.parameters():
         group = replicas(parameter)
-        dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
+        if group.size() > 1:
+            dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
     return model
 
 
@@ -226,18 +227,18 @@ class DispatcherMeter:
         self.loads: list[Tensor] = []  # one [local experts] per MoE layer: tokens since the last report
         for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
             dispatcher = layer.token_dispatcher
-            load = torch.zeros(layer.num_local_experts, dtype=torch.int64)
-            self.loads.append(load)
-            dispatcher.dispatch_postprocess = self._counting(dispatcher.dispatch_postprocess, load)
+            dispatcher.dispatch_postprocess = self._counting(dispatcher.dispatch_postprocess, len(self.loads))
+            self.loads.append(torch.zeros(layer.num_local_experts, dtype=torch.int64))
             for phase, methods in self.PHASES.items():
                 for method in methods:
                     setattr(dispatcher, method, self.timer.timed(phase, getattr(dispatcher, method)))
 
-    def _counting(self, postprocess: Callable[..., Any], load: Tensor) -> Callable[..., Any]:
+    def _counting(self, postprocess: Callable[..., Any], layer: int) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = postprocess(*args)
             if self.timer.active:
-                load.add_(result[1].detach().to(load.device, torch.int64))
+                counts = result[1].detach().long()  # on the CPU or on the GPU: the host must not wait for it here
+                self.loads[layer] = self.loads[layer].to(counts.device) + counts
             return result
 
         return call
@@ -418,9 +419,12 @@ def main(
         settings = common.read_settings(config, overrides or [])
         world = common.start_processes()
         run(settings, output or Path("runs") / config.stem, resume, world)
-    except (RecipeError, DeepEPMoEError) as error:
+    except RecipeError as error:  # the same on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except DeepEPMoEError as error:
+        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     finally:
         if dist.is_initialized():
