@@ -3,11 +3,13 @@
 * :class:`TokenDispatcher`: expert-grouped rows, differentiable; what framework integrations use.
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
 * :class:`Buffer`, :class:`Config`, :class:`EventHandle`, :class:`EventOverlap`: the DeepEP 1.x interface.
+* :class:`ElasticBuffer`, :class:`EPHandle`: the part of the DeepEP 2.x interface that trainers use.
 """
 
 from deepep_moe.buffer import Buffer, topk_idx_t
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+from deepep_moe.elastic import ElasticBuffer, EPHandle
 from deepep_moe.events import EventHandle, EventOverlap
 
 __version__ = "0.1.0"
@@ -16,6 +18,8 @@ __all__ = [
     "Config",
     "Dispatched",
     "DispatcherConfig",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "TokenDispatcher",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class EventOverlap:
         self.current_stream_wait()
 
 
+EventLike: TypeAlias = EventHandle | EventOverlap
+
+
 class StreamRunner:
     """Runs communication on ``device`` in the way a caller asks for: in line, or on a stream of its own.
 
@@ -85,7 +88,7 @@ class StreamRunner:
         self,
         call: Callable[[], T],
         *,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventLike | tuple[EventLike | None, ...] | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         reads: Iterable[Tensor | None] = (),
@@ -94,25 +97,27 @@ class StreamRunner:
         """``call()`` and the event of its end.
 
         Args:
-            previous_event: what the communication stream waits for, instead of the current stream.
+            previous_event: what the communication stream waits for (one or several), instead of the current stream.
             async_finish: do not make the current stream wait; the caller waits for the event.
             allocate_on_comm_stream: accepted with the two above; memory always belongs to the stream that ran.
             reads: tensors that the call reads: their memory is not reused before it has.
             made: the tensors of its result, which the current stream will use.
         """
-        if allocate_on_comm_stream and (previous_event is None or not async_finish):
+        events = previous_event if isinstance(previous_event, tuple) else (previous_event,)
+        waits = [event for event in events if event is not None]
+        if allocate_on_comm_stream and not (waits and async_finish):
             raise InputError("allocate_on_comm_stream", True, "needs previous_event and async_finish")
         if self.device.type != "cuda":
             return call(), EventOverlap(EventHandle() if async_finish else None)
-        if previous_event is None and not async_finish:
+        if not waits and not async_finish:
             return call(), EventOverlap()
 
         compute, stream = torch.cuda.current_stream(self.device), self.stream
-        if previous_event is None:
+        if not waits:
             stream.wait_stream(compute)
         with torch.cuda.stream(stream):
-            if previous_event is not None:
-                previous_event.current_stream_wait()
+            for event in waits:
+                event.current_stream_wait()
             result = call()
             done = EventHandle()
         for tensor in reads:

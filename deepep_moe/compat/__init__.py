@@ -48,7 +48,7 @@ def install(shadow: bool = False) -> ModuleType:
     return module
 
 
-_NAMES = ("Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t")
+_NAMES = ("Buffer", "Config", "ElasticBuffer", "EPHandle", "EventHandle", "EventOverlap", "topk_idx_t")
 
 
 def _module(name: str, content: dict[str, object], is_package: bool = False) -> ModuleType:

@@ -1,0 +1,323 @@
+"""ElasticBuffer: the DeepEP 2.x interface on our backends; what DeepSpeed's AutoEP calls.
+
+One buffer serves all layers, and a handle owns its routing, so handles stay valid across later dispatches. A
+dispatch delivers one of two layouts (see :mod:`deepep_moe.backends.base`): rank layout, as in DeepEP 1.x, or with
+``do_expand`` the expert layout, rows grouped by local expert. Row order is a function of the routing alone, so a
+cached dispatch repeats it exactly. Padding rows are always zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends import Backend, Plan, Rows, get_backend
+from deepep_moe.buffer import Buffer
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import HandleError, InputError
+from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
+from deepep_moe.fp8 import BLOCK
+
+_SCALE_COLUMN_ALIGNMENT = 4  # entries of 4 bytes: what the TMA unit wants of a column's pitch
+
+
+@dataclass(frozen=True, eq=False)
+class EPHandle:
+    """Routing of one dispatch. Symbols as in :mod:`deepep_moe.backends.base`."""
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: Tensor
+    """[T, K] as given."""
+    num_recv_tokens: int
+    """N, rows of the rank layout; where the host did not wait, the rows allocated."""
+    num_expanded_tokens: int
+    """M, rows of the expert layout; where the host did not wait, the rows allocated."""
+    num_recv_tokens_per_expert_list: list[int]
+    """Rows of each local expert's group with its padding; empty where the host did not wait."""
+    psum_num_recv_tokens_per_scaleup_rank: Tensor
+    """[R] int32: end of the rows of each source rank in rank layout."""
+    psum_num_recv_tokens_per_expert: Tensor
+    """[L] int32: end of each local expert's group, padding included, in expert layout."""
+    num_unaligned_recv_tokens_per_expert: Tensor
+    """[L] int32: rows of each local expert without padding."""
+    recv_src_metadata: Tensor
+    """[N] int32: token of the row at its source rank."""
+    dst_buffer_slot_idx: Tensor
+    """[T, R] int32: place of the token among those sent to the rank, or -1."""
+    plan: Plan
+    owner: object
+
+
+class ElasticBuffer:
+    """Communication buffer of one expert-parallel group.
+
+    Args:
+        group: the process group. Its backend decides where tensors live: nccl CUDA, gloo the CPU.
+        num_bytes: reported back; staging sizes itself. Default: :meth:`get_buffer_size_hint`.
+        num_max_tokens_per_rank: staging is sized for it; needed by dispatches without a host sync.
+        num_gpu_timeout_secs: longest wait for a peer.
+        hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: used for the size hint only.
+        deterministic: results always are.
+        num_cpu_bytes, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, num_allocated_qps,
+            num_cpu_timeout_secs, explicitly_destroy: accepted for compatibility; they tune what is not used here.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        config = DispatcherConfig.load(
+            {"max_tokens_per_rank": num_max_tokens_per_rank, "timeout_seconds": num_gpu_timeout_secs}
+        )
+        self._backend: Backend | None = get_backend(group, None, config)
+        self.group = self._backend.group
+        self.rank_idx, self.num_ranks = self._backend.rank, self._backend.world_size
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        if num_bytes is None:
+            num_bytes = self.get_buffer_size_hint(
+                self.group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch
+            )
+        self.num_bytes = num_bytes
+        self._runner = StreamRunner(self._backend.device)
+        self._identity = object()
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: dist.ProcessGroup,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """Bytes of staging for BF16 rows (the combine's, so FP8 needs no less): two calls in flight."""
+        row = 2 * hidden + 4 * -(-hidden // BLOCK) * use_fp8_dispatch + 4 * num_topk
+        return 2 * dist.get_world_size(group) * num_max_tokens_per_rank * row
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """An event at the current place of the current stream, for ``previous_event``."""
+        return EventHandle()
+
+    @staticmethod
+    def get_theoretical_num_sms(num_experts: int, num_topk: int, *args: Any, **kwargs: Any) -> int:
+        """SMs worth giving to communication: the configured number, else what DeepEP 1.x defaults to."""
+        return DispatcherConfig.load().num_sms or Buffer.num_sms
+
+    @staticmethod
+    def get_theoretical_num_qps(num_sms: int) -> int:
+        """RDMA queue pairs needed: none."""
+        return 0
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """The stream that asynchronous calls run on (CUDA only)."""
+        self._open()
+        return self._runner.stream
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False) -> None:
+        """Wait until all ranks of the group are here."""
+        device = self._open().device
+        dist.barrier(self.group)
+        if with_cpu_sync and device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def destroy(self) -> None:
+        """Give the backend back. Idempotent; later calls of this buffer raise HandleError."""
+        self._backend = None
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventOverlap | EventHandle | None = None,
+        previous_event_before_epilogue: EventOverlap | EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, EPHandle, EventOverlap]:
+        """Send tokens to the ranks of their experts. Collective.
+
+        Args:
+            x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
+            topk_idx: [T, K] int32 or int64, -1 = dropped. Needs ``num_experts``; not together with ``handle``.
+            topk_weights: [T, K] float32; allowed with ``handle`` too.
+            cumulative_local_expert_recv_stats: [L] integers; the rows of each local expert are added to it.
+            num_max_tokens_per_rank: bound on T of every rank, used with ``do_cpu_sync=False``; default: the buffer's.
+            expert_alignment: groups of the expert layout are padded with zero rows to a multiple; default 1.
+            handle: repeat the routing of an earlier dispatch.
+            do_cpu_sync: False: outputs have the worst-case number of rows and the host waits for nothing.
+            do_expand: deliver the expert layout.
+            use_tma_aligned_col_major_sf: scales come column-major, columns aligned to 16 bytes.
+            num_sms, num_qps, do_handle_copy, do_zero_padding: accepted for compatibility.
+
+        Returns:
+            received rows (or with scales); recv_topk_idx [N, K], None with ``do_expand``; weights [N, K], or [M] with
+            ``do_expand``, None without ``topk_weights``; the handle; the event.
+        """
+        backend = self._open()
+        tokens, scales = x if isinstance(x, tuple) else (x, None)
+        if (handle is None) == (topk_idx is None):
+            raise InputError("topk_idx", "missing" if handle is None else "given", "give either topk_idx or handle")
+        if handle is not None:
+            self._check_owner(handle)
+        elif num_experts is None:
+            raise InputError("num_experts", None, "is needed with topk_idx")
+        bound = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        if do_cpu_sync is False and handle is None and bound < 1:
+            raise InputError("num_max_tokens_per_rank", bound, "must be at least 1 without a host sync")
+
+        def call() -> tuple[Plan, Rows]:
+            if handle is not None:
+                plan = handle.plan
+            else:
+                assert topk_idx is not None
+                assert num_experts is not None
+                max_recv, max_rows = None, None
+                if do_cpu_sync is False:
+                    max_recv, max_rows = self._worst_case(topk_idx, num_experts, bound, alignment)
+                plan = backend.plan(topk_idx, num_experts, alignment=alignment, max_recv=max_recv, max_rows=max_rows)
+            rows = backend.dispatch(plan, tokens, scales=scales, weights=topk_weights, grouped=do_expand)
+            if use_tma_aligned_col_major_sf and rows.scales is not None:
+                rows = rows._replace(scales=_column_major(rows.scales))
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(plan.expert_counts)
+            return plan, rows
+
+        alignment = 1 if expert_alignment is None else expert_alignment
+        (plan, rows), event = self._runner.run(
+            call,
+            previous_event=(previous_event, previous_event_before_epilogue),
+            async_finish=async_with_compute_stream,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            reads=(tokens, scales, topk_idx, topk_weights, *(handle.plan.tensors() if handle else ())),
+            made=lambda result: (*result[1], *result[0].tensors()),
+        )
+        if handle is None:
+            assert topk_idx is not None
+            handle = self._handle(plan, topk_idx.clone() if do_handle_copy else topk_idx, do_expand, bound, num_sms)
+        elif handle.do_expand != do_expand:
+            handle = replace(handle, do_expand=do_expand)
+        return (
+            rows.x if rows.scales is None else (rows.x, rows.scales),
+            None if do_expand else plan.recv_topk_idx.to(handle.topk_idx.dtype),
+            rows.weights,
+            handle,
+            event,
+        )
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: EPHandle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventOverlap | EventHandle | None = None,
+        previous_event_before_epilogue: EventOverlap | EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Sum the rows of each token at the rank it came from, in fp32 and a fixed order. Collective.
+
+        Args:
+            x: rows in the layout of the handle: [N, H], or [M, H] after ``do_expand``. Weights are not applied.
+            topk_weights: [N, K] or [M] float32 in the same layout, carried back and returned as [T, K].
+            bias: one or two [T, H] tensors of the rows' dtype, added to the result.
+        """
+        backend = self._open()
+        self._check_owner(handle)
+        biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+        plan = handle.plan
+        tokens, event = self._runner.run(
+            lambda: backend.combine(plan, x, weights=topk_weights, bias=biases, grouped=handle.do_expand),
+            previous_event=(previous_event, previous_event_before_epilogue),
+            async_finish=async_with_compute_stream,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            reads=(x, topk_weights, *biases, *plan.tensors()),
+            made=lambda result: result,
+        )
+        return tokens.x, tokens.weights, event
+
+    def _worst_case(self, topk_idx: Tensor, num_experts: int, tokens: int, alignment: int) -> tuple[int, int]:
+        """Received and expert rows that no routing exceeds, unless a token names an expert twice."""
+        local_experts = num_experts // self.num_ranks
+        received = self.num_ranks * tokens
+        rows = received * min(topk_idx.shape[-1], local_experts) + local_experts * (alignment - 1)
+        return received, -(-rows // alignment) * alignment
+
+    def _handle(self, plan: Plan, topk_idx: Tensor, do_expand: bool, max_tokens: int, num_sms: int) -> EPHandle:
+        host = plan.expert_counts_host
+        return EPHandle(
+            do_expand=do_expand,
+            num_experts=plan.num_experts,
+            expert_alignment=plan.alignment,
+            num_max_tokens_per_rank=max_tokens,
+            num_sms=num_sms,
+            topk_idx=topk_idx,
+            num_recv_tokens=plan.num_recv,
+            num_expanded_tokens=plan.num_rows,
+            num_recv_tokens_per_expert_list=[]
+            if host is None
+            else [-(-count // plan.alignment) * plan.alignment for count in host.tolist()],
+            psum_num_recv_tokens_per_scaleup_rank=plan.rank_prefix[:, self.rank_idx],
+            psum_num_recv_tokens_per_expert=plan.expert_offsets[1:].to(torch.int32),
+            num_unaligned_recv_tokens_per_expert=plan.expert_counts.to(torch.int32),
+            recv_src_metadata=plan.recv_src_idx,
+            dst_buffer_slot_idx=plan.send_slot,
+            plan=plan,
+            owner=self._identity,
+        )
+
+    def _open(self) -> Backend:
+        if self._backend is None:
+            raise HandleError("this ElasticBuffer was destroyed; make a new one")
+        return self._backend
+
+    def _check_owner(self, handle: Any) -> None:
+        if not isinstance(handle, EPHandle):
+            raise HandleError(f"handle is a {type(handle).__name__}; pass on the object that dispatch returned")
+        if handle.owner is not self._identity:
+            raise HandleError("the handle was made by another ElasticBuffer")
+
+
+def _column_major(scales: Tensor) -> Tensor:
+    rows, columns = scales.shape
+    pitch = -(-rows // _SCALE_COLUMN_ALIGNMENT) * _SCALE_COLUMN_ALIGNMENT
+    return scales.new_empty((columns, pitch)).t()[:rows].copy_(scales)
