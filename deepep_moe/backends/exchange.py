@@ -133,9 +133,10 @@ class Exchange:
         except RuntimeError as error:
             waited = "timed out" in str(error).lower()
             kind = PeerTimeoutError if waited else PeerError
-            what = f"no answer within {self.timeout_seconds:g} s" if waited else "a peer is gone or the group is broken"
+            limit = f"{self.timeout_seconds:g} s, or the group's own timeout if shorter"
+            what = f"no answer from its group within {limit}" if waited else "its group is broken, a peer may be gone"
             raise kind(
-                f"{phase}: rank {self.rank} of {self.world_size} lost its group: {what} "
+                f"{phase}: rank {self.rank} of {self.world_size}: {what} "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
 
