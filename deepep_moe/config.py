@@ -77,19 +77,18 @@ class DispatcherConfig:
         Raises:
             ConfigError: unknown key (also an unknown ``DEEPEP_MOE_*`` variable), impossible value, unreadable file.
         """
-        merged: dict[str, Any] = {}
-        for key, value in (overrides or {}).items():
-            merged[_known(key, "overrides")] = _parse(key, value, "overrides")
-
+        given: list[tuple[str, Any, str]] = [(key, value, "overrides") for key, value in (overrides or {}).items()]
         path = yaml_path if yaml_path is not None else env.get(ENV_CONFIG_FILE)
         if path:
-            for key, value in _read_yaml(path).items():
-                merged[_known(key, str(path))] = _parse(key, value, str(path))
-
+            given += [(key, value, os.fspath(path)) for key, value in _read_yaml(path).items()]
         for variable, text in env.items():
             if variable.startswith(ENV_PREFIX) and variable not in _OTHER_VARIABLES:
-                key = _known(variable[len(ENV_PREFIX) :].lower(), f"environment variable {variable}")
-                merged[key] = _parse(key, text, f"environment variable {variable}")
+                given.append((variable[len(ENV_PREFIX) :].lower(), text, f"environment variable {variable}"))
+
+        merged: dict[str, Any] = {}
+        for key, value, source in given:  # later wins
+            _check_known(key, source)
+            merged[key] = _parse(key, value, source)
         return cls(**merged)
 
 
@@ -110,9 +109,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def _known(key: str, source: str) -> str:
+def _check_known(key: str, source: str) -> None:
     if key in _RULES:
-        return key
+        return
     close = difflib.get_close_matches(str(key), _RULES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise ConfigError(f"unknown setting {key!r} from {source}{hint}; allowed: {', '.join(_RULES)}")

@@ -1,0 +1,97 @@
+"""Choosing a backend in one process: a group of one rank needs no launcher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe.backends import Backend, get_backend
+from deepep_moe.errors import HandleError, InputError, UnsupportedError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_without_a_process_group_the_error_says_what_to_call() -> None:
+    with pytest.raises(InputError, match="init_process_group"):
+        get_backend(None, CPU)
+    with pytest.raises(InputError, match="init_process_group"):
+        TokenDispatcher(None, 4)
+
+
+def test_one_backend_per_group_device_and_config(group: dist.ProcessGroup) -> None:
+    first = get_backend(group, CPU)
+    assert isinstance(first, Backend)
+    assert get_backend(None) is first
+    assert get_backend(group, CPU, DispatcherConfig(timeout_seconds=3)) is not first
+    with pytest.raises(InputError, match="group"):
+        get_backend("world", CPU)  # type: ignore[arg-type]
+
+
+def test_auto_says_what_it_took_and_why(group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="deepep_moe"):
+        backend = get_backend(group, CPU, DispatcherConfig(num_sms=3))
+    assert backend.name == "collective"
+    assert "collective on cpu, 1 ranks: nvlink needs CUDA tensors" in caplog.text
+
+
+def test_asking_for_what_cannot_run_is_an_error(group: dist.ProcessGroup) -> None:
+    with pytest.raises(UnsupportedError, match=r"nvlink cannot run here: nvlink needs CUDA.*collective runs anywhere"):
+        get_backend(group, CPU, DispatcherConfig(backend="nvlink"))
+
+
+def test_a_closed_backend_says_so(group: dist.ProcessGroup) -> None:
+    backend = get_backend(group, CPU, DispatcherConfig(num_sms=5))
+    backend.close()
+    backend.close()
+    with pytest.raises(HandleError, match="closed"):
+        backend.plan(torch.zeros(1, 1, dtype=torch.int64), 1)
+
+
+def test_a_plan_for_another_group_size_is_refused(group: dist.ProcessGroup) -> None:
+    backend = get_backend(group, CPU)
+    plan = backend.plan(torch.zeros(2, 1, dtype=torch.int64), 2)
+    foreign = replace(plan, send_slot=torch.zeros(2, 3, dtype=torch.int32))
+    with pytest.raises(HandleError, match="made for 3 ranks, this group has 1"):
+        backend.dispatch(foreign, torch.ones(2, 4))
+
+
+def test_plans_survive_later_plans_and_changed_inputs(group: dist.ProcessGroup) -> None:
+    backend = get_backend(group, CPU)
+    topk_idx = torch.tensor([[1], [0], [1]])
+    plan = backend.plan(topk_idx, 2)
+    topk_idx.zero_()
+    backend.plan(topk_idx, 2)
+    assert plan.topk_idx.tolist() == [[1], [0], [1]]
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    assert backend.dispatch(plan, x, grouped=True).x.tolist() == [[2.0], [1.0], [3.0]]
+
+
+def test_second_derivatives_of_a_linear_path(group: dist.ProcessGroup) -> None:
+    """Gradients of gradients need no code of their own: the backward is made of the same operators."""
+    dispatcher = TokenDispatcher(group, 2)
+    x = torch.randn(4, 3, requires_grad=True)
+    weights = torch.rand(4, 2, requires_grad=True)
+    topk_idx = torch.tensor([[0, 1]] * 4)
+
+    def loss(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        dispatched = dispatcher.dispatch(x, topk_idx, weights)
+        return dispatcher.combine(dispatched.rows.pow(3), dispatched, weights=dispatched.weights).sum()
+
+    (grad,) = torch.autograd.grad(loss(x, weights), x, create_graph=True)
+    got = torch.autograd.grad(grad.sum(), (x, weights))
+    total = weights.sum(1, keepdim=True)
+    torch.testing.assert_close(got[0], (6 * x * total).detach())
+    torch.testing.assert_close(got[1], (3 * x.square()).sum(1, keepdim=True).expand(4, 2).detach())

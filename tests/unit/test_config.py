@@ -1,0 +1,168 @@
+"""DispatcherConfig: sources and their order, errors that name key, source and allowed values; Config."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from deepep_moe import Buffer, Config, DispatcherConfig
+from deepep_moe.config import _RULES
+from deepep_moe.errors import ConfigError, DeepEPMoEError
+
+
+def load(overrides: dict | None = None, yaml_text: str | None = None, tmp_path: Path | None = None, **env: str):
+    path = None
+    if yaml_text is not None:
+        assert tmp_path is not None
+        path = tmp_path / "settings.yaml"
+        path.write_text(yaml_text)
+    return DispatcherConfig.load(overrides, yaml_path=path, env=env)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    assert load().expert_alignment == DispatcherConfig().expert_alignment
+    assert load({"expert_alignment": 2}).expert_alignment == 2
+    text = "expert_alignment: 3\n"
+    assert load({"expert_alignment": 2}, text, tmp_path).expert_alignment == 3
+    assert load({"expert_alignment": 2}, text, tmp_path, DEEPEP_MOE_EXPERT_ALIGNMENT="4").expert_alignment == 4
+    mixed = load({"num_sms": 8}, "fp8_dispatch: true\n", tmp_path, DEEPEP_MOE_BACKEND="collective")
+    assert mixed == DispatcherConfig(num_sms=8, fp8_dispatch=True, backend="collective")
+
+
+def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("timeout_seconds: 5\n")
+    assert load(DEEPEP_MOE_CONFIG=str(path)).timeout_seconds == 5.0
+    with pytest.raises(ConfigError, match="cannot read settings file"):
+        load(DEEPEP_MOE_CONFIG=str(tmp_path / "missing.yaml"))
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    assert load(None, "# nothing\n", tmp_path) == DispatcherConfig()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n"])
+def test_a_file_must_hold_a_mapping(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="allowed is a mapping"):
+        load(None, text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("NUM_SMS", "16", 16),
+        ("CAPACITY_FACTOR", "1.25", 1.25),
+        ("CHECK_AGREEMENT", "off", False),
+        ("FP8_DISPATCH", "TRUE", True),
+        ("DEBUG_WAITS", "1", True),
+        ("BACKEND", "nvlink", "nvlink"),
+    ],
+)
+def test_text_of_variables_is_converted(variable: str, text: str, expected: object) -> None:
+    assert getattr(load(**{f"DEEPEP_MOE_{variable}": text}), variable.lower()) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backend", "nccl"),
+        ("backend", 3),
+        ("expert_alignment", 0),
+        ("expert_alignment", 1.5),
+        ("expert_alignment", True),
+        ("num_sms", -1),
+        ("num_sms", "many"),
+        ("max_tokens_per_rank", -5),
+        ("fp8_dispatch", "perhaps"),
+        ("fp8_dispatch", 1),
+        ("capacity_factor", -0.5),
+        ("capacity_factor", float("nan")),
+        ("num_chunks", 0),
+        ("timeout_seconds", 0),
+        ("timeout_seconds", float("inf")),
+        ("check_agreement", None),
+    ],
+)
+def test_impossible_values_name_key_value_source_and_what_is_allowed(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load({key: value})
+    for part in (key, repr(value), "from overrides", _RULES[key][1]):
+        assert part in str(raised.value)
+    with pytest.raises(ConfigError, match=f"{key} = .* from argument"):
+        DispatcherConfig(**{key: value})
+
+
+def test_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_sms = 'x' from environment variable DEEPEP_MOE_NUM_SMS"):
+        load(DEEPEP_MOE_NUM_SMS="x")
+    with pytest.raises(ConfigError, match=r"num_sms = -2 from .*settings\.yaml"):
+        load(None, "num_sms: -2\n", tmp_path)
+
+
+def test_unknown_keys_are_errors_with_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'expert_alignement' from overrides .*expert_alignment\?"):
+        load({"expert_alignement": 4})
+    with pytest.raises(ConfigError, match=r"'sms' from environment variable DEEPEP_MOE_SMS"):
+        load(DEEPEP_MOE_SMS="4")
+    with pytest.raises(ConfigError, match=r"'banana' from .*settings\.yaml.*allowed: backend"):
+        load(None, "banana: 1\n", tmp_path)
+
+
+def test_variables_of_the_build_are_no_settings() -> None:
+    assert load(DEEPEP_MOE_CUDA="0", DEEPEP_MOE_PYTHON="python3", HOME="x") == DispatcherConfig()
+
+
+def test_every_field_has_a_rule() -> None:
+    assert [f.name for f in fields(DispatcherConfig)] == list(_RULES)
+
+
+def test_config_errors_are_value_errors_of_this_library() -> None:
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, DeepEPMoEError)
+
+
+def test_kernel_tuning_is_validated() -> None:
+    assert Config() == Config(20, 6, 256, 6, 256)
+    with pytest.raises(ConfigError, match="num_sms = 0"):
+        Config(0)
+    with pytest.raises(ConfigError, match=r"num_max_nvl_chunked_send_tokens = 300.*at most"):
+        Config(20, 300, 256)
+
+
+def test_size_hints_grow_with_what_they_hold() -> None:
+    config = Config()
+    base = config.get_nvl_buffer_size_hint(7168 * 2, 4)
+    assert base >= 4 * 256 * 7168 * 2  # at least the rows of all peers
+    assert config.get_nvl_buffer_size_hint(7168 * 4, 4) > base
+    assert config.get_nvl_buffer_size_hint(7168 * 2, 8) > base
+    assert Config(40).get_nvl_buffer_size_hint(7168 * 2, 4) > base
+    assert config.get_rdma_buffer_size_hint(7168 * 2, 8) == 0  # one node
+    assert config.get_rdma_buffer_size_hint(7168 * 2, 16) > 0
+    for hint in (config.get_nvl_buffer_size_hint, config.get_rdma_buffer_size_hint):
+        with pytest.raises(ConfigError, match="hidden_bytes = 0"):
+            hint(0, 4)
+        with pytest.raises(ConfigError, match="num_ranks = 0"):
+            hint(16, 0)
+
+
+def test_buffer_tuning_follows_the_sms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
+    monkeypatch.setattr(Buffer, "_num_sms_chosen", False)
+    Buffer.set_num_sms(24)
+    assert Buffer.get_dispatch_config(3).num_sms == Buffer.get_combine_config(48).num_sms == 24
+    for wrong in (0, 7, -2):
+        with pytest.raises(ConfigError, match=f"num_sms = {wrong}"):
+            Buffer.set_num_sms(wrong)
+    with pytest.raises(ValueError, match="num_ranks = 0"):
+        Buffer.get_dispatch_config(0)
+
+
+def test_low_latency_size_hint_holds_two_results() -> None:
+    hint = Buffer.get_low_latency_rdma_size_hint
+    assert hint(128, 7168, 8, 256) >= 2 * 256 * 128 * 7168 * 2
+    with pytest.raises(ValueError, match="num_experts = 10: must be a positive multiple of 8 ranks"):
+        hint(128, 7168, 8, 10)
+    with pytest.raises(ValueError, match="hidden = 0"):
+        hint(128, 0, 8, 256)
