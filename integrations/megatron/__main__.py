@@ -11,9 +11,11 @@ import runpy
 import sys
 
 USAGE = """\
-usage: python -m deepep_moe.integrations.megatron [-m] SCRIPT [ARGUMENTS...]
+usage: python -m deepep_moe.integrations.megatron [--grouped-experts] [-m] SCRIPT [ARGUMENTS...]
 
 Loads the deepep_moe plugin into Megatron-Core, then runs SCRIPT (a file, or with -m a module) with ARGUMENTS.
+
+  --grouped-experts   experts of deepep layers as one grouped GEMM, in place of Megatron-Core's SequentialMLP
 
 examples:
   torchrun --nproc-per-node 8 -m deepep_moe.integrations.megatron pretrain_gpt.py \\
@@ -30,10 +32,12 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         sys.exit(0 if argv else 2)
-    as_module = argv[0] == "-m"
-    target = argv[1:] if as_module else argv
+    grouped_experts = argv[0] == "--grouped-experts"
+    target = argv[1:] if grouped_experts else argv
+    as_module = target[:1] == ["-m"]
+    target = target[1:] if as_module else target
     if not target:
-        sys.exit(f"-m needs the name of a module\n\n{USAGE}")
+        sys.exit(f"no script or module to run\n\n{USAGE}")
     if not as_module and not os.path.isfile(target[0]):
         sys.exit(f"no such script: {target[0]}\n\n{USAGE}")
 
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
     sys.path.insert(0, os.getcwd() if as_module else os.path.dirname(os.path.abspath(target[0])))
     from deepep_moe.integrations.megatron import register
 
-    register()
+    register(grouped_experts=grouped_experts)
     sys.argv = list(target)
     if as_module:
         runpy.run_module(target[0], run_name="__main__", alter_sys=True)

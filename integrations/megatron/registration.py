@@ -15,6 +15,7 @@ A configuration reads ``deepep`` at all times except inside these two functions,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -32,14 +33,23 @@ SUPPORTED = "0.16.1 to 0.19.2"
 _MARK = "_deepep_moe_original"
 _FIELD = "moe_token_dispatcher_type"
 _log = logging.getLogger(__name__)
+_grouped_experts = False
 
 
-def register() -> None:
+def register(*, grouped_experts: bool | None = None) -> None:
     """Make ``moe_token_dispatcher_type="deepep"`` known to Megatron-Core. Calling it again changes nothing.
+
+    Args:
+        grouped_experts: True builds layers of this dispatcher type with ``experts.GroupedExperts`` where the
+            specification has Megatron-Core's own local experts; False does not; None leaves it as it was (at first
+            False).
 
     Raises:
         UnsupportedError: Megatron-Core is missing, its version is not supported, or a patch point is not there.
     """
+    global _grouped_experts
+    if grouped_experts is not None:
+        _grouped_experts = grouped_experts
     version = _check_version()
     try:
         _attach(version)
@@ -141,10 +151,20 @@ def _post_init(original: Callable[..., None], config: Any) -> None:
     check_options(config)
 
 
-def _layer_init(module: Any, original: Callable[..., None], layer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+def _layer_init(
+    module: Any,
+    original: Callable[..., None],
+    layer: Any,
+    config: Any,
+    submodules: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     if config.moe_token_dispatcher_type != NAME:
-        original(layer, config, *args, **kwargs)
+        original(layer, config, submodules, *args, **kwargs)
         return
+    if _grouped_experts:
+        submodules = _with_grouped_experts(submodules)
     from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher
 
     alltoall = module.MoEAlltoAllTokenDispatcher
@@ -155,9 +175,25 @@ def _layer_init(module: Any, original: Callable[..., None], layer: Any, config: 
 
     config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = "alltoall", build
     try:
-        original(layer, config, *args, **kwargs)
+        original(layer, config, submodules, *args, **kwargs)
     finally:
         config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = NAME, alltoall
+
+
+def _with_grouped_experts(submodules: Any) -> Any:
+    """The specification with our experts, if it has experts made of Megatron-Core's own linear layers."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    from deepep_moe.integrations.megatron.experts import GroupedExperts
+
+    experts = getattr(submodules, "experts", None)
+    # A class, a ModuleSpec of one (before 0.17), or a functools.partial of one.
+    kind = getattr(experts, "module", None) or getattr(experts, "func", experts)
+    if kind is SequentialMLP:
+        return dataclasses.replace(submodules, experts=GroupedExperts)
+    if kind is not GroupedExperts:
+        _log.warning("grouped_experts: the layer's experts stay %s", getattr(kind, "__name__", kind))
+    return submodules
 
 
 def _should_free_input(

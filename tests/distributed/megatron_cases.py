@@ -250,3 +250,30 @@ def expert_and_tensor_parallel(group: dist.ProcessGroup) -> None:
     util = _util()
     for layout in ({"tp": 2, "ep": 2, "etp": 2}, {"tp": 2, "ep": 2, "etp": 1}, {"tp": 2, "ep": 4, "etp": 1}):
         util.assert_same_layer(moe_shared_expert_intermediate_size=24, **util.parallel(**layout))
+
+
+@case(ranks=(2,))
+def grouped_experts_compute_like_sequential_ones(group: dist.ProcessGroup) -> None:
+    """Same initial weights, outputs and gradients as ``SequentialMLP``; chosen by the plugin's switch."""
+    util = _util()
+    for layout in ({"ep": 2}, {"tp": 2, "etp": 2}):
+        for options in (
+            {},
+            {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu},
+            {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True},
+            {"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_apply_probs_on_input": True},
+            {"use_cpu_initialization": True},
+            {"num_moe_experts": 2, "moe_expert_capacity_factor": 0.1},
+        ):
+            util.assert_grouped_experts_agree(**options, **util.parallel(**layout))
+
+
+@case(ranks=(2,))
+def checkpoints_of_grouped_and_sequential_experts(group: dist.ProcessGroup) -> None:
+    """Each loads what the other saved, on another parallel layout too."""
+    util = _util()
+    ep, etp = {"ep": 2}, {"tp": 2, "etp": 2}
+    one_key_per_expert = {"singleton_local_shards": True}
+    for writes_grouped in (False, True):
+        util.assert_checkpoint_moves(ep, etp, writes_grouped, {})
+        util.assert_checkpoint_moves(etp, ep, writes_grouped, one_key_per_expert)

@@ -5,6 +5,8 @@ Imported only by ranks: :func:`cpu.enable` changes ``torch.cuda`` for the proces
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.integrations.megatron import cpu
+from deepep_moe.integrations.megatron import cpu, register
 
 warnings.filterwarnings("ignore", module="megatron")
 cpu.enable()
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.pipeline_parallel.utils import set_streams  # noqa: E402
@@ -26,6 +28,8 @@ from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+
+from deepep_moe.integrations.megatron.experts import GroupedExperts  # noqa: E402
 
 TOLERANCE = 1e-5
 HIDDEN, HEADS, EXPERTS, VOCAB, SEQUENCE, BATCH = 32, 4, 8, 64, 16, 2
@@ -91,8 +95,9 @@ def configure(dispatcher: str, **options: Any) -> Any:
     return TransformerConfig(moe_token_dispatcher_type=dispatcher, **{**defaults, **cpu.CONFIG, **options})
 
 
-def moe_layer(config: Any) -> Any:
+def moe_layer(config: Any, grouped_experts: bool = False) -> Any:
     """A ``MoELayer`` with the local spec's submodules; the same weights on every call."""
+    register(grouped_experts=grouped_experts)
     model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules.mlp
     submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]
@@ -175,3 +180,62 @@ def assert_same_layer(
             assert_near(name, actual[name], value)
     assert any(value.abs().max() > 0 for name, value in results["deepep"][0].items() if "experts" in name)
     return layer, results["deepep"][0]
+
+
+def expert_weights(layer: Any, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Expert parameters, or their ``values``, stacked over the experts: the same for both kinds of experts."""
+    values = dict(layer.named_parameters()) if values is None else values
+    if isinstance(layer.experts, GroupedExperts):
+        return {f"linear_fc{i}": values[f"experts.weight{i}"].detach() for i in (1, 2)}
+    one_by_one = range(layer.num_local_experts)
+    return {
+        name: torch.stack([values[f"experts.local_experts.{i}.{name}.weight"].detach() for i in one_by_one])
+        for name in ("linear_fc1", "linear_fc2")
+    }
+
+
+def assert_grouped_experts_agree(**options: Any) -> None:
+    config = configure("deepep", **options)
+    sequential, grouped = moe_layer(config), moe_layer(config, grouped_experts=True)
+    assert type(grouped.experts).__name__ == "GroupedExperts"
+    for name, value in expert_weights(sequential).items():
+        assert torch.equal(expert_weights(grouped)[name], value), f"initial {name}"
+    expected, actual = run_layer(sequential, SEQUENCE), run_layer(grouped, SEQUENCE)
+    for name in ("output", "input gradient", "router.weight"):
+        assert_near(name, actual[name], expected[name])
+    for name, value in expert_weights(sequential, expected).items():
+        assert_near(f"gradient of {name}", expert_weights(grouped, actual)[name], value)
+
+
+def assert_checkpoint_moves(
+    saved: dict[str, int], loaded: dict[str, int], writes_grouped: bool, metadata: dict[str, Any]
+) -> None:
+    """A layer with one kind of experts writes a checkpoint; one with the other kind reads it and computes the same."""
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+
+    def whole_output(layer: Any) -> Tensor:
+        x = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=torch.Generator().manual_seed(3))
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        part = layer(x.chunk(size)[rank])[0].detach()
+        parts = [torch.empty_like(part) for _ in range(size)]
+        dist.all_gather(parts, part, group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat(parts)
+
+    try:
+        writer = moe_layer(configure("deepep", **parallel(**saved)), grouped_experts=writes_grouped)
+        dist_checkpointing.save(writer.sharded_state_dict(metadata=dict(metadata)), folder[0])
+        expected = whole_output(writer)
+        reader = moe_layer(configure("deepep", **parallel(**loaded)), grouped_experts=not writes_grouped)
+        for parameter in reader.parameters():
+            torch.nn.init.zeros_(parameter)
+        state = dist_checkpointing.load(reader.sharded_state_dict(metadata=dict(metadata)), folder[0])
+        reader.load_state_dict(state)
+        assert_near("output", whole_output(reader), expected)
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
