@@ -45,7 +45,8 @@ class DispatcherConfig:
     fp8_dispatch_grad: bool = False
     """The same for gradients that travel by dispatch, which is the backward of combine."""
     capacity_factor: float = 0.0
-    """Above 0: outputs have a fixed size, this factor over the balanced load, and nothing waits for the host."""
+    """Above 0: outputs have a fixed size, this factor over the balanced load, and nothing waits for the host.
+    The load is that of ``max_tokens_per_rank`` tokens on each rank, or of this rank's own tokens where that is 0."""
     num_chunks: int = 1
     """Cut a layer's tokens in this many chunks, so that one chunk communicates while another computes."""
     timeout_seconds: float = 100.0

@@ -78,26 +78,34 @@ class TokenDispatcher:
         self.num_local_experts = num_experts // self.world_size
         self._backend_number = ops.register_backend(self.backend)
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None = None) -> Dispatched:
+    def plan(self, topk_idx: Tensor) -> Plan:
+        """Exchange the routing ``topk_idx [T, K]`` without sending tokens yet. Collective.
+
+        Useful where a plan serves several dispatches or is made early; :meth:`dispatch` takes it in place of indices.
+        """
+        if topk_idx.dtype in (torch.int32, torch.int64):
+            topk_idx = topk_idx.to(torch.int64, copy=True)  # the plan outlives what the caller does to its own
+        max_recv, max_rows = self._limits(topk_idx)
+        alignment = self.config.expert_alignment
+        outputs = ops.plan(topk_idx, self._backend_number, self.num_experts, alignment, max_recv, max_rows)
+        return ops.plan_from_outputs(topk_idx, outputs, self.num_experts, alignment)
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor | Plan, topk_weights: Tensor | None = None) -> Dispatched:
         """Send every token to the experts it chose. Collective; differentiable in ``x`` and ``topk_weights``.
 
         Args:
             x: [T, H] bf16, fp16 or fp32 tokens of this rank.
-            topk_idx: [T, K] int32 or int64 experts of each token, -1 for a dropped route.
+            topk_idx: [T, K] int32 or int64 experts of each token, -1 for a dropped route; or a plan of this dispatcher.
             topk_weights: [T, K] routing weights, any float type; they travel as fp32.
 
         Raises:
             InputError: an argument of the wrong shape, dtype, device or value (on a GPU values are not looked at).
             RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
         """
-        if topk_idx.dtype == torch.int32:
-            topk_idx = topk_idx.to(torch.int64)
+        plan = topk_idx if isinstance(topk_idx, Plan) else self.plan(topk_idx)
+        alignment = plan.alignment
         if topk_weights is not None:
             topk_weights = topk_weights.float()
-        max_recv, max_rows = self._limits(topk_idx)
-        alignment = self.config.expert_alignment
-        outputs = ops.plan(topk_idx, self._backend_number, self.num_experts, alignment, max_recv, max_rows)
-        plan = ops.plan_from_outputs(topk_idx, outputs, self.num_experts, alignment)
         rows, weights = ops.dispatch(
             x,
             topk_weights,
