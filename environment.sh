@@ -45,7 +45,11 @@ _make_venv() {
 
     if _sees_gpu "$base"; then
         _say "making .venv on top of $base, whose torch sees a GPU"
-        "$base" -m venv --system-site-packages "$_repo/.venv" || _stop "could not make .venv"
+        "$base" -m venv --clear --without-pip "$_repo/.venv" || _stop "could not make .venv"
+        # not --system-site-packages: that skips $base's own packages where $base is a virtual environment itself;
+        # without pip, because the setuptools that may come with it is older than the one beneath
+        "$base" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+            >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/beneath.pth"
         torch_version=$("$PYTHON" -c 'import torch; print(torch.__version__)')
         # the locked packages, except that nothing may bring another torch
         if ! _pip install -q --no-build-isolation -r <(grep -v '^torch==' "$lock") -c <(echo "torch==$torch_version"); then
