@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -173,6 +174,83 @@ def padding_for_quantization(group: dist.ProcessGroup) -> None:
     util.run_layer(layer, 16)
     assert layer.token_dispatcher.dispatcher.config.expert_alignment > 1
     assert all(count % layer.token_dispatcher.dispatcher.config.expert_alignment == 0 for count in counts)
+
+
+@case(ranks=(2,))
+def latent_experts(group: dist.ProcessGroup) -> None:
+    """Dispatch sees the latent width. Megatron projects with TransformerEngine's linear layer: a stand-in here."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    with util.linear_layers_of_transformer_engine():
+        layer, _ = util.assert_same_layer(moe_latent_size=16, moe_shared_expert_intermediate_size=24, **layout)
+        widths = []
+        layer.experts.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+        util.run_layer(layer, 4)
+        assert widths == [16]
+        util.assert_grouped_experts_agree(moe_latent_size=16, **layout)
+
+
+@case(ranks=(2,))
+def bad_routing_is_refused(group: dist.ProcessGroup) -> None:
+    from deepep_moe.errors import InputError
+
+    util = _util()
+    layout = util.parallel(ep=2)
+    dispatcher = util.moe_layer(util.configure("deepep", **layout)).token_dispatcher
+    x, probs = torch.zeros(3, util.HIDDEN), torch.zeros(3, util.EXPERTS)
+    for routing_map, expected in (
+        (torch.ones(3, util.EXPERTS, dtype=torch.bool), "routing_map = 8 routes in a row: at most moe_router_topk = 2"),
+        (torch.zeros(3, util.EXPERTS, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(2, util.EXPERTS, dtype=torch.bool), r"shape \[3, 8\]"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            dispatcher.dispatch_preprocess(x, routing_map, probs)
+
+
+@case(ranks=(2,))
+def padding_to_capacity_wants_equal_batches(group: dist.ProcessGroup) -> None:
+    from deepep_moe.errors import InputError
+
+    util = _util()
+    layer = util.moe_layer(
+        util.configure(
+            "deepep",
+            moe_expert_capacity_factor=1.0,
+            moe_pad_expert_input_to_capacity=True,
+            **util.parallel(ep=2),
+        )
+    )
+    rank = dist.get_rank()
+    dispatcher, tokens = layer.token_dispatcher, (2, 40)[rank]
+    routing_map = torch.zeros(tokens, util.EXPERTS, dtype=torch.bool)
+    routing_map[:, :2] = True  # all of it goes to rank 0, which expects no more than its own share
+    x, probs = dispatcher.dispatch_preprocess(torch.zeros(tokens, util.HIDDEN), routing_map, routing_map.float())
+    rows, probs = dispatcher.token_dispatch(x, probs)
+    if rank == 0:
+        with pytest.raises(InputError, match="the same number of tokens on all ranks"):
+            dispatcher.dispatch_postprocess(rows, probs)
+    else:
+        dispatcher.dispatch_postprocess(rows, probs)
+
+
+@case(ranks=(1,))
+def preprocessing_never_waits_for_the_device(group: dist.ProcessGroup) -> None:
+    """On fake CUDA tensors nothing can be read back: what a CUDA graph may capture."""
+    from torch._subclasses import FakeTensorMode
+
+    util = _util()
+    layout = util.parallel()
+    for options in ({}, {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}):
+        dispatcher = util.moe_layer(util.configure("deepep", **options, **layout)).token_dispatcher
+        with FakeTensorMode():
+            x = torch.empty(16, 2, util.HIDDEN, device="cuda:0")
+            routing_map = torch.empty(32, util.EXPERTS, dtype=torch.bool, device="cuda:0")
+            tokens, probs = dispatcher.dispatch_preprocess(
+                x, routing_map, torch.empty(32, util.EXPERTS, device="cuda:0")
+            )
+        assert tokens.shape == (32, util.HIDDEN)
+        assert probs.shape == dispatcher.topk_idx.shape == (32, 2)
+        assert all(isinstance(getattr(dispatcher, name), torch.Tensor) for name in dispatcher.cudagraph_attrs)
 
 
 @case(ranks=(2,))

@@ -5,11 +5,13 @@ Imported only by ranks: :func:`cpu.enable` changes ``torch.cuda`` for the proces
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ from megatron.core.pipeline_parallel.utils import set_streams  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.moe import moe_layer as moe_layer_module  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 
 from deepep_moe.integrations.megatron.experts import GroupedExperts  # noqa: E402
@@ -102,6 +105,25 @@ def moe_layer(config: Any, grouped_experts: bool = False) -> Any:
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules.mlp
     submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]
     return MoELayer(config, submodules, layer_number=1)
+
+
+@contextlib.contextmanager
+def linear_layers_of_transformer_engine() -> Iterator[None]:
+    """A PyTorch layer where ``MoELayer`` uses TransformerEngine's for latent projections."""
+
+    class Linear(torch.nn.Linear):
+        def __init__(self, inputs: int, outputs: int, *, init_method: Callable, bias: bool, **others: Any) -> None:
+            super().__init__(inputs, outputs, bias)
+            init_method(self.weight)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            return super().forward(x), None
+
+    with (
+        mock.patch.object(moe_layer_module, "HAVE_TE", True),
+        mock.patch.object(moe_layer_module, "TELinear", Linear, create=True),
+    ):
+        yield
 
 
 def gpt(config: Any) -> Any:
