@@ -91,6 +91,15 @@ def case(ranks: Iterable[int] | None = None) -> Callable[[Callable], Callable]:
     return mark
 
 
+def include(module: str, *others: str) -> None:
+    """Make ``module`` hold the cases of ``others`` as well, so that one start of the ranks runs them all."""
+    cases = sys.modules[module].__dict__.setdefault(_CASES, {})
+    for other in others:
+        short = other.rpartition(".")[2].removeprefix("cases_")
+        for name, entry in vars(importlib.import_module(other)).get(_CASES, {}).items():
+            cases[f"{short}.{name}"] = entry
+
+
 def cases_for(module: str, ranks: int) -> dict[str, Callable]:
     """Cases of ``module`` that run on this many ranks, by name."""
     marked = vars(importlib.import_module(module)).get(_CASES, {})

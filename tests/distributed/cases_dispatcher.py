@@ -95,7 +95,7 @@ SHAPES = st.fixed_dictionaries(
     }
 )
 PROPERTY = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -251,7 +251,7 @@ def interleaved_micro_batches_do_not_mix(group: dist.ProcessGroup) -> None:
             torch.testing.assert_close(got, wanted)
 
 
-@case(ranks=(1, 2))
+@case(ranks=(2,))
 def compiles_into_one_graph(group: dist.ProcessGroup) -> None:
     dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group))
     x, topk_idx, weights = random_batch(dispatcher.rank, 9, 8, 2, dispatcher.num_experts)
@@ -269,7 +269,7 @@ def compiles_into_one_graph(group: dist.ProcessGroup) -> None:
         torch.testing.assert_close(got, wanted)
 
 
-@case(ranks=(1, 2))
+@case(ranks=(2,))
 def operators_pass_opcheck(group: dist.ProcessGroup) -> None:
     dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group), DispatcherConfig(expert_alignment=4))
     x, topk_idx, weights = random_batch(dispatcher.rank, 5, 8, 2, dispatcher.num_experts)

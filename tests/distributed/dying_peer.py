@@ -1,4 +1,4 @@
-"""Run by test_peers.py: rank 1 dies without a word after the plan; the others print what they are told."""
+"""Run by test_core.py: rank 1 dies without a word after the plan; the others print what they are told."""
 
 from __future__ import annotations
 

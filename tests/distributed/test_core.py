@@ -1,4 +1,4 @@
-"""Peers that are silent or die: an error that names the phase, within the configured time, and a clean exit."""
+"""Dispatcher, Buffer, ElasticBuffer, overlap and failing peers on 1 to 4 gloo ranks; see the cases_*.py files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 
 from tests.launch import all_cases, check_case, torchrun
 
-CASES = "tests.distributed.cases_peers"
+CASES = "tests.distributed.cases_core"
 
 
-@pytest.mark.parametrize(("ranks", "name"), all_cases(CASES, ranks=(2, 3)))
-def test_silent_peer(ranks: int, name: str) -> None:
+@pytest.mark.parametrize(("ranks", "name"), all_cases(CASES, ranks=(1, 2, 3, 4)))
+def test_core(ranks: int, name: str) -> None:
     check_case(CASES, ranks, name)
 
 

@@ -1,0 +1,14 @@
+"""All cases of the core in one launch per number of ranks. Peers come last: they use the groups up."""
+
+from __future__ import annotations
+
+from tests.launch import include
+
+include(
+    __name__,
+    "tests.distributed.cases_dispatcher",
+    "tests.distributed.cases_buffer",
+    "tests.distributed.cases_elastic",
+    "tests.distributed.cases_overlap",
+    "tests.distributed.cases_peers",
+)
