@@ -21,10 +21,10 @@ _FOREIGN = {
 }
 
 
-def check_options(config: Any) -> None:
-    """Raise :class:`~deepep_moe.errors.ConfigError` for options of a ``TransformerConfig`` that cannot work here.
+def check_foreign_options(config: Any) -> None:
+    """Raise :class:`~deepep_moe.errors.ConfigError` for options that belong to another dispatcher.
 
-    Runs after Megatron-Core's own validation, which treats the type as ``alltoall``.
+    Comes before Megatron-Core's own validation, which would tell the user to set another type.
     """
     for name, reason in _FOREIGN.items():
         value = getattr(config, name, None)
@@ -32,6 +32,11 @@ def check_options(config: Any) -> None:
             raise _refused(config, name, f"{reason}; leave it unset")
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         raise _refused(config, "transformer_impl", "inference-optimized layers bring their own token dispatcher")
+
+
+def check_options(config: Any) -> None:
+    """Raise :class:`~deepep_moe.errors.ConfigError` if a validated ``TransformerConfig`` cannot work here."""
+    check_foreign_options(config)
     if config.num_moe_experts and _graph_covers_dispatch(config) and dispatcher_config(config).capacity_factor == 0:
         raise _refused(
             config,

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from deepep_moe.errors import UnsupportedError
-from deepep_moe.integrations.megatron.options import check_options
+from deepep_moe.integrations.megatron.options import check_foreign_options, check_options
 
 NAME = "deepep"
 OLDEST, NEWEST = (0, 16, 1), (0, 19)
@@ -143,6 +143,7 @@ def _post_init(original: Callable[..., None], config: Any) -> None:
     if config.moe_token_dispatcher_type != NAME:
         original(config)
         return
+    check_foreign_options(config)
     config.moe_token_dispatcher_type = "alltoall"
     try:
         original(config)

@@ -72,6 +72,7 @@ def test_registering_twice_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("moe_enable_deepep", True),
         ("moe_expert_rank_capacity_factor", 1.5),
         ("moe_paged_stash", True),
         ("moe_permute_fusion_into_hybridep", True),
@@ -83,6 +84,9 @@ def test_registering_twice_changes_nothing() -> None:
 def test_foreign_options_are_refused(name: str, value: object) -> None:
     from deepep_moe.integrations.megatron.options import check_options
 
+    if name in TransformerConfig.__dataclass_fields__:
+        with pytest.raises(ConfigError, match=f"{name} = {value!r} with moe_token_dispatcher_type = 'deepep'"):
+            config(**{name: value})
     valid = config()
     setattr(valid, name, value)  # some exist only in newer versions
     with pytest.raises(ConfigError, match=f"{name} = {value!r} with moe_token_dispatcher_type = 'deepep'"):
