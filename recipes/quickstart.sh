@@ -6,7 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source environment.sh
-unset DEEPEP_MOE_PYTHON DEEPEP_MOE_CUDA # of the set-up; what is left are settings of the dispatcher
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus == 1 ? 1 : 2))

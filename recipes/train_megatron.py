@@ -35,7 +35,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-import deepep_moe.integrations.megatron  # noqa: F401  makes the type "deepep" known to Megatron-Core
+import deepep_moe.integrations.megatron  # makes the type "deepep" known to Megatron-Core
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.integrations.megatron import cpu
@@ -50,6 +50,7 @@ class Gpt:
     vocab_size: int = 256  # at least the 256 bytes; larger only to give the layers their real shape
     rotary_base: int = 10000
     share_embeddings_and_output_weights: bool = False
+    grouped_experts: bool = False  # one grouped GEMM for all local experts; with dispatcher type deepep only
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def transformer_config(section: Mapping[str, Any], world: World, expert_parallel
 
 def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world: World) -> GPTModel:
     """Megatron-Core's GPTModel from its local layer spec: needs neither TransformerEngine nor Apex."""
+    deepep_moe.integrations.megatron.register(grouped_experts=gpt.grouped_experts)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
     model = GPTModel(
         config,

@@ -6,7 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source environment.sh
-unset DEEPEP_MOE_PYTHON DEEPEP_MOE_CUDA # of the set-up; what is left are settings of the dispatcher
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 status=0

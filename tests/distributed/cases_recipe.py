@@ -33,33 +33,36 @@ MODEL = {
 }
 
 
-def build(world: common.World, expert_parallel: int) -> Any:
+def build(world: common.World, expert_parallel: int, grouped: bool) -> Any:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
     config = recipe.transformer_config(MODEL, world, expert_parallel)
-    return recipe.build_model(config, recipe.Gpt(), LENGTH, world)
+    return recipe.build_model(config, recipe.Gpt(grouped_experts=grouped), LENGTH, world)
 
 
-def global_name(name: str, expert_parallel: int) -> str:
-    """The name of a parameter with its expert's number among all experts."""
+def of_this_rank(name: str, whole: dict[str, torch.Tensor], expert_parallel: int) -> torch.Tensor:
+    """What ``whole``, the tensors of a model with all experts, has for this rank's parameter ``name``."""
+    count = EXPERTS // expert_parallel
+    first = parallel_state.get_expert_model_parallel_rank() * count
+    if ".experts.weight" in name:  # grouped: [experts, ...]
+        return whole[name][first : first + count]
     head, mark, tail = name.partition(".local_experts.")
-    if not mark:
-        return name
-    number, _, rest = tail.partition(".")
-    first = parallel_state.get_expert_model_parallel_rank() * EXPERTS // expert_parallel
-    return f"{head}{mark}{first + int(number)}.{rest}"
+    if mark:
+        number, _, rest = tail.partition(".")
+        return whole[f"{head}{mark}{first + int(number)}.{rest}"]
+    return whole[name]
 
 
-def gradients_equal_those_of_one_process(expert_parallel: int) -> None:
+def gradients_equal_those_of_one_process(expert_parallel: int, grouped: bool = False) -> None:
     world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     recipe.cpu.enable()
     text = common.ByteText(common.read_text("python-docs"), LENGTH, seed=3)
 
     # the truth: one process that holds all experts and sees the tokens of all ranks
-    whole = build(world, 1)
+    whole = build(world, 1, grouped)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / world.size))
     losses = []
     for rank in range(world.size):
@@ -74,11 +77,10 @@ def gradients_equal_those_of_one_process(expert_parallel: int) -> None:
     }
     expected_norm = torch.stack([gradient.square().sum() for gradient in expected.values()]).sum().sqrt()
 
-    spread = build(world, expert_parallel)
-    names = {name: global_name(name, expert_parallel) for name, _ in spread.named_parameters()}
+    spread = build(world, expert_parallel, grouped)
     with torch.no_grad():
         for name, parameter in spread.named_parameters():
-            parameter.copy_(weights[names[name]])
+            parameter.copy_(of_this_rank(name, weights, expert_parallel))
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     loss = recipe.loss_of(spread, *text.batch(0, world.rank, SEQUENCES))
     torch.testing.assert_close(loss.item(), losses[world.rank], rtol=1e-5, atol=0)
@@ -88,8 +90,9 @@ def gradients_equal_those_of_one_process(expert_parallel: int) -> None:
     experts = [name for name, parameter in spread.named_parameters() if recipe.is_expert(parameter)]
     assert bool(experts) == (expert_parallel > 1)
     for name, parameter in spread.named_parameters():
-        difference = (parameter.grad - expected[names[name]]).norm()
-        assert difference <= 1e-5 * max(expected[names[name]].norm(), 1e-3), (name, difference)
+        wanted = of_this_rank(name, expected, expert_parallel)
+        difference = (parameter.grad - wanted).norm()
+        assert difference <= 1e-5 * max(wanted.norm(), 1e-3), (name, difference)
     torch.testing.assert_close(recipe.gradient_norm(spread), expected_norm, rtol=1e-5, atol=0)
     parallel_state.destroy_model_parallel()
 
@@ -107,3 +110,8 @@ def expert_parallel_over_all_ranks(group: dist.ProcessGroup) -> None:
 @case(ranks=(4,))
 def two_copies_of_each_expert(group: dist.ProcessGroup) -> None:
     gradients_equal_those_of_one_process(2)
+
+
+@case(ranks=(2,))
+def grouped_experts(group: dist.ProcessGroup) -> None:
+    gradients_equal_those_of_one_process(2, grouped=True)
