@@ -43,8 +43,8 @@ PYBIND11_MODULE(_C, m) {
         .def("dispatch", &Buffer::dispatch)
         .def("combine", &Buffer::combine)
         .def("take_failure",
-             [](Buffer& self) -> py::object {
-                 const auto report = self.take_failure();
+             [](Buffer& self, bool lasting_only) -> py::object {
+                 const auto report = self.take_failure(lasting_only);
                  if (!report) return py::none();
                  return py::make_tuple(report->failure, report->phase, report->peer, report->field, report->expected,
                                        report->seen);

@@ -40,9 +40,6 @@ class Buffer:
         num_topk: int,
         num_experts: int,
         alignment: int,
-        rank_prefix: int,
-        expert_counts: int,
-        expert_offsets: int,
         wait: bool,
         max_recv: int,
         max_rows: int,
@@ -56,6 +53,9 @@ class Buffer:
     def finish_plan(
         self,
         send_slot: int,
+        rank_prefix: int,
+        expert_counts: int,
+        expert_offsets: int,
         recv_topk_idx: int,
         recv_src_idx: int,
         recv_rows: int,
@@ -119,7 +119,7 @@ class Buffer:
         stream: int,
         /,
     ) -> None: ...
-    def take_failure(self) -> tuple[int, int, int, int, int, int] | None:
+    def take_failure(self, lasting_only: bool, /) -> tuple[int, int, int, int, int, int] | None:
         """failure, phase, peer, field, expected, seen (csrc/kernels/args.h)."""
 
     def wait_seconds(self) -> list[float]: ...

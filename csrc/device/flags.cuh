@@ -83,15 +83,27 @@ __device__ __forceinline__ void await_peers(const Runtime& rt, int epoch, Operat
     }
 }
 
-// True in one thread of the last block to arrive: every other block's memory operations are then complete.
+// True in all threads of the last block to arrive: what other blocks have written is then complete, for this rank and
+// (made so by a following release) for its peers.
 __device__ __forceinline__ bool last_block_done(LocalState* local) {
+    __shared__ bool last;
     __syncthreads();
-    if (threadIdx.x != 0) return false;
-    __threadfence();
-    if (atomicAdd(&local->blocks_done, 1) != static_cast<int>(gridDim.x) - 1) return false;
-    __threadfence();
-    local->blocks_done = 0;
-    return true;
+    if (threadIdx.x == 0) {
+        __threadfence_system();
+        last = atomicAdd(&local->blocks_done, 1) == static_cast<int>(gridDim.x) - 1;
+        if (last) local->blocks_done = 0;
+        __threadfence_system();
+    }
+    __syncthreads();
+    return last;
+}
+
+// The end of a dispatch or combine: make the counters ready for the next one.
+__device__ __forceinline__ void leave_operation(const Runtime& rt, int epoch) {
+    if (last_block_done(rt.local) && threadIdx.x == 0) {
+        rt.local->next_item = 0;
+        rt.local->data_epoch = epoch;
+    }
 }
 
 }  // namespace deepep_moe

@@ -14,8 +14,8 @@ __device__ __forceinline__ char* staged_row(const Runtime& rt, const Staging& st
            (static_cast<int64_t>(region) * staging.max_tokens + slot) * pitch;
 }
 
-__device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& staging, int epoch, int owner, int source,
-                                             int slot) {
+__device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& staging, int epoch, int owner,
+                                             int source, int slot) {
     return reinterpret_cast<int*>(staging.base[owner]) +
            (static_cast<int64_t>(epoch & 1) * rt.num_ranks + source) * staging.max_tokens + slot;
 }

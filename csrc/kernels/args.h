@@ -26,19 +26,29 @@ enum Phase : int { kPlanCounts, kPlanPlaces, kDispatchStart, kDispatchRows, kCom
 
 enum Failure : int {
     kNoFailure,
-    kTimeout,        // peer, phase, expected, seen
-    kPeerFailed,     // peer: it reported a failure of its own; phase is where this rank was
-    kMismatch,       // peer, field (PeerCounts::Field or an Operation::Field), expected = own value, seen = the peer's
-    kBadExpert,      // peer: whose; expected = number of experts, seen = the index (0 when it is a peer's)
-    kRecvOverflow,   // expected = rows there is room for, seen = rows that came (rank layout)
-    kRowsOverflow,   // the same in expert layout
-    kStaging,        // expected = tokens per rank that staging holds, seen = tokens of a rank
+    kTimeout,       // peer, phase, expected, seen
+    kPeerFailed,    // peer: it reported a failure of its own; phase is where this rank was
+    kMismatch,      // peer, field (PeerCounts::Field or an Operation::Field), expected = own value, seen = the peer's
+    kBadExpert,     // peer: whose; expected = number of experts, seen = the index (0 when it is a peer's)
+    kRecvOverflow,  // peer: whose; expected = rows there is room for, seen = rows that came (rank layout)
+    kRowsOverflow,  // the same in expert layout
+    kStaging,       // expected = tokens per rank that staging holds, seen = tokens of a rank
 };
 
 // What ranks tell each other about one batch before any row moves.
 struct PeerCounts {
     // What ranks must agree on, then what they may differ in.
-    enum Field : int { kNumExperts, kNumTopk, kAlignment, kNumAgreed, kNumTokens = kNumAgreed, kBadInput, kNumFields };
+    enum Field : int {
+        kNumExperts,
+        kNumTopk,
+        kAlignment,
+        kNumAgreed,
+        kNumTokens = kNumAgreed,
+        kBadInput,
+        kMaxRecv,  // room for rows of either layout; INT_MAX: as much as it takes
+        kMaxRows,
+        kNumFields
+    };
     int header[8];
     int tokens_to_rank[kMaxRanks];
     int routes_to_expert[kMaxExperts];
@@ -53,10 +63,10 @@ struct Operation {
 
 // Symmetric memory that never grows: written by peers, read by its owner.
 struct Control {
-    int entered[kMaxRanks];  // [source] epoch of the last dispatch or combine that the peer has started
-    int counted[kMaxRanks];  // [source] epoch of the last plan whose counts below are complete
-    int placed[kMaxRanks];   // [source] epoch of the last plan whose places in staging are complete
-    int failed[kMaxRanks];   // [source] not 0: the peer gave up
+    int entered[kMaxRanks];             // [source] epoch of the last dispatch or combine that the peer has started
+    int counted[kMaxRanks];             // [source] epoch of the last plan whose counts below are complete
+    int placed[kMaxRanks];              // [source] epoch of the last plan whose places in staging are complete
+    int failed[kMaxRanks];              // [source] not 0: the peer gave up
     Operation operation[2][kMaxRanks];  // [data epoch % 2][source]
     PeerCounts counts[2][kMaxRanks];    // [plan epoch % 2][source]
 };
@@ -67,7 +77,7 @@ struct LocalState {
     int plan_epoch;
     int data_epoch;  // dispatches and combines so far
     int blocks_done;
-    int next_item;   // work the receiving warps of the running kernel take one by one
+    int next_item;  // work the receiving warps of the running kernel take one by one
     int bad_input;
     int failed;
     unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
@@ -75,12 +85,12 @@ struct LocalState {
 
 // Pinned host memory, written by the device.
 struct HostStatus {
-    int plan_ticket;  // ticket of the last plan whose numbers below are complete
-    int num_recv;     // N
-    int num_rows;     // M
-    int max_tokens;   // most tokens of any rank
+    int plan_ticket;                 // ticket of the last plan whose numbers below are complete
+    int num_recv;                    // N
+    int num_rows;                    // M
+    int max_tokens;                  // most tokens of any rank
     int expert_counts[kMaxExperts];  // [L]
-    int failure;      // enum Failure; the rest says more
+    int failure;                     // enum Failure; the rest says more
     int phase, peer, field, expected, seen;
 };
 
@@ -105,54 +115,61 @@ struct Runtime {
     bool record_waits;
 };
 
-// Where tokens go, counted per tile so that later kernels can place them.
+// The part of a plan that follows from the counts alone.
+struct CountedPlan {
+    int rank_prefix[kMaxRanks * kMaxRanks];   // [R, R]
+    int64_t expert_counts[kMaxExperts];       // [L]
+    int64_t expert_offsets[kMaxExperts + 1];  // [L + 1]
+};
+
+// Where tokens go, counted on this rank.
 struct LayoutArgs {
     Runtime runtime;
-    const int64_t* topk_idx;         // [T, K]
-    const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
-    int num_tokens, num_topk, num_experts, num_ranks;
-    int* tile_ranks;                 // [tiles, R] or null
-    int* tile_experts;               // [tiles, E] or null
-    int* num_tokens_per_rank;        // [R] zeroed, or null
-    int* num_tokens_per_node;        // [nodes] zeroed, or null
+    const int64_t* topk_idx;  // [T, K]
+    int num_tokens, num_topk, num_experts;
     int ranks_per_node;
-    int* num_tokens_per_expert;      // [E] zeroed, or null
-    bool* is_token_in_rank;          // [T, R] or null
+    int* num_tokens_per_rank;    // [R] added to
+    int* num_tokens_per_node;    // [R / ranks_per_node] added to, or null
+    int* num_tokens_per_expert;  // [E] added to
+    bool* is_token_in_rank;      // [T, R]
 };
 
 struct PlanArgs {
     Runtime runtime;
     Staging staging;
-    const int64_t* topk_idx;       // [T, K]
-    const bool* given_membership;  // [T, R] or null
+    const int64_t* topk_idx;         // [T, K]
+    const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
     const int* given_expert_counts;  // [E] or null: used when K = 0
     int num_tokens, num_topk, num_experts, alignment;
-    int ticket;                    // not 0: publish the counts to the host under this number
-    int* tile_ranks;               // [tiles, R] counts, then exclusive sums
-    int* tile_experts;             // [tiles, E] counts, then exclusive sums
-    int* row_base;                 // [E] expert row at its owner of this rank's first route to the expert
-    int max_recv, max_rows;        // room in the outputs below
-    int* send_slot;                // [T, R]
-    int* rank_prefix;              // [R, R]
-    int64_t* recv_topk_idx;        // [max_recv, K]
-    int* recv_src_idx;             // [max_recv]
-    int* recv_rows;                // [max_recv, K]
-    int* row_recv;                 // [max_rows]
-    int64_t* expert_counts;        // [L]
-    int64_t* expert_offsets;       // [L + 1]
+    int ticket;               // not 0: publish the counts to the host under this number
+    int* tile_ranks;          // [tiles, R]
+    int* tile_experts;        // [tiles, E]
+    int* rank_totals;         // [R], zero between plans
+    int* expert_totals;       // [E], zero between plans
+    int* row_base;            // [E] expert row at its owner of this rank's first route to the expert
+    CountedPlan* counted;     // what follows from the counts, until it is copied to the outputs below
+    int max_recv, max_rows;   // room in the outputs below
+    int* send_slot;           // [T, R]
+    int* rank_prefix;         // [R, R]
+    int64_t* recv_topk_idx;   // [max_recv, K]
+    int* recv_src_idx;        // [max_recv]
+    int* recv_rows;           // [max_recv, K]
+    int* row_recv;            // [max_rows]
+    int64_t* expert_counts;   // [L]
+    int64_t* expert_offsets;  // [L + 1]
 };
 
 // The part of a plan that moving rows needs.
 struct Route {
     int num_tokens, num_topk;
     int max_recv, max_rows;
-    const int* send_slot;     // [T, R]
-    const int* rank_prefix;   // [R, R]
+    const int* send_slot;          // [T, R]
+    const int* rank_prefix;        // [R, R]
     const int64_t* recv_topk_idx;  // [N, K]
-    const int* recv_src_idx;  // [N]
-    const int* recv_rows;     // [N, K]
-    const int* row_recv;      // [M]
-    bool grouped;             // expert layout, else rank layout
+    const int* recv_src_idx;       // [N]
+    const int* recv_rows;          // [N, K]
+    const int* row_recv;           // [M]
+    bool grouped;                  // expert layout, else rank layout
 };
 
 // 4-byte scales beside rows, with any strides (in elements).
@@ -173,7 +190,7 @@ struct DispatchArgs {
     const float* weights;  // [T, K] or null
     char* out;             // [N or M] rows of row_bytes
     Scales out_scales;
-    float* out_weights;    // [N, K] or [M], or null
+    float* out_weights;  // [N, K] or [M], or null
     int num_send_blocks;
 };
 

@@ -5,8 +5,7 @@
 //   gather    a warp per own token: once the flags of its ranks are up, sum their rows in rank order; the rows of
 //             this rank are summed on the spot and never staged
 //
-// Sums are fp32 in a fixed order; what crosses between ranks is rounded to the row's type, also where "between"
-// is the same rank, so that a result does not depend on where its experts live.
+// Sums are fp32 in a fixed order; only what crosses between ranks is rounded to the rows' type.
 #include "device/flags.cuh"
 #include "device/staging.cuh"
 #include "device/sum.cuh"
@@ -15,103 +14,156 @@ namespace deepep_moe {
 
 namespace {
 
-#ifndef CTHREADS
-#define CTHREADS 768
-#endif
-constexpr int kThreads = CTHREADS;
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / kWarpSize;
 
-// How the loads that a lane keeps in flight are spread: over vectors of one row and over rows. Expert layout sums
-// several rows per token, rank layout one per rank.
-template <bool kGrouped>
-struct Shape {
-    static constexpr int kVectors = kGrouped ? 2 : 4;
-    static constexpr int kRows = kGrouped ? 4 : 2;
+// The rows that make up one result, in the order they are added: rows of lower ranks, then the parts on this rank,
+// then rows of higher ranks. One list per warp, in shared memory.
+struct RowList {
+    const char* row[kMaxTopk + kMaxRanks];
+    float factor[kMaxTopk + kMaxRanks];
+    int before, parts, count;
 };
 
-// Rows to sum; lane k knows the k-th, if its bit is in the mask.
-struct Sources {
-    const char* row = nullptr;
-    float factor = 1.0f;
-    unsigned mask = 0;
+// Lane k knows the k-th row, if its bit is in the mask.
+struct LaneRows {
+    const char* row;
+    float factor;
+    unsigned mask;
 };
 
-// Add the vectors number `base + u * 32` of all rows in `mask`, in the order of lanes.
-template <typename T, int kVectors, int kRows>
-__device__ __forceinline__ void add_rows(Vector<T> (&total)[kVectors], const Sources& from, unsigned mask, int base,
-                                         int vectors) {
-    while (mask) {
-        int4 v[kRows][kVectors];
-        float factor[kRows];
-        const int rows = min(kRows, __popc(mask));
+__device__ __forceinline__ void append(RowList& list, int& count, const LaneRows& from, unsigned mask) {
+    const int lane = threadIdx.x % kWarpSize;
+    if (mask >> lane & 1) {
+        const int index = count + __popc(mask & ((1u << lane) - 1));
+        list.row[index] = from.row;
+        list.factor[index] = from.factor;
+    }
+    count += __popc(mask);
+}
+
+struct Output {
+    char* row;
+    const char* bias[2];  // rows to add, or null
+};
+
+template <typename T>
+__device__ __forceinline__ void finish(const Output& out, int i, Vector<T>& total) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            if (r >= rows) continue;
-            const int k = __ffs(mask) - 1;
-            mask &= mask - 1;
-            factor[r] = __shfl_sync(kFullMask, from.factor, k);
-            const int4* row = reinterpret_cast<const int4*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(from.row), k));
+    for (int b = 0; b < 2; ++b)
+        if (out.bias[b]) total.add(load_streaming(reinterpret_cast<const int4*>(out.bias[b]) + i));
+    store_streaming(reinterpret_cast<int4*>(out.row) + i, total.pack());
+}
+
+// Sum the vectors number `first + u * 32` of exactly kRows rows; all of them exist.
+template <typename T, int kRows, int kVectors>
+__device__ __forceinline__ void sum_vectors(const RowList& list, int first, const Output& out) {
+    int4 v[kRows][kVectors];
 #pragma unroll
-            for (int u = 0; u < kVectors; ++u)
-                if (base + u * kWarpSize < vectors) v[r][u] = load_streaming(row + base + u * kWarpSize);
+    for (int r = 0; r < kRows; ++r) {
+        const int4* row = reinterpret_cast<const int4*>(list.row[r]) + first;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) v[r][u] = load_streaming(row + u * kWarpSize);
+    }
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+        Vector<T> total;
+        total.clear();
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) total.add_scaled(v[r][u], list.factor[r]);
+        finish(out, first + u * kWarpSize, total);
+    }
+}
+
+// Sum exactly kRows rows, about eight loads at a time.
+template <typename T, int kRows>
+__device__ __forceinline__ void sum_few(const RowList& list, int vectors, const Output& out) {
+    constexpr int kVectors = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
+    const int lane = threadIdx.x % kWarpSize;
+    int base = 0;
+    for (; base + kVectors * kWarpSize <= vectors; base += kVectors * kWarpSize)
+        sum_vectors<T, kRows, kVectors>(list, base + lane, out);
+    for (; base < vectors; base += kWarpSize)
+        if (base + lane < vectors) sum_vectors<T, kRows, 1>(list, base + lane, out);
+}
+
+// Sum any number of rows, four at a time.
+template <typename T>
+__device__ __forceinline__ void sum_many(const RowList& list, int vectors, const Output& out) {
+    constexpr int kRows = 4;
+    for (int i = threadIdx.x % kWarpSize; i < vectors; i += kWarpSize) {
+        Vector<T> total;
+        total.clear();
+        int row = 0;
+        for (; row + kRows <= list.count; row += kRows) {
+            int4 v[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) v[r] = load_streaming(reinterpret_cast<const int4*>(list.row[row + r]) + i);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) total.add_scaled(v[r], list.factor[row + r]);
         }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            if (r >= rows) continue;
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u)
-                if (base + u * kWarpSize < vectors) total[u].add_scaled(v[r][u], factor[r]);
-        }
+        for (; row < list.count; ++row)
+            total.add_scaled(load_streaming(reinterpret_cast<const int4*>(list.row[row]) + i), list.factor[row]);
+        finish(out, i, total);
+    }
+}
+
+// Sum the rows of the list, in order. The whole warp calls.
+template <typename T>
+__device__ __forceinline__ void sum_rows(const RowList& list, int vectors, const Output& out) {
+    switch (list.count) {
+        case 1: return sum_few<T, 1>(list, vectors, out);
+        case 2: return sum_few<T, 2>(list, vectors, out);
+        case 3: return sum_few<T, 3>(list, vectors, out);
+        case 4: return sum_few<T, 4>(list, vectors, out);
+        case 5: return sum_few<T, 5>(list, vectors, out);
+        case 6: return sum_few<T, 6>(list, vectors, out);
+        case 7: return sum_few<T, 7>(list, vectors, out);
+        case 8: return sum_few<T, 8>(list, vectors, out);
+        default: return sum_many<T>(list, vectors, out);
     }
 }
 
 // The rows on this rank that make up received row n, and the weight of route `lane`. Nothing where n is out of range:
 // rows that did not fit were not kept (the host raises), but their home still waits for them.
-template <bool kGrouped>
-__device__ __forceinline__ Sources parts_of(const CombineArgs& args, int n, bool exists, float& weight) {
+__device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, bool exists, float& weight) {
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
-    Sources parts;
-    weight = 0.0f;
     int64_t row = -1;
+    float factor = 1.0f;
+    weight = 0.0f;
     if (exists && n < args.route.max_recv) {
-        if (kGrouped) {
+        if (args.route.grouped) {
             if (lane < topk) row = args.route.recv_rows[static_cast<int64_t>(n) * topk + lane];
             if (row >= 0 && args.weights) weight = args.weights[row];
-            if (args.apply_weights) parts.factor = weight;
+            if (args.apply_weights) factor = weight;
         } else {
             if (lane == 0) row = n;
             if (lane < topk && args.weights) weight = args.weights[static_cast<int64_t>(n) * topk + lane];
         }
     }
-    parts.row = args.x + row * args.row_bytes;
-    parts.mask = __ballot_sync(kFullMask, row >= 0);
-    return parts;
+    return {args.x + row * args.row_bytes, factor, __ballot_sync(kFullMask, row >= 0)};
 }
 
-template <typename T, bool kGrouped>
-__device__ __forceinline__ void send(const CombineArgs& args, int epoch) {
-    constexpr int kVectors = Shape<kGrouped>::kVectors, kRows = Shape<kGrouped>::kRows;
+template <typename T>
+__device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList& list) {
     const Runtime& rt = args.runtime;
-    const int lane = threadIdx.x % kWarpSize, vectors = args.row_bytes / static_cast<int>(sizeof(int4));
-    const int warp = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
-    const int warps = args.num_send_blocks * (kThreads / kWarpSize);
+    const int lane = threadIdx.x % kWarpSize;
+    const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
     const Received received(rt, args.route.rank_prefix);
     for (int item = warp; item < received.items(rt); item += warps) {
         const Received::Row row = received.at(rt, item);
         if (row.index < 0) continue;
         float weight;
-        const Sources parts = parts_of<kGrouped>(args, row.index, true, weight);
+        const LaneRows parts = parts_of(args, row.index, true, weight);
+        __syncwarp();  // all lanes are done with the last list
+        int count = 0;
+        append(list, count, parts, parts.mask);
+        list.before = 0;
+        list.parts = list.count = count;
+        __syncwarp();
+
         char* staged = staged_row(rt, args.staging, epoch, row.source, rt.rank, row.slot, args.pitch);
-        for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
-            Vector<T> total[kVectors];
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u) total[u].clear();
-            add_rows<T, kVectors, kRows>(total, parts, parts.mask, base, vectors);
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u)
-                if (base + u * kWarpSize < vectors)
-                    store_streaming(reinterpret_cast<int4*>(staged) + base + u * kWarpSize, total[u].pack());
-        }
+        sum_rows<T>(list, args.row_bytes / static_cast<int>(sizeof(int4)), {staged, {nullptr, nullptr}});
         if (args.carry_weights && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
         __syncwarp();  // the whole row is written before lane 0 says so
@@ -120,20 +172,11 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch) {
     }
 }
 
-// The weight of route `lane` beside the row from `rank`.
-__device__ __forceinline__ float carried_weight(const CombineArgs& args, const Sources& ranks, int rank) {
-    const int lane = threadIdx.x % kWarpSize;
-    const char* row = reinterpret_cast<const char*>(
-        __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(ranks.row), rank));
-    return lane < args.route.num_topk ? reinterpret_cast<const float*>(row + args.row_bytes)[lane] : 0.0f;
-}
-
-template <typename T, bool kGrouped>
-__device__ __forceinline__ void gather(const CombineArgs& args, int epoch) {
-    constexpr int kVectors = Shape<kGrouped>::kVectors, kRows = Shape<kGrouped>::kRows;
+template <typename T>
+__device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowList& list) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
-    const int lane = threadIdx.x % kWarpSize, vectors = args.row_bytes / static_cast<int>(sizeof(int4));
+    const int lane = threadIdx.x % kWarpSize;
     const Received received(rt, route.rank_prefix);
 
     WorkQueue queue(&rt.local->next_item);
@@ -142,98 +185,71 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch) {
         if (lane < rt.num_ranks) slot = route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
         const int own_slot = __shfl_sync(kFullMask, slot, rt.rank);
         float own_weight;
-        const Sources parts = parts_of<kGrouped>(args, received.own_start + own_slot, own_slot >= 0, own_weight);
+        const LaneRows parts = parts_of(args, received.own_start + own_slot, own_slot >= 0, own_weight);
 
-        Sources ranks;  // the row from rank `lane`; in rank layout this rank's row is one of them
-        ranks.mask = __ballot_sync(kFullMask, slot >= 0);
-        if (slot >= 0 && lane != rt.rank) {
+        LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.rank)};
+        if (ranks.mask >> lane & 1) {
             wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot), epoch, kCombineRows, lane);
             ranks.row = staged_row(rt, args.staging, epoch, rt.rank, lane, slot, args.pitch);
         }
+        const unsigned before = ranks.mask & ((1u << rt.rank) - 1), after = ranks.mask & ~before;
+        __syncwarp();  // all lanes are done with the last list, and all flags are up
+        int count = 0;
+        append(list, count, ranks, before);
+        append(list, count, parts, parts.mask);
+        append(list, count, ranks, after);
+        list.before = __popc(before);
+        list.parts = __popc(parts.mask);
+        list.count = count;
         __syncwarp();
-        const unsigned before = ranks.mask & ((1u << rt.rank) - 1);
-        const unsigned after = ranks.mask & ~before & ~(1u << rt.rank);
-        if (!kGrouped) {
-            const char* own = reinterpret_cast<const char*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(parts.row), 0));
-            if (lane == rt.rank) ranks.row = own;
-            if (parts.mask == 0) ranks.mask &= ~(1u << rt.rank);
-        }
 
         const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
-        for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
-            Vector<T> total[kVectors];
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u) total[u].clear();
-            if (kGrouped) {
-                int4 own[kVectors];
-                add_rows<T, kVectors, kRows>(total, parts, parts.mask, base, vectors);
-#pragma unroll
-                for (int u = 0; u < kVectors; ++u) {
-                    own[u] = total[u].pack();
-                    total[u].clear();
-                }
-                add_rows<T, kVectors, kRows>(total, ranks, before, base, vectors);
-#pragma unroll
-                for (int u = 0; u < kVectors; ++u) total[u].add(own[u]);
-                add_rows<T, kVectors, kRows>(total, ranks, after, base, vectors);
-            } else {
-                add_rows<T, kVectors, kRows>(total, ranks, ranks.mask, base, vectors);
-            }
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u) {
-                const int i = base + u * kWarpSize;
-                if (i >= vectors) continue;
-#pragma unroll
-                for (int b = 0; b < 2; ++b)
-                    if (args.bias[b])
-                        total[u].add(load_streaming(reinterpret_cast<const int4*>(args.bias[b] + offset) + i));
-                store_streaming(reinterpret_cast<int4*>(args.out + offset) + i, total[u].pack());
-            }
-        }
-        if (args.carry_weights) {
+        sum_rows<T>(list, args.row_bytes / static_cast<int>(sizeof(int4)),
+                    {args.out + offset,
+                     {args.bias[0] ? args.bias[0] + offset : nullptr, args.bias[1] ? args.bias[1] + offset : nullptr}});
+        if (args.carry_weights && lane < route.num_topk) {
+            const auto carried = [&](int i) {
+                return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
+            };
             float total = 0.0f;
-            for (unsigned m = before; m; m &= m - 1) total += carried_weight(args, ranks, __ffs(m) - 1);
+            for (int i = 0; i < list.before; ++i) total += carried(i);
             total += own_weight;
-            for (unsigned m = after; m; m &= m - 1) total += carried_weight(args, ranks, __ffs(m) - 1);
-            if (lane < route.num_topk) args.out_weights[static_cast<int64_t>(token) * route.num_topk + lane] = total;
+            for (int i = list.before + list.parts; i < count; ++i) total += carried(i);
+            args.out_weights[static_cast<int64_t>(token) * route.num_topk + lane] = total;
         }
-    }
-}
-
-template <typename T, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
-    const Runtime& rt = args.runtime;
-    if (rt.local->failed) return;
-    const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kCombineStart | kGrouped << 8, args.pitch};
-    enter_operation(rt, epoch, operation);
-    if (blockIdx.x < args.num_send_blocks) send<T, kGrouped>(args, epoch);
-    gather<T, kGrouped>(args, epoch);
-    await_peers(rt, epoch, operation, kCombineStart);
-    if (last_block_done(rt.local)) {
-        rt.local->next_item = 0;
-        rt.local->data_epoch = epoch;
     }
 }
 
 template <typename T>
-void launch(const CombineArgs& args, int num_blocks, cudaStream_t stream) {
-    if (args.route.grouped)
-        combine_kernel<T, true><<<num_blocks, kThreads, 0, stream>>>(args);
-    else
-        combine_kernel<T, false><<<num_blocks, kThreads, 0, stream>>>(args);
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
+    __shared__ RowList lists[kWarps];
+    const Runtime& rt = args.runtime;
+    if (rt.local->failed) return;
+    RowList& list = lists[threadIdx.x / kWarpSize];
+    const int epoch = rt.local->data_epoch + 1;
+    const Operation operation{kCombineStart | args.route.grouped << 8, args.pitch};
+    enter_operation(rt, epoch, operation);
+    if (blockIdx.x < args.num_send_blocks) send<T>(args, epoch, list);
+    gather<T>(args, epoch, list);
+    await_peers(rt, epoch, operation, kCombineStart);
+    leave_operation(rt, epoch);
+}
+
+template <typename T>
+cudaError_t launch(const CombineArgs& args, int num_blocks, cudaStream_t stream) {
+    combine_kernel<T><<<num_blocks, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream) {
     switch (dtype) {
-        case DataType::kFloat32: launch<float>(args, num_blocks, stream); break;
-        case DataType::kBFloat16: launch<__nv_bfloat16>(args, num_blocks, stream); break;
-        case DataType::kFloat16: launch<__half>(args, num_blocks, stream); break;
+        case DataType::kFloat32: return launch<float>(args, num_blocks, stream);
+        case DataType::kBFloat16: return launch<__nv_bfloat16>(args, num_blocks, stream);
+        case DataType::kFloat16: return launch<__half>(args, num_blocks, stream);
     }
-    return cudaGetLastError();
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace deepep_moe

@@ -14,15 +14,9 @@ namespace deepep_moe {
 
 namespace {
 
-#ifndef DTHREADS
-#define DTHREADS 1024
-#define DVEC 4
-#endif
-#ifndef ROWS_PER_SIGNAL
-#define ROWS_PER_SIGNAL 1
-#endif
-constexpr int kThreads = DTHREADS;
-constexpr int kVectors = DVEC;  // 16-byte loads that a lane keeps in flight
+constexpr int kThreads = 1024;
+constexpr int kVectors = 4;         // 16-byte loads that a lane keeps in flight
+constexpr int kTokensPerFence = 2;  // a fence waits for the link; one serves the flags of this many tokens
 
 struct Source {
     const char* row;
@@ -84,7 +78,8 @@ __device__ __forceinline__ void quantise_row(const char* from, const Destination
         for (int u = 0; u < kAtOnce; ++u) bytes[u] = quantise_block(v[u], scale[u]);
         for (unsigned m = mask; m; m &= m - 1) {
             const int k = __ffs(m) - 1;
-            char* row = reinterpret_cast<char*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), k));
+            char* row =
+                reinterpret_cast<char*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), k));
             int* scales =
                 reinterpret_cast<int*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), k));
 #pragma unroll
@@ -146,21 +141,19 @@ template <bool kQuantise>
 __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     const int warp = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     const int warps = args.num_send_blocks * (kThreads / kWarpSize);
-    for (int token = warp; token < args.route.num_tokens; token += warps * ROWS_PER_SIGNAL) {
-        int* flag[ROWS_PER_SIGNAL];
-#pragma unroll
-        for (int i = 0; i < ROWS_PER_SIGNAL; ++i) flag[i] = send_token<kQuantise>(args, epoch, token + i * warps);
-        __syncwarp();  // whole rows are written before any lane says so
-#if ROWS_PER_SIGNAL == 1
-        if (flag[0]) store_release_system(flag[0], epoch);
-#else
+    for (int token = warp; token < args.route.num_tokens; token += warps * kTokensPerFence) {
+        int* flags[kTokensPerFence];
         bool any = false;
 #pragma unroll
-        for (int i = 0; i < ROWS_PER_SIGNAL; ++i) any |= flag[i] != nullptr;
+        for (int i = 0; i < kTokensPerFence; ++i) {
+            flags[i] = send_token<kQuantise>(args, epoch, token + i * warps);
+            any |= flags[i] != nullptr;
+        }
+        __syncwarp();  // whole rows are written before any lane says so
         if (any) __threadfence_system();
 #pragma unroll
-        for (int i = 0; i < ROWS_PER_SIGNAL; ++i) if (flag[i]) *reinterpret_cast<volatile int*>(flag[i]) = epoch;
-#endif
+        for (int i = 0; i < kTokensPerFence; ++i)
+            if (flags[i]) store_relaxed_system(flags[i], epoch);
     }
 }
 
@@ -182,7 +175,8 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             for (unsigned m = __ballot_sync(kFullMask, padding); m; m &= m - 1) {
                 const int64_t row = first + __ffs(m) - 1;
                 int4* to = reinterpret_cast<int4*>(args.out + row * args.row_bytes);
-                for (int i = lane; i < args.row_bytes / 16; i += kWarpSize) store_streaming(to + i, make_int4(0, 0, 0, 0));
+                for (int i = lane; i < args.row_bytes / 16; i += kWarpSize)
+                    store_streaming(to + i, make_int4(0, 0, 0, 0));
                 for (int c = lane; c < args.out_scales.count; c += kWarpSize)
                     args.out_scales.data[row * args.out_scales.row_stride + c * args.out_scales.channel_stride] = 0;
             }
@@ -190,8 +184,8 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         }
 
         const bool own = item < received.own_count;
-        const typename Received::Row row =
-            own ? typename Received::Row{rt.rank, 0, received.own_start + item} : received.at(rt, item - received.own_count);
+        const typename Received::Row row = own ? typename Received::Row{rt.rank, 0, received.own_start + item}
+                                               : received.at(rt, item - received.own_count);
         const int n = row.index;
         if (n < 0 || n >= route.max_recv) continue;
 
@@ -212,8 +206,8 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
             if (lane == 0)
-                wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, row.source, row.slot), epoch, kDispatchRows,
-                          row.source);
+                wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, row.source, row.slot), epoch,
+                          kDispatchRows, row.source);
             __syncwarp();
             const char* staged = staged_row(rt, args.staging, epoch, rt.rank, row.source, row.slot, args.pitch);
             const int* scales = reinterpret_cast<const int*>(staged + args.row_bytes);
@@ -241,10 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     if (blockIdx.x < args.num_send_blocks) send<kQuantise>(args, epoch);
     receive<kQuantise>(args, epoch);
     await_peers(rt, epoch, operation, kDispatchStart);
-    if (last_block_done(rt.local)) {
-        rt.local->next_item = 0;
-        rt.local->data_epoch = epoch;
-    }
+    leave_operation(rt, epoch);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "runtime/buffer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -35,6 +36,7 @@ Buffer::Buffer(int rank, int num_ranks, int device, double timeout_seconds, bool
     check(cudaSetDevice(device), "cudaSetDevice");
     check(cudaMalloc(&runtime_.local, sizeof(LocalState)), "allocating device state");
     check(cudaMemset(runtime_.local, 0, sizeof(LocalState)), "clearing device state");
+    check(cudaMalloc(&counted_, sizeof(CountedPlan)), "allocating device state");
     check(cudaHostAlloc(&runtime_.status, sizeof(HostStatus), cudaHostAllocMapped), "allocating pinned memory");
     *runtime_.status = HostStatus{};
     check(cudaDeviceSynchronize(), "clearing device state");
@@ -43,6 +45,7 @@ Buffer::Buffer(int rank, int num_ranks, int device, double timeout_seconds, bool
 Buffer::~Buffer() {
     // At interpreter exit the driver may be gone already; there is nobody left to tell.
     cudaFree(runtime_.local);
+    cudaFree(counted_);
     cudaFree(scratch_);
     cudaFreeHost(runtime_.status);
 }
@@ -52,6 +55,8 @@ void Buffer::reserve_scratch(int64_t ints) {
     check(cudaFree(scratch_), "freeing scratch");
     scratch_ = nullptr;
     check(cudaMalloc(&scratch_, ints * sizeof(int)), "allocating scratch");
+    check(cudaMemset(scratch_, 0, ints * sizeof(int)), "clearing scratch");  // totals are zero between plans
+    check(cudaDeviceSynchronize(), "clearing scratch");
     scratch_ints_ = ints;
 }
 
@@ -86,7 +91,6 @@ void Buffer::layout(Address topk_idx, int num_tokens, int num_topk, int num_expe
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
     args.num_experts = num_experts;
-    args.num_ranks = runtime_.num_ranks;
     args.num_tokens_per_rank = at<int>(num_tokens_per_rank);
     args.num_tokens_per_node = at<int>(num_tokens_per_node);
     args.ranks_per_node = ranks_per_node;
@@ -96,11 +100,12 @@ void Buffer::layout(Address topk_idx, int num_tokens, int num_topk, int num_expe
 }
 
 void Buffer::begin_plan(Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens,
-                        int num_topk, int num_experts, int alignment, Address rank_prefix, Address expert_counts,
-                        Address expert_offsets, bool wait, int max_recv, int max_rows, Address stream) {
+                        int num_topk, int num_experts, int alignment, bool wait, int max_recv, int max_rows,
+                        Address stream) {
     const int per_tile = tile_tokens(num_topk);
-    const int64_t tiles = (num_tokens + per_tile - 1) / per_tile;
-    reserve_scratch(tiles * (runtime_.num_ranks + num_experts) + num_experts);
+    const int64_t tiles = std::max((num_tokens + per_tile - 1) / per_tile, 1);
+    const int totals = kMaxRanks + kMaxExperts;
+    reserve_scratch(totals + num_experts + tiles * (runtime_.num_ranks + num_experts));
 
     plan_ = PlanArgs{};
     plan_.runtime = runtime_;
@@ -113,26 +118,14 @@ void Buffer::begin_plan(Address topk_idx, Address given_membership, Address give
     plan_.num_experts = num_experts;
     plan_.alignment = alignment;
     if (wait) plan_.ticket = ticket_ = ticket_ % 0x7ffffff0 + 1;
-    plan_.row_base = scratch_;
-    plan_.tile_ranks = scratch_ + num_experts;
+    plan_.rank_totals = scratch_;
+    plan_.expert_totals = scratch_ + kMaxRanks;
+    plan_.row_base = scratch_ + totals;
+    plan_.tile_ranks = plan_.row_base + num_experts;
     plan_.tile_experts = plan_.tile_ranks + tiles * runtime_.num_ranks;
+    plan_.counted = counted_;
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
-    plan_.rank_prefix = at<int>(rank_prefix);
-    plan_.expert_counts = at<int64_t>(expert_counts);
-    plan_.expert_offsets = at<int64_t>(expert_offsets);
-
-    LayoutArgs count{};
-    count.runtime = runtime_;
-    count.topk_idx = plan_.topk_idx;
-    count.given_membership = plan_.given_membership;
-    count.num_tokens = num_tokens;
-    count.num_topk = num_topk;
-    count.num_experts = num_experts;
-    count.num_ranks = runtime_.num_ranks;
-    count.tile_ranks = plan_.tile_ranks;
-    count.tile_experts = plan_.tile_experts;
-    check(launch_layout(count, as_stream(stream)), "layout");
     check(launch_exchange_counts(plan_, as_stream(stream)), "exchanging counts");
 }
 
@@ -152,10 +145,14 @@ void Buffer::copy_expert_counts(Address out_int64, int count) const {
     for (int l = 0; l < count; ++l) at<int64_t>(out_int64)[l] = runtime_.status->expert_counts[l];
 }
 
-void Buffer::finish_plan(Address send_slot, Address recv_topk_idx, Address recv_src_idx, Address recv_rows,
-                         Address row_recv, int max_recv, int max_rows, Address stream) {
+void Buffer::finish_plan(Address send_slot, Address rank_prefix, Address expert_counts, Address expert_offsets,
+                         Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv,
+                         int max_rows, Address stream) {
     plan_.staging = staging_;  // may have grown since begin_plan
     plan_.send_slot = at<int>(send_slot);
+    plan_.rank_prefix = at<int>(rank_prefix);
+    plan_.expert_counts = at<int64_t>(expert_counts);
+    plan_.expert_offsets = at<int64_t>(expert_offsets);
     plan_.recv_topk_idx = at<int64_t>(recv_topk_idx);
     plan_.recv_src_idx = at<int>(recv_src_idx);
     plan_.recv_rows = at<int>(recv_rows);
@@ -165,9 +162,8 @@ void Buffer::finish_plan(Address send_slot, Address recv_topk_idx, Address recv_
     check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
 }
 
-void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot,
-                       Address rank_prefix, Address recv_topk_idx, Address recv_src_idx, Address recv_rows,
-                       Address row_recv, bool grouped) {
+void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,
+                       Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, bool grouped) {
     route_.num_tokens = num_tokens;
     route_.num_topk = num_topk;
     route_.max_recv = max_recv;
@@ -222,7 +218,7 @@ void Buffer::combine(Address x, int dtype, int row_bytes, int pitch, Address wei
     check(launch_combine(args, static_cast<DataType>(dtype), num_blocks, as_stream(stream)), "combine");
 }
 
-std::optional<FailureReport> Buffer::take_failure() {
+std::optional<FailureReport> Buffer::take_failure(bool lasting_only) {
     volatile HostStatus* status = runtime_.status;
     const int failure = status->failure;
     if (failure == kNoFailure) return std::nullopt;
@@ -230,7 +226,9 @@ std::optional<FailureReport> Buffer::take_failure() {
     FailureReport report{failure, status->phase, status->peer, status->field, status->expected, status->seen};
     const bool lasting = failure == kTimeout || failure == kPeerFailed || failure == kStaging ||
                          (failure == kMismatch && report.phase != kPlanCounts);
-    if (!lasting) status->failure = kNoFailure;
+    if (lasting) return report;
+    if (lasting_only) return std::nullopt;
+    status->failure = kNoFailure;
     return report;
 }
 

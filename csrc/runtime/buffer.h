@@ -23,7 +23,7 @@ struct PlanNumbers {
 };
 
 class Buffer {
-   public:
+  public:
     Buffer(int rank, int num_ranks, int device, double timeout_seconds, bool record_waits);
     ~Buffer();
     Buffer(const Buffer&) = delete;
@@ -43,14 +43,15 @@ class Buffer {
 
     // Count and exchange. With `wait`, wait_plan() may be called next. max_recv, max_rows: room, without `wait`.
     void begin_plan(Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens,
-                    int num_topk, int num_experts, int alignment, Address rank_prefix, Address expert_counts,
-                    Address expert_offsets, bool wait, int max_recv, int max_rows, Address stream);
+                    int num_topk, int num_experts, int alignment, bool wait, int max_recv, int max_rows,
+                    Address stream);
     // Spin until the counts of the last begin_plan() are here. Nothing when they did not come in time.
     std::optional<PlanNumbers> wait_plan();
     // [L] rows of each local expert, as of the last wait_plan().
     void copy_expert_counts(Address out_int64, int count) const;
-    void finish_plan(Address send_slot, Address recv_topk_idx, Address recv_src_idx, Address recv_rows,
-                     Address row_recv, int max_recv, int max_rows, Address stream);
+    void finish_plan(Address send_slot, Address rank_prefix, Address expert_counts, Address expert_offsets,
+                     Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv,
+                     int max_rows, Address stream);
 
     void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,
                    Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, bool grouped);
@@ -58,15 +59,16 @@ class Buffer {
                   int64_t scale_channel_stride, int num_scales, Address weights, Address out, Address out_scales,
                   int64_t out_scale_row_stride, int64_t out_scale_channel_stride, Address out_weights, int num_blocks,
                   int num_send_blocks, Address stream);
-    void combine(Address x, int dtype, int row_bytes, int pitch, Address weights, bool apply_weights, bool carry_weights,
-                 Address bias0, Address bias1, Address out, Address out_weights, int num_blocks, int num_send_blocks, Address stream);
+    void combine(Address x, int dtype, int row_bytes, int pitch, Address weights, bool apply_weights,
+                 bool carry_weights, Address bias0, Address bias1, Address out, Address out_weights, int num_blocks,
+                 int num_send_blocks, Address stream);
 
     // What a kernel reported, if anything; a report of bad input is handed out once, a broken protocol for ever.
-    std::optional<FailureReport> take_failure();
+    std::optional<FailureReport> take_failure(bool lasting_only);
     // Seconds that warps of this rank spent waiting for each rank so far. Waits for the device.
     std::vector<double> wait_seconds() const;
 
-   private:
+  private:
     void reserve_scratch(int64_t ints);
 
     int device_;
@@ -74,7 +76,8 @@ class Buffer {
     Staging staging_{};
     PlanArgs plan_{};
     Route route_{};
-    int* scratch_ = nullptr;  // tile counts and row bases
+    CountedPlan* counted_ = nullptr;
+    int* scratch_ = nullptr;  // totals, row bases, tile counts
     int64_t scratch_ints_ = 0;
     int ticket_ = 0;
 };

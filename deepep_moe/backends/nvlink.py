@@ -62,7 +62,17 @@ _PHASES = (
     "combine (start)",
     "combine (rows)",
 )
-_FIELDS = ("num_experts", "top-k", "expert alignment", "number of tokens", "validity", "operation", "staged row bytes")
+_FIELDS = (
+    "num_experts",
+    "top-k",
+    "expert alignment",
+    "number of tokens",
+    "validity",
+    "max_recv",
+    "max_rows",
+    "operation",
+    "staged row bytes",
+)
 
 
 class NVLinkBackend:
@@ -162,9 +172,6 @@ class NVLinkBackend:
         local_experts = num_experts // self.world_size
         stream = self._enter_stream()
 
-        rank_prefix = self._int32(self.world_size, self.world_size)
-        expert_counts = torch.empty(2 * local_experts + 1, dtype=torch.int64, device=self.device)
-        expert_counts, expert_offsets = expert_counts.split([local_experts, local_experts + 1])
         wait = max_recv is None
         if not wait:
             # All ranks size staging alike without asking each other: by the configured maximum.
@@ -177,16 +184,19 @@ class NVLinkBackend:
             topk,
             num_experts,
             alignment,
-            rank_prefix.data_ptr(),
-            expert_counts.data_ptr(),
-            expert_offsets.data_ptr(),
             wait,
             max_recv or 0,
             max_rows or 0,
             stream,
         )
+        # Everything that does not need the counts is made while they travel.
+        send_slot = self._int32(tokens, self.world_size)
+        rank_prefix = self._int32(self.world_size, self.world_size)
+        expert_counts = torch.empty(local_experts, dtype=torch.int64, device=self.device)
+        expert_offsets = torch.empty(local_experts + 1, dtype=torch.int64, device=self.device)
         counts_host: Tensor | None = None
         if wait:
+            counts_host = torch.empty(local_experts, dtype=torch.int64)
             numbers = runtime.wait_plan()
             self.check()
             if numbers is None:
@@ -195,19 +205,19 @@ class NVLinkBackend:
                     "something before it on this GPU does not end"
                 )
             max_recv, max_rows, max_tokens = numbers
-            max_rows = max_rows if topk else 0
             self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
-            counts_host = torch.empty(local_experts, dtype=torch.int64)
             runtime.copy_expert_counts(counts_host.data_ptr(), local_experts)
         assert max_recv is not None
         max_rows = max_rows or 0
 
-        send_slot = self._int32(tokens, self.world_size)
         recv_topk_idx = torch.empty((max_recv, topk), dtype=torch.int64, device=self.device)
         recv_src_idx, recv_rows = self._int32(max_recv), self._int32(max_recv, topk)
         row_recv = self._int32(max_rows)
         runtime.finish_plan(
             send_slot.data_ptr(),
+            rank_prefix.data_ptr(),
+            expert_counts.data_ptr(),
+            expert_offsets.data_ptr(),
             recv_topk_idx.data_ptr(),
             recv_src_idx.data_ptr(),
             recv_rows.data_ptr(),
@@ -263,7 +273,9 @@ class NVLinkBackend:
             if scales is not None and scales.stride(1) == 1:
                 out_scales = torch.empty((count, num_scales), dtype=kind, device=self.device)
             else:
-                out_scales = torch.empty((num_scales, _pitch(4 * count) // 4), dtype=kind, device=self.device).t()[:count]
+                out_scales = torch.empty((num_scales, _pitch(4 * count) // 4), dtype=kind, device=self.device).t()[
+                    :count
+                ]
         if weights is not None:
             weights = weights.contiguous()
             shape = (count,) if grouped else (count, plan.num_topk)
@@ -380,15 +392,17 @@ class NVLinkBackend:
             ) from error
         self._open().set_staging(self._staging.addresses, tokens, topk, num_bytes)
         self._staging_tokens, self._staging_topk, self._staging_pitch = tokens, topk, pitch
-        _log.info("deepep_moe: nvlink staging is %d bytes: %d tokens per rank, rows of %d bytes", num_bytes, tokens, pitch)
+        _log.info(
+            "deepep_moe: nvlink staging is %d bytes: %d tokens per rank, rows of %d bytes", num_bytes, tokens, pitch
+        )
 
     def _enter_stream(self) -> int:
         """The current stream, made to follow the last one used: kernels of one backend share staging."""
         stream = torch.cuda.current_stream(self.device)
-        if self._last_stream is not None and stream != self._last_stream:
-            if not torch.cuda.is_current_stream_capturing():
+        if stream != self._last_stream:
+            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
                 stream.wait_stream(self._last_stream)
-        self._last_stream = stream
+            self._last_stream = stream
         return stream.cuda_stream
 
     def _int32(self, *shape: int) -> Tensor:
@@ -397,7 +411,7 @@ class NVLinkBackend:
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        failure = self._runtime.take_failure() if self._runtime is not None else None
+        failure = self._runtime.take_failure(False) if self._runtime is not None else None
         if failure is not None:
             raise self._error(*failure)
 
@@ -417,7 +431,10 @@ class NVLinkBackend:
     def _open(self) -> _C.Buffer:
         if self._runtime is None:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
-        self.check()
+        # Only what ended the protocol: a rank that raised alone over its input would leave its peers waiting.
+        failure = self._runtime.take_failure(True)
+        if failure is not None:
+            raise self._error(*failure)
         return self._runtime
 
     def _check_limits(self, num_experts: int, topk: int) -> None:
@@ -455,7 +472,9 @@ class NVLinkBackend:
         if failure == _BAD_EXPERT and peer == self.rank:
             return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}")
         if failure == _BAD_EXPERT:
-            return PeerError(f"rank {peer} gave an expert index that is out of range in {where}; its own error says which")
+            return PeerError(
+                f"rank {peer} gave an expert index that is out of range in {where}; its own error says which"
+            )
         if failure == _STAGING:
             needed, _ = _C.Buffer.staging_bytes(self.world_size, seen, self._staging_topk, self._staging_pitch)
             return CapacityError(
@@ -464,7 +483,7 @@ class NVLinkBackend:
             )
         what, setting = ("received tokens", "max_recv") if failure == _RECV_OVERFLOW else ("expert rows", "max_rows")
         return CapacityError(
-            f"rank {self.rank} needs room for {seen} {what}, but {setting} = {expected}: rows beyond it were dropped"
+            f"rank {peer} needs room for {seen} {what}, but {setting} = {expected}: rows beyond it were dropped"
         )
 
 
@@ -478,8 +497,8 @@ def _dispatch_send_blocks(blocks: int, ranks: int) -> int:
 
 
 def _combine_send_blocks(blocks: int, ranks: int) -> int:
-    """Blocks that send first. Sending sums rows too, so it gets its share of the memory bandwidth."""
-    return 0 if ranks == 1 else max(1, blocks // 2)
+    """Blocks that send first. Sending sums rows too: half of few blocks, a quarter of many, which fills the link."""
+    return 0 if ranks == 1 else max(1, min(blocks // 2, max(16, blocks // 4)))
 
 
 def _host_id() -> str:

@@ -91,6 +91,15 @@ def assert_same(got: Tensor | None, wanted: Tensor | None, what: str) -> None:
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
+def assert_sums(got: Tensor, wanted: Tensor, grouped: bool) -> None:
+    """Bit for bit in rank layout. In expert layout the reference rounds a rank's own sum too, the kernel does not."""
+    if grouped:
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[got.dtype]
+        torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance)
+    else:
+        assert_same(got, wanted, "combined tokens")
+
+
 def assert_same_plan(got: Plan, wanted: Plan) -> None:
     for name in PLAN_TENSORS:
         assert_same(getattr(got, name), getattr(wanted, name), name)
@@ -118,21 +127,18 @@ def compare(ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend, c
 
         rows = (wanted_sent.x.float() * 1.5).to(case.x.dtype)
         back = nvlink.combine(plan, rows.to(device), weights=sent.weights, bias=bias, grouped=grouped)
-        wanted_back = reference.combine(
-            wanted_plan, rows, weights=wanted_sent.weights, bias=case.bias, grouped=grouped
-        )
-        assert_same(back.x, wanted_back.x, f"combined tokens, grouped={grouped}")
+        wanted_back = reference.combine(wanted_plan, rows, weights=wanted_sent.weights, bias=case.bias, grouped=grouped)
+        assert_sums(back.x, wanted_back.x, grouped)
         assert_same(back.weights, wanted_back.weights, f"combined weights, grouped={grouped}")
         plain = nvlink.combine(plan, rows.to(device), grouped=grouped)
         assert plain.weights is None
-        assert_same(plain.x, reference.combine(wanted_plan, rows, grouped=grouped).x, f"combine, grouped={grouped}")
+        assert_sums(plain.x, reference.combine(wanted_plan, rows, grouped=grouped).x, grouped)
     assert sent.weights is not None and wanted_sent.weights is not None
     weighted = nvlink.combine(plan, rows.to(device), weights=sent.weights, apply_weights=True, grouped=True)
     wanted_weighted = reference.combine(
         wanted_plan, rows, weights=wanted_sent.weights, apply_weights=True, grouped=True
     )
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[case.x.dtype]
-    torch.testing.assert_close(weighted.x.cpu(), wanted_weighted.x, rtol=tolerance, atol=tolerance)
+    assert_sums(weighted.x, wanted_weighted.x, True)
 
 
 @pytest.mark.parametrize("first_seed", range(0, 200, 20))
@@ -228,9 +234,7 @@ def test_fixed_sizes_need_no_host(ranks: Ranks, reference: CollectiveBackend) ->
     backend = make_backend(ranks, max_tokens_per_rank=300)
     wanted = reference.plan(case.topk_idx, case.num_experts, alignment=16)
     max_recv, max_rows = 300 * ranks.size + 5, 300 * 3 * ranks.size + 4 * 16
-    plan = backend.plan(
-        case.topk_idx.to(device), case.num_experts, alignment=16, max_recv=max_recv, max_rows=max_rows
-    )
+    plan = backend.plan(case.topk_idx.to(device), case.num_experts, alignment=16, max_recv=max_recv, max_rows=max_rows)
     assert plan.expert_counts_host is None
     n, m = wanted.num_recv, wanted.num_rows
     for name, used in (("recv_topk_idx", n), ("recv_rows", n), ("recv_src_idx", n), ("row_recv", m)):
@@ -242,9 +246,8 @@ def test_fixed_sizes_need_no_host(ranks: Ranks, reference: CollectiveBackend) ->
     wanted_rows = reference.dispatch(wanted, case.x, grouped=True).x
     assert_same(sent.x[:m], wanted_rows, "rows")
     assert (sent.x[m:] == 0).all()
-    assert_same(
-        backend.combine(plan, sent.x, grouped=True).x, reference.combine(wanted, wanted_rows, grouped=True).x, "tokens"
-    )
+    tokens = backend.combine(plan, sent.x, grouped=True).x
+    assert_sums(tokens, reference.combine(wanted, wanted_rows, grouped=True).x, True)
     backend.check()
     backend.close()
 
@@ -256,9 +259,8 @@ def test_overflow_is_an_error(ranks: Ranks) -> None:
     sent = backend.dispatch(plan, torch.ones((64, 64), device=ranks.device), grouped=True)
     backend.combine(plan, sent.x, grouped=True)
     torch.cuda.synchronize()
-    if ranks.rank == 0:
-        with pytest.raises(CapacityError, match=f"needs room for {64 * ranks.size} received tokens"):
-            backend.check()
+    with pytest.raises(CapacityError, match=f"rank 0 needs room for {64 * ranks.size} received tokens"):
+        backend.check()  # on every rank
     backend.check()  # and it goes on
     backend.plan(topk_idx, ranks.size)
     backend.close()
@@ -296,7 +298,7 @@ def test_graph_replays_other_routing(ranks: Ranks, reference: CollectiveBackend)
         torch.cuda.synchronize()
         plan = reference.plan(routes, experts, alignment=8)
         rows = reference.dispatch(plan, values, grouped=True).x
-        assert_same(out, reference.combine(plan, rows * 2, grouped=True).x, f"replay {seed}")
+        assert_sums(out, reference.combine(plan, rows * 2, grouped=True).x, True)
     backend.check()
     backend.close()
 
@@ -315,7 +317,7 @@ def test_several_backends_and_layers_in_flight(ranks: Ranks, reference: Collecti
         wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment)
         wanted_rows = reference.dispatch(wanted_plan, case.x, grouped=True).x
         assert_same(rows[i], wanted_rows, f"rows of layer {i}")
-        assert_same(tokens, reference.combine(wanted_plan, wanted_rows, grouped=True).x, f"tokens of layer {i}")
+        assert_sums(tokens, reference.combine(wanted_plan, wanted_rows, grouped=True).x, True)
     for backend in backends:
         backend.close()
 

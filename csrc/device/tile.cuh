@@ -1,0 +1,61 @@
+// One tile of tokens: which rank and expert gets which token, and how many of each.
+#pragma once
+
+#include "device/flags.cuh"
+
+namespace deepep_moe {
+
+// In shared memory, for the tile of this block.
+struct Tile {
+    int first, count;              // tokens
+    unsigned member[kTileTokens];  // bit r: the token goes to rank r
+    int expert[kTileEntries];      // [count, K] expert of each route, or -1
+
+    // All threads of the block call; a thread per route. Reports indices out of range, which count as dropped.
+    __device__ __forceinline__ void read(const Runtime& rt, const int64_t* topk_idx, const bool* given_membership,
+                                         int num_tokens, int num_topk, int num_experts, bool report) {
+        const int per_tile = tile_tokens(num_topk), experts_per_rank = num_experts / rt.num_ranks;
+        const int start = blockIdx.x * per_tile, tokens = min(per_tile, num_tokens - start);
+        if (threadIdx.x == 0) {
+            first = start;
+            count = tokens;
+        }
+        if (threadIdx.x < kTileTokens) member[threadIdx.x] = 0;
+        __syncthreads();
+        if (threadIdx.x < tokens * num_topk) {
+            const int64_t given = topk_idx[static_cast<int64_t>(start) * num_topk + threadIdx.x];
+            const bool routed = given >= 0 && given < num_experts;
+            expert[threadIdx.x] = routed ? static_cast<int>(given) : -1;
+            if (routed && !given_membership)
+                atomicOr(&member[threadIdx.x / num_topk], 1u << (static_cast<int>(given) / experts_per_rank));
+            if (report && !routed && given != -1) {
+                rt.local->bad_input = 1;
+                report_problem(rt, kBadExpert, kPlanCounts, rt.rank, 0, num_experts, static_cast<int>(given));
+            }
+        }
+        if (given_membership) {
+            for (int i = threadIdx.x; i < tokens * rt.num_ranks; i += blockDim.x)
+                if (given_membership[static_cast<int64_t>(start) * rt.num_ranks + i])
+                    atomicOr(&member[i / rt.num_ranks], 1u << (i % rt.num_ranks));
+        }
+        __syncthreads();
+    }
+
+    // Tokens of the tile that go to any rank in `ranks`.
+    __device__ __forceinline__ int tokens_to(unsigned ranks) const {
+        int tokens = 0;
+        for (int t = 0; t < count; ++t) tokens += (member[t] & ranks) != 0;
+        return tokens;
+    }
+};
+
+// Count the routes of the tile to each expert into routes [E], in shared memory.
+__device__ __forceinline__ void count_routes(const Tile& tile, int num_topk, int num_experts, int* routes) {
+    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) routes[e] = 0;
+    __syncthreads();
+    if (threadIdx.x < tile.count * num_topk && tile.expert[threadIdx.x] >= 0)
+        atomicAdd(&routes[tile.expert[threadIdx.x]], 1);
+    __syncthreads();
+}
+
+}  // namespace deepep_moe
