@@ -181,7 +181,7 @@ def latent_experts(group: dist.ProcessGroup) -> None:
     """Dispatch sees the latent width. Megatron projects with TransformerEngine's linear layer: a stand-in here."""
     util = _util()
     layout = util.parallel(ep=2)
-    with util.linear_layers_of_transformer_engine():
+    with util.stand_ins_for_transformer_engine():
         layer, _ = util.assert_same_layer(moe_latent_size=16, moe_shared_expert_intermediate_size=24, **layout)
         widths = []
         layer.experts.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
@@ -311,6 +311,29 @@ def one_forward_one_backward_overlap(group: dist.ProcessGroup) -> None:
         assert actual.keys() == expected.keys()
         for name, grad in expected.items():
             util.assert_near(name, actual[name], grad)
+
+
+@case(ranks=(2,))
+def recomputed_layer_norm(group: dist.ProcessGroup) -> None:
+    """Frees the tensor that was dispatched and computes it again in the backward, in both schedules."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    batches = [util.batch(step) for step in (1, 2)]
+    results = []
+    for options in ({}, {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}):
+        for overlapped in (False, True):
+            model = util.gpt(util.configure("deepep", **options, **layout))
+            with util.stand_ins_for_transformer_engine():
+                if overlapped:
+                    util.run_overlapped(model, batches)
+                else:
+                    for tokens, positions, mask, labels in batches:
+                        model(tokens, positions, mask, labels=labels).sum().backward()
+            results.append(util.gradients(model))
+    assert model.decoder.layers[0].recompute_pre_mlp_layernorm
+    for actual in results[1:]:
+        for name, expected in results[0].items():
+            util.assert_near(name, actual[name], expected)
 
 
 @case(ranks=(2,))

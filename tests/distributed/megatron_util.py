@@ -26,7 +26,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.pipeline_parallel.utils import set_streams  # noqa: E402
-from megatron.core.tensor_parallel import mappings  # noqa: E402
+from megatron.core.tensor_parallel import mappings, random  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.moe import moe_layer as moe_layer_module  # noqa: E402
@@ -108,8 +108,8 @@ def moe_layer(config: Any, grouped_experts: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def linear_layers_of_transformer_engine() -> Iterator[None]:
-    """A PyTorch layer where ``MoELayer`` uses TransformerEngine's for latent projections."""
+def stand_ins_for_transformer_engine() -> Iterator[None]:
+    """What Megatron-Core takes from TransformerEngine without need: latent projections, FP8 state in recomputation."""
 
     class Linear(torch.nn.Linear):
         def __init__(self, inputs: int, outputs: int, *, init_method: Callable, bias: bool, **others: Any) -> None:
@@ -119,9 +119,16 @@ def linear_layers_of_transformer_engine() -> Iterator[None]:
         def forward(self, x: Tensor) -> tuple[Tensor, None]:
             return super().forward(x), None
 
+    def nothing(**settings: Any) -> Any:
+        return contextlib.nullcontext()
+
+    no_fp8 = mock.Mock(**{"is_fp8_enabled.return_value": False})
     with (
         mock.patch.object(moe_layer_module, "HAVE_TE", True),
         mock.patch.object(moe_layer_module, "TELinear", Linear, create=True),
+        mock.patch.object(random, "FP8GlobalStateManager", no_fp8, create=True),
+        mock.patch.object(random, "activation_recompute_forward", nothing, create=True),
+        mock.patch.object(random, "fp8_autocast", nothing, create=True),
     ):
         yield
 
