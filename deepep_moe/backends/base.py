@@ -62,8 +62,8 @@ class Plan:
     recv_rows: Tensor  # [N, K] int32: expert row of the route, or -1
     row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
     expert_counts: Tensor  # [L] int64: rows of each local expert, padding not counted
-    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group; the last entry is the end of the
-    # last group: M, or less where M was fixed beforehand
+    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group, then the end of the last
+    # one, which is M, or less where M was fixed beforehand
     expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
 
     @property

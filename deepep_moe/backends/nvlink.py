@@ -467,7 +467,8 @@ class NVLinkBackend:
             )
         if failure == _MISMATCH:
             return RankMismatchError(
-                f"{_FIELDS[field]} differs between ranks in {where}: {expected} on rank {self.rank}, {seen} on rank {peer}"
+                f"{_FIELDS[field]} differs between ranks in {where}: "
+                f"{expected} on rank {self.rank}, {seen} on rank {peer}"
             )
         if failure == _BAD_EXPERT and peer == self.rank:
             return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}")
