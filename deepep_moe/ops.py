@@ -9,6 +9,9 @@ A plan passes through the ops as its list of tensors. A backend passes as a numb
 the registry is weak, whoever made the number keeps the backend alive.
 
 Where a tensor is absent an output has no rows (``[0]``): operators cannot return None.
+
+``dispatch`` and ``combine`` register their autograd as a kernel of their own, a plain autograd.Function: per call
+that costs the host a third of what torch.library.register_autograd does, and a layer makes four such calls.
 """
 
 from __future__ import annotations
@@ -95,7 +98,16 @@ def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int,
     return Plan.from_tensors(num_experts, alignment, tensors)
 
 
-@torch.library.custom_op("deepep_moe::dispatch", mutates_args=())
+_PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment"
+torch.library.define("deepep_moe::dispatch", f"(Tensor x, Tensor? weights, {_PLAN}, bool fp8) -> (Tensor, Tensor)")
+torch.library.define(
+    "deepep_moe::combine",
+    f"(Tensor rows, Tensor? weights, {_PLAN}, bool apply_weights, bool fp8_grad) -> (Tensor, Tensor)",
+)
+_dispatch_op = torch.ops.deepep_moe.dispatch.default
+_combine_op = torch.ops.deepep_moe.combine.default
+
+
 def dispatch(
     x: Tensor,
     weights: Tensor | None,
@@ -105,19 +117,13 @@ def dispatch(
     alignment: int,
     fp8: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (``[0]`` without weights)."""
-    engine, routing = _backend(backend), Plan.from_tensors(num_experts, alignment, plan)
-    if fp8 and x.dtype == torch.bfloat16:
-        sent = engine.dispatch(routing, x, weights=weights, quantize=True, grouped=True)
-        assert sent.scales is not None
-        rows = dequantize_e4m3(sent.x, sent.scales, x.dtype)
-    else:
-        sent = engine.dispatch(routing, x, weights=weights, grouped=True)
-        rows = sent.x
-    return rows, _or_empty(sent.weights, x)
+    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (``[0]`` without weights).
+
+    ``fp8``: BF16 tokens travel as e4m3.
+    """
+    return _dispatch_op(x, weights, plan, backend, num_experts, alignment, fp8)
 
 
-@torch.library.custom_op("deepep_moe::combine", mutates_args=())
 def combine(
     rows: Tensor,
     weights: Tensor | None,
@@ -131,8 +137,43 @@ def combine(
     """Expert layout ``[M, H]`` -> ``[T, H]``.
 
     ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second output is ``[0]``) or
-    carried back beside them (the second output is ``[T, K]``).
+    carried back beside them (the second output is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
     """
+    return _combine_op(rows, weights, plan, backend, num_experts, alignment, apply_weights, fp8_grad)
+
+
+@torch.library.impl("deepep_moe::dispatch", "default")
+def _(
+    x: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    engine, routing = _backend(backend), Plan.from_tensors(num_experts, alignment, plan)
+    if fp8 and x.dtype == torch.bfloat16:
+        sent = engine.dispatch(routing, x, weights=weights, quantize=True, grouped=True)
+        assert sent.scales is not None
+        rows = dequantize_e4m3(sent.x, sent.scales, x.dtype)
+    else:
+        sent = engine.dispatch(routing, x, weights=weights, grouped=True)
+        rows = sent.x
+    return rows, _or_empty(sent.weights, x)
+
+
+@torch.library.impl("deepep_moe::combine", "default")
+def _(
+    rows: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    apply_weights: bool,
+    fp8_grad: bool,
+) -> tuple[Tensor, Tensor]:
     routing = Plan.from_tensors(num_experts, alignment, plan)
     back = _backend(backend).combine(routing, rows, weights=weights, apply_weights=apply_weights, grouped=True)
     return back.x, _or_empty(back.weights, rows)
@@ -142,7 +183,7 @@ def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if weights is None else weights
 
 
-@dispatch.register_fake
+@torch.library.register_fake("deepep_moe::dispatch")
 def _(
     x: Tensor,
     weights: Tensor | None,
@@ -156,7 +197,7 @@ def _(
     return x.new_empty((count, x.shape[1])), x.new_empty(0 if weights is None else count, dtype=torch.float32)
 
 
-@combine.register_fake
+@torch.library.register_fake("deepep_moe::combine")
 def _(
     rows: Tensor,
     weights: Tensor | None,
@@ -175,38 +216,61 @@ def _(
     )
 
 
-def _save_dispatch(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, weights, plan_tensors, *ctx.constants, _ = inputs
-    ctx.has_weights = weights is not None
-    ctx.save_for_backward(*plan_tensors)
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend_and_sizes, ctx.has_weights = constants[:3], weights is not None
+        ctx.save_for_backward(*plan)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _dispatch_op(x, weights, plan, *constants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_rows, grad_weights = grads
+        carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
+        grad_x, grad_topk = _combine_op(
+            grad_rows, carried, list(ctx.saved_tensors), *ctx.backend_and_sizes, False, False
+        )
+        return grad_x, (None if carried is None else grad_topk), *[None] * 5
 
 
-def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Any, ...]:
-    carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
-    plan_tensors = list(ctx.saved_tensors)
-    grad_x, grad_topk = combine(grad_rows, carried, plan_tensors, *ctx.constants, False, False)
-    no_plan = [None] * len(plan_tensors)
-    return grad_x, (None if carried is None else grad_topk), no_plan, None, None, None, None
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any
+    ) -> tuple[Tensor, Tensor]:
+        *ctx.backend_and_sizes, ctx.apply_weights, ctx.fp8_grad = constants
+        ctx.has_weights = weights is not None
+        keeps_rows = ctx.apply_weights and ctx.needs_input_grad[1]
+        ctx.save_for_backward(rows if keeps_rows else None, weights if ctx.apply_weights else None, *plan)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _combine_op(rows, weights, plan, *constants)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_tokens, grad_topk = grads
+        rows, weights, *plan = ctx.saved_tensors
+        carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
+        sent, sent_weights = _dispatch_op(grad_tokens, carried, plan, *ctx.backend_and_sizes, ctx.fp8_grad)
+        grad_rows: Tensor | None = sent
+        grad_weights = None if carried is None else sent_weights
+        if ctx.apply_weights:  # of w * rows: the product rule
+            grad_rows = (sent.float() * weights.unsqueeze(1)).to(sent.dtype) if ctx.needs_input_grad[0] else None
+            grad_weights = None if rows is None else (sent.float() * rows.float()).sum(1)
+        return grad_rows, grad_weights, *[None] * 6
 
 
-def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    rows, weights, plan_tensors, *ctx.constants, ctx.apply_weights, ctx.fp8_grad = inputs
-    ctx.has_weights = weights is not None
-    keeps_rows = ctx.apply_weights and ctx.needs_input_grad[1]
-    ctx.save_for_backward(rows if keeps_rows else None, weights if ctx.apply_weights else None, *plan_tensors)
+def _register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
+    def kernel(x: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
+            return function.apply(x, weights, plan, *constants)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(x, weights, plan, *constants)
+
+    torch.library.impl(name, "Autograd")(kernel)
 
 
-def _combine_backward(ctx: Any, grad_tokens: Tensor, grad_topk: Tensor) -> tuple[Any, ...]:
-    rows, weights, *plan_tensors = ctx.saved_tensors
-    carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
-    grad_rows, grad_weights = dispatch(grad_tokens, carried, list(plan_tensors), *ctx.constants, ctx.fp8_grad)
-    if ctx.apply_weights:
-        grad_weights = None if rows is None else (grad_rows.float() * rows.float()).sum(1)
-        grad_rows = (grad_rows.float() * weights.unsqueeze(1)).to(grad_rows.dtype) if ctx.needs_input_grad[0] else None
-    elif carried is None:
-        grad_weights = None
-    return grad_rows, grad_weights, [None] * len(plan_tensors), None, None, None, None, None
-
-
-dispatch.register_autograd(_dispatch_backward, setup_context=_save_dispatch)
-combine.register_autograd(_combine_backward, setup_context=_save_combine)
+_register_autograd("deepep_moe::dispatch", _dispatch_op, _Dispatch)
+_register_autograd("deepep_moe::combine", _combine_op, _Combine)

@@ -278,11 +278,13 @@ def operators_pass_opcheck(group: dist.ProcessGroup) -> None:
     dispatched = dispatcher.dispatch(x, topk_idx, weights)
     plan = dispatched.plan.tensors()
     rows, row_weights = (t.detach().requires_grad_() for t in (dispatched.rows, dispatched.weights))
-    torch.library.opcheck(ops.dispatch, (x, weights, plan, number, experts, 4, False))
-    torch.library.opcheck(ops.dispatch, (x, None, plan, number, experts, 4, False))
+    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, weights, plan, number, experts, 4, False))
+    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, None, plan, number, experts, 4, False))
     for apply_weights in (False, True):
-        torch.library.opcheck(ops.combine, (rows, row_weights, plan, number, experts, 4, apply_weights, False))
-    torch.library.opcheck(ops.combine, (rows, None, plan, number, experts, 4, False, False))
+        torch.library.opcheck(
+            torch.ops.deepep_moe.combine.default, (rows, row_weights, plan, number, experts, 4, apply_weights, False)
+        )
+    torch.library.opcheck(torch.ops.deepep_moe.combine.default, (rows, None, plan, number, experts, 4, False, False))
 
 
 @case()
