@@ -68,6 +68,8 @@ class ElasticBuffer:
         deterministic: results always are.
         num_cpu_bytes, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, num_allocated_qps,
             num_cpu_timeout_secs, explicitly_destroy: accepted for compatibility; they tune what is not used here.
+        settings: of a framework integration; default: ``DispatcherConfig.load()``. ``num_max_tokens_per_rank`` comes
+            on top.
     """
 
     def __init__(
@@ -88,10 +90,15 @@ class ElasticBuffer:
         num_cpu_timeout_secs: int = 300,
         num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
+        *,
+        settings: DispatcherConfig | None = None,
     ) -> None:
-        config = DispatcherConfig.load(
-            {"max_tokens_per_rank": num_max_tokens_per_rank, "timeout_seconds": num_gpu_timeout_secs}
-        )
+        if settings is None:
+            config = DispatcherConfig.load(
+                {"max_tokens_per_rank": num_max_tokens_per_rank, "timeout_seconds": num_gpu_timeout_secs}
+            )
+        else:
+            config = replace(settings, max_tokens_per_rank=num_max_tokens_per_rank)
         self._backend: Backend | None = get_backend(group, None, config)
         self.group = self._backend.group
         self.rank_idx, self.num_ranks = self._backend.rank, self._backend.world_size

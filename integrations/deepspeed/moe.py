@@ -1,0 +1,157 @@
+"""DeepSpeed's native MoE layer on a :class:`~deepep_moe.TokenDispatcher`.
+
+:func:`convert` changes the class of every ``MOELayer`` in a model to one with another ``forward``. All else stays: the
+modules, so state-dict keys and parameter tags; the gate; ``MoE`` around it with its residual branch and the tuple it
+returns. Two things differ inside:
+
+* Rows arrive grouped by expert and as many as there are. The stock layer pads every expert to one capacity.
+* With ``drop_tokens=False`` nothing is agreed on beforehand (see :mod:`routing`); with capacity the stock gate decides.
+
+Under tensor parallelism all ranks of the tensor-parallel group hold the same tokens. Each dispatches its share, and the
+shares are gathered afterwards. If the experts are tensor-parallel too, each dispatches all tokens in its own
+expert-parallel group instead: the slices of an expert then see the same rows, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.mappings import drop_tokens, gather_tokens
+from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, TOPK_GATE_TIMER, MOELayer
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+from torch import Tensor, nn
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.integrations.deepspeed.experts import LocalExperts
+from deepep_moe.integrations.deepspeed.routing import Routes, dropless_routes
+from deepep_moe.overlap import Overlap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = None) -> Model:
+    """Let every ``deepspeed.moe.layer.MoE`` in ``model`` dispatch with this library. In place; returns the model.
+
+    Call it on all ranks, before or after ``deepspeed.initialize``. Converting again changes the settings.
+
+    Args:
+        config: settings, or some by name as in ds_config (``{"num_sms": 24}``); YAML file and environment override
+            those given by name.
+
+    Raises:
+        InputError: the model has no such layer.
+        ConfigError: an unknown setting or an impossible value.
+        UnsupportedError: ZeRO-3 has partitioned the parameters, or the configured backend cannot run here.
+    """
+    settings = config if isinstance(config, DispatcherConfig) else DispatcherConfig.load(config)
+    layers = native_layers(model)
+    if not layers:
+        raise InputError("model", type(model).__name__, "has no deepspeed.moe.layer.MoE to convert")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "DeepSpeed's native MoE does not work with ZeRO-3, with or without deepep_moe: set "
+            "zero_optimization.stage to 0, 1 or 2, or use AutoEP (expert_parallel), which supports ZeRO-3"
+        )
+    for layer in layers:
+        layer.__class__ = DispatchedMOELayer
+        layer.settings = settings
+        layer.local_experts = LocalExperts(layer.experts.deepspeed_experts)
+        if layer.ep_group is not None:
+            layer.connect()
+    return model
+
+
+def native_layers(model: nn.Module) -> list[Any]:
+    """The ``MOELayer`` of each native MoE layer in ``model``."""
+    return [module.deepspeed_moe for module in model.modules() if isinstance(module, MoE)]
+
+
+class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
+    """``MOELayer`` that dispatches and combines with this library. Made by :func:`convert`."""
+
+    settings: DispatcherConfig
+    local_experts: LocalExperts
+    overlap: Overlap
+
+    def _set_ep_group(self, ep_group: Any) -> None:
+        super()._set_ep_group(ep_group)
+        self.connect()
+
+    def connect(self) -> None:
+        """Make the dispatcher of the layer's expert-parallel group. Collective."""
+        dispatcher = TokenDispatcher(self.ep_group, self.ep_size * self.num_local_experts, self.settings)
+        self.overlap = Overlap(dispatcher)
+        self.local_experts.pack()
+
+    def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
+        """Tokens ``[..., M]`` and ``used_token`` or None; returns ``[..., M]``, sets ``l_aux`` and ``exp_counts``."""
+        hidden, used_token = input
+        with self._timed(MOE_TIMER, self, "time_moe"):
+            x = hidden.reshape(-1, hidden.shape[-1])
+            self._check_tokens(len(x))
+            topk_idx, weights, self.l_aux, self.exp_counts = self._route(x, used_token)
+            if bwc_tensor_model_parallel_world_size(groups.mpu) == 1 or _experts_are_tensor_parallel():
+                out = self._dispatch_and_compute(x, topk_idx, weights)
+            else:
+                shares = (_own_share(tensor, fill) for tensor, fill in ((x, 0), (topk_idx, -1), (weights, 0)))
+                out = gather_tokens(self._dispatch_and_compute(*shares), dim=0)[: len(x)]
+            return out.reshape(*hidden.shape[:-1], out.shape[-1])
+
+    def _route(self, x: Tensor, used_token: Tensor | None) -> Routes:
+        if not self.gate.drop_tokens:
+            with self._timed(TOPK_GATE_TIMER, self.gate, "gate_time"):
+                return dropless_routes(self.gate, x, used_token)
+        l_aux, _, _, topk_idx, _, weights, exp_counts = self.gate(x, used_token, sparse_routes=True)
+        return Routes(topk_idx.t().contiguous(), weights.t().contiguous(), l_aux, exp_counts)
+
+    def _dispatch_and_compute(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
+        if self.settings.num_chunks > 1:
+            return self.overlap.pipeline(self._compute, x, topk_idx, weights)
+        dispatcher = self.overlap.dispatcher
+        with self._timed(FIRST_ALLTOALL_TIMER, self, "time_falltoall"):
+            dispatched = dispatcher.dispatch(x, topk_idx, weights)
+        rows = self._compute(dispatched)
+        with self._timed(SECOND_ALLTOALL_TIMER, self, "time_salltoall"):
+            return dispatcher.combine(rows, dispatched, weights=dispatched.weights)
+
+    def _compute(self, dispatched: Dispatched) -> Tensor:
+        return self.local_experts(dispatched.rows, dispatched.tokens_per_expert, dispatched.tokens_per_expert_host)
+
+    def _check_tokens(self, count: int) -> None:
+        limit = self.settings.max_tokens_per_rank
+        if 0 < limit < count:
+            raise InputError(
+                "max_tokens_per_rank",
+                limit,
+                f"this rank has {count} tokens in one layer; set it to at least train_micro_batch_size_per_gpu times "
+                "the longest sequence, or to 0 (grow on demand)",
+            )
+
+    @contextmanager
+    def _timed(self, name: str, owner: Any, attribute: str) -> Iterator[None]:
+        """DeepSpeed's own timers, read by the engine with ``wall_clock_breakdown``."""
+        if not self.wall_clock_breakdown:
+            yield
+            return
+        timer = owner.timers(name)
+        timer.start()
+        yield
+        timer.stop()
+        setattr(owner, attribute, timer.elapsed(reset=False))
+
+
+def _experts_are_tensor_parallel() -> bool:
+    return groups._get_expert_model_parallel_world_size() > 1
+
+
+def _own_share(tensor: Tensor, fill: int) -> Tensor:
+    """This rank's rows among those of the tensor-parallel group, filled up to equal shares."""
+    missing = -len(tensor) % bwc_tensor_model_parallel_world_size(groups.mpu)
+    return drop_tokens(F.pad(tensor, (0, 0, 0, missing), value=fill), dim=0).contiguous()

@@ -1,0 +1,133 @@
+"""Teach DeepSpeed the ds_config block ``deepep_moe``.
+
+DeepSpeed leaves blocks that it does not know alone, so one method is extended: ``DeepSpeedEngine``'s
+``_configure_expert_parallel``. When it runs, the configuration has been read, but no layer of AutoEP is built and no
+process group made: an impossible setting is an error before anything costs time. Without the block, or with
+``enabled: false``, the method does what it did.
+
+Settings, a later source wins: defaults < the block < YAML file ($DEEPEP_MOE_CONFIG) < ``DEEPEP_MOE_<FIELD>`` variables.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import ConfigError, UnsupportedError
+from deepep_moe.integrations.deepspeed import auto_ep
+from deepep_moe.integrations.deepspeed.moe import convert, native_layers
+
+BLOCK = "deepep_moe"
+SUPPORTED = "0.19.8 or a later 0.19"
+
+_OLDEST, _SERIES = (0, 19, 8), (0, 19)
+_METHOD = "_configure_expert_parallel"
+_MARK = "_deepep_moe_original"
+_log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make the block known to DeepSpeed; importing the package does it. Calling it again changes nothing.
+
+    Raises:
+        UnsupportedError: the DeepSpeed version is not supported, or a patch point is not there.
+    """
+    version = check_version(importlib.metadata.version("deepspeed"))
+    original = getattr(DeepSpeedEngine, _METHOD, None)
+    if original is None or not hasattr(auto_ep.auto_ep_comm, "_import_deep_ep"):
+        raise UnsupportedError(
+            f"deepspeed {version} has no DeepSpeedEngine.{_METHOD} or no auto_ep_comm._import_deep_ep, which "
+            f"deepep_moe extends; supported is {SUPPORTED}"
+        )
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def configure(engine: DeepSpeedEngine, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        settings = read_block(engine._config._param_dict)
+        if settings is not None:
+            switch_on(engine, model, settings)
+        return original(engine, model, *args, **kwargs)
+
+    setattr(configure, _MARK, original)
+    setattr(DeepSpeedEngine, _METHOD, configure)
+
+
+def check_version(version: str) -> str:
+    """``version`` if it is supported; builds from source (``0.19.8+abc``) and later patches count too."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+    if numbers < _OLDEST or numbers[:2] != _SERIES:
+        raise UnsupportedError(
+            f"deepep_moe.integrations.deepspeed needs deepspeed {SUPPORTED}; installed is {version}: "
+            "`pip install deepspeed==0.19.8`"
+        )
+    return version
+
+
+def read_block(ds_config: Mapping[str, Any]) -> DispatcherConfig | None:
+    """The settings of the block ``deepep_moe``; None where it is absent or not enabled.
+
+    Raises:
+        ConfigError: no mapping, ``enabled`` missing or not true or false, an unknown key, an impossible value.
+    """
+    block = ds_config.get(BLOCK)
+    if block is None:
+        return None
+    if not isinstance(block, Mapping):
+        raise ConfigError(f'{BLOCK} = {block!r} (ds_config): allowed is a mapping such as {{"enabled": true}}')
+    enabled = block.get("enabled")
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{BLOCK}.enabled = {enabled!r} (ds_config): allowed is true or false")
+    fields = {key: value for key, value in block.items() if key != "enabled"}
+    try:
+        settings = DispatcherConfig.load(fields)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("from overrides", f"from ds_config block {BLOCK}")) from None
+    return settings if enabled else None
+
+
+def switch_on(engine: DeepSpeedEngine, model: nn.Module, settings: DispatcherConfig) -> None:
+    """Convert native MoE layers and serve AutoEP, as far as the model and ds_config have them."""
+    native = native_layers(model)
+    expert_parallel = engine._config.expert_parallel_config
+    autoep = expert_parallel is not None and expert_parallel.enabled
+    if native:
+        _check_native(engine, settings)
+        convert(model, settings)
+        _log.info("deepep_moe: %d native MoE layers converted", len(native))
+    if autoep and expert_parallel.comm_backend != "deepep":
+        raise ConfigError(
+            f"expert_parallel.comm_backend = {expert_parallel.comm_backend!r} (ds_config): AutoEP dispatches with "
+            f'deepep_moe when it is "deepep"; or set {BLOCK}.enabled to false'
+        )
+    if autoep:
+        auto_ep.check(settings, expert_parallel, bool(engine.bfloat16_enabled()), engine.autotp_size())
+        auto_ep.install(settings)
+    if not native and not autoep:
+        _log.warning("%s is enabled in ds_config, but the model has no MoE layer and AutoEP is off", BLOCK)
+
+
+def _check_native(engine: DeepSpeedEngine, settings: DispatcherConfig) -> None:
+    if engine.zero_optimization_stage() >= 3:
+        raise UnsupportedError(
+            "zero_optimization.stage = 3 (ds_config): DeepSpeed's native MoE does not work with ZeRO-3, with or "
+            "without deepep_moe; set stage 0, 1 or 2, or use AutoEP (expert_parallel), which supports ZeRO-3"
+        )
+    device = get_accelerator().device_name()
+    if engine.fp16_enabled() and device == "cpu":
+        raise UnsupportedError("fp16.enabled = true (ds_config): not on a CPU; set bf16.enabled, or neither for fp32")
+    if (settings.fp8_dispatch or settings.fp8_dispatch_grad) and not engine.bfloat16_enabled():
+        raise ConfigError(
+            f"{BLOCK}.fp8_dispatch or fp8_dispatch_grad = true (ds_config): FP8 is made from bfloat16; "
+            "set bf16.enabled to true"
+        )

@@ -1,0 +1,46 @@
+"""Parity of native MoE with stock DeepSpeed over gloo, and what the plugin adds."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, parity
+from tests.launch import case
+
+MATRIX = {
+    **{
+        f"{'capacity' if drop else 'dropless'}_top{k}": Setup(k=k, drop=drop)
+        for k in (1, 2, 3)
+        for drop in (False, True)
+    },
+    "residual_dropless": Setup(k=2, residual=True),
+    "residual_capacity": Setup(k=1, drop=True, residual=True),
+    "one_rank_per_expert_group": Setup(k=2, ep_size=1),
+    "one_rank_per_expert_group_capacity": Setup(k=3, drop=True, ep_size=1),
+    "zero1": Setup(k=2, stage=1),
+    "zero2": Setup(k=1, drop=True, stage=2),
+    "zero2_dropless": Setup(k=3, stage=2),
+    "bf16_zero1": Setup(k=2, stage=1, bf16=True),
+    "bf16_zero2": Setup(k=1, drop=True, stage=2, bf16=True),
+    "checkpointed": Setup(k=2, reentrant=False),
+    "checkpointed_reentrant": Setup(k=2, reentrant=True, stage=1),
+    "gated_experts": Setup(k=2, expert=GatedMLP),
+    "experts_that_return_a_tuple": Setup(k=2, expert=WithBiasBeside),
+    "used_token": Setup(k=1, used_token=True),
+    "used_token_capacity": Setup(k=1, drop=True, used_token=True),
+    "in_chunks": Setup(k=2, settings={"num_chunks": 3}),
+    "padded_to_an_alignment": Setup(k=2, settings={"expert_alignment": 8}),
+    "fixed_sizes": Setup(k=2, settings={"capacity_factor": 4.0}),
+}
+
+
+def _add(name: str, setup: Setup) -> None:
+    def check(group: dist.ProcessGroup) -> None:
+        parity(setup)
+
+    check.__name__, check.__module__ = name, __name__
+    case(ranks=(2,))(check)
+
+
+for _name, _setup in MATRIX.items():
+    _add(_name, _setup)

@@ -1,0 +1,234 @@
+"""What the DeepSpeed cases share: small models, engines, one training run, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed.ops
+
+# Before anything initialises DeepSpeed: building its shared-memory op takes a lock that a killed build leaves behind.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import deepep_moe.integrations.deepspeed  # noqa: E402, F401  makes the block known
+
+HIDDEN, INNER, EXPERTS = 16, 24, 4
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(HIDDEN, INNER, bias=False)
+        self.up_proj = nn.Linear(HIDDEN, INNER, bias=False)
+        self.down_proj = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class WithBiasBeside(nn.Module):
+    """Like Megatron's MLP: returns its output and a bias that was not added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(HIDDEN, HIDDEN)
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.dim() == 4
+        return self.inner(x) * self.scale, self.scale
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One training run."""
+
+    k: int = 1
+    drop: bool = False
+    residual: bool = False
+    ep_size: int = 2
+    stage: int = 0
+    bf16: bool = False
+    reentrant: bool | None = None  # activation checkpointing, of either kind
+    expert: Callable[[], nn.Module] = mlp
+    used_token: bool = False
+    expert_tp: bool = False
+    mpu: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further keys of the block
+
+    @property
+    def tolerance(self) -> float:
+        return 2e-2 if self.bf16 else 1e-6
+
+
+class Model(nn.Module):
+    """Two MoE layers between linear ones; returns the loss."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self.setup = setup
+        self.first = nn.Linear(HIDDEN, HIDDEN)
+        self.layers = nn.ModuleList(
+            MoE(
+                HIDDEN,
+                setup.expert(),
+                EXPERTS,
+                ep_size=setup.ep_size,
+                k=setup.k,
+                drop_tokens=setup.drop,
+                capacity_factor=0.75,
+                min_capacity=2,
+                use_residual=setup.residual,
+                use_rts=False,
+                top2_2nd_expert_sampling=False,
+                enable_expert_tensor_parallelism=setup.expert_tp,
+            )
+            for _ in range(2)
+        )
+        self.last = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        x = self.first(x)
+        aux = x.new_zeros((), dtype=torch.float32)
+        used = (torch.arange(x.shape[0] * x.shape[1]) % 3 > 0).long() if self.setup.used_token else None
+        for layer in self.layers:
+            if self.setup.reentrant is None:
+                out, l_aux, counts = layer(x, used)
+            else:
+                out, l_aux, counts = checkpoint(layer, x, used, use_reentrant=self.setup.reentrant)
+            assert counts.shape == (EXPERTS,)
+            x, aux = x + out, aux + l_aux
+        return (self.last(x) - target).float().square().mean() + 0.01 * aux
+
+
+def build(setup: Setup) -> Model:
+    """The same values wherever they should be: experts differ by their number, all else is equal on all ranks."""
+    torch.manual_seed(7)
+    model = Model(setup)
+    rank = dist.get_rank() % setup.ep_size if not setup.expert_tp else 0
+    local = EXPERTS // setup.ep_size
+    for number, layer in enumerate(model.layers):
+        for index, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
+            generator = torch.Generator().manual_seed(100 * number + rank * local + index)
+            for parameter in expert.parameters():
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def ds_config(setup: Setup, ours: bool) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": setup.stage, "reduce_bucket_size": 10_000},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": setup.bf16},
+        "steps_per_print": 1_000_000,
+        "deepep_moe": {"enabled": ours, **setup.settings},
+    }
+
+
+def engine_for(setup: Setup, ours: bool) -> Any:
+    deepspeed.utils.logger.setLevel("WARNING")
+    model = build(setup)
+    parameters = {"params": list(model.parameters()), "name": "all"}
+    optimizer = torch.optim.SGD(split_params_into_different_moe_groups_for_optimizer(parameters), lr=0.05)
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config(setup, ours), mpu=setup.mpu, dist_init_required=False
+    )[0]
+
+
+def batch(setup: Setup, step: int, same_on_all_ranks: bool = False) -> tuple[Tensor, Tensor]:
+    rank = 0 if same_on_all_ranks else dist.get_rank()
+    generator = torch.Generator().manual_seed(1000 + 10 * step + rank)
+    x, target = torch.randn(2, 2, 12, HIDDEN, generator=generator)
+    dtype = torch.bfloat16 if setup.bf16 else torch.float32
+    return x.to(dtype), target.to(dtype)
+
+
+def train(engine: Any, setup: Setup, steps: range = range(2)) -> SimpleNamespace:
+    """Losses, this rank's gradients of each step before reduction, and the parameters afterwards."""
+    losses, gradients = [], []
+    for step in steps:
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, gradient: Tensor, found: dict[str, Tensor] = found) -> None:
+            found[name] = found[name] + gradient if name in found else gradient.clone()
+
+        hooks = [
+            p.register_hook(lambda gradient, name=name: keep(name, gradient))
+            for name, p in engine.module.named_parameters()
+        ]
+        loss = engine(*batch(setup, step, same_on_all_ranks=setup.mpu is not None))
+        engine.backward(loss)
+        engine.step()
+        for hook in hooks:
+            hook.remove()
+        losses.append(loss.detach().double())
+        gradients.append(found)
+    state = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    return SimpleNamespace(losses=torch.stack(losses), gradients=gradients, state=state)
+
+
+def near(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Norm-relative comparison: outputs reach sizes at which single elements of small value are noise."""
+    difference = (got.double() - expected.double()).norm()
+    assert difference <= tolerance * expected.double().norm() + 1e-12, (
+        f"{what}: {difference / expected.double().norm():.2e} off, allowed {tolerance:.0e}"
+    )
+
+
+def compare(ours: SimpleNamespace, stock: SimpleNamespace, tolerance: float, reduce: bool = False) -> None:
+    near(ours.losses, stock.losses, tolerance, "losses")
+    for step, (got, expected) in enumerate(zip(ours.gradients, stock.gradients, strict=True)):
+        assert got.keys() == expected.keys()
+        assert any("deepspeed_experts" in name for name in got)
+        whole_got, whole_expected = [], []
+        for name in got:
+            pair = [got[name].double(), expected[name].double()]
+            if reduce:  # tokens are shared out differently, so only the sum over ranks is the same
+                for gradient in pair:
+                    dist.all_reduce(gradient)
+            whole_got.append(pair[0].flatten())
+            whole_expected.append(pair[1].flatten())
+            if pair[1].norm() > 1e-4:  # the rest is rounding; it counts in the whole below
+                near(*pair, 3 * tolerance, f"gradient of {name} in step {step}")
+        near(torch.cat(whole_got), torch.cat(whole_expected), tolerance, f"gradient in step {step}")
+    for name, value in ours.state.items():
+        near(value, stock.state[name], tolerance, f"{name} after training")
+
+
+def forget_groups() -> None:
+    """DeepSpeed keeps process groups per process; a case with tensor parallelism must leave none behind."""
+    groups.mpu = None
+    groups.expert_tensor_parallel_world_size = 1
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_PARALLEL_GROUP_RANKS.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
+
+
+def parity(setup: Setup, reduce: bool = False) -> None:
+    """Stock DeepSpeed and this library train the same model."""
+    forget_groups()
+    try:
+        stock = train(engine_for(setup, ours=False), setup)
+        engine = engine_for(setup, ours=True)
+        assert {type(layer).__name__ for layer in engine.moe_layers} == {"DispatchedMOELayer"}
+        compare(train(engine, setup), stock, setup.tolerance, reduce)
+    finally:
+        forget_groups()
