@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "runtime/buffer.h"
 
 namespace py = pybind11;
@@ -17,6 +20,14 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("SM90_FEATURES") = true;
 #endif
+
+    m.def("routes", [](std::uintptr_t routing_map, int num_tokens, int num_experts, int num_topk,
+                       std::uintptr_t topk_idx, std::uintptr_t stream) {
+        const cudaError_t status =
+            deepep_moe::launch_routes(reinterpret_cast<const bool*>(routing_map), num_tokens, num_experts, num_topk,
+                                      reinterpret_cast<int64_t*>(topk_idx), reinterpret_cast<cudaStream_t>(stream));
+        if (status != cudaSuccess) throw std::runtime_error(std::string("routes: ") + cudaGetErrorString(status));
+    });
 
     py::class_<Buffer>(m, "Buffer")
         .def(py::init<int, int, int, double, bool>(), py::arg("rank"), py::arg("num_ranks"), py::arg("device"),
@@ -38,7 +49,8 @@ PYBIND11_MODULE(_C, m) {
                  return py::make_tuple(numbers->num_recv, numbers->num_rows, numbers->max_tokens);
              })
         .def("copy_expert_counts", &Buffer::copy_expert_counts)
-        .def("finish_plan", &Buffer::finish_plan)
+        .def("place_plan", &Buffer::place_plan)
+        .def("collect_plan", &Buffer::collect_plan)
         .def("set_route", &Buffer::set_route)
         .def("dispatch", &Buffer::dispatch)
         .def("combine", &Buffer::combine)

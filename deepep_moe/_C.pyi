@@ -5,6 +5,11 @@ MAX_TOPK: int
 MAX_EXPERTS: int
 SM90_FEATURES: bool
 
+def routes(
+    routing_map: int, num_tokens: int, num_experts: int, num_topk: int, topk_idx: int, stream: int, /
+) -> None:
+    """Map [T, E] bool -> indices [T, K] int64, ascending, -1 where a row has fewer."""
+
 class Buffer:
     def __init__(
         self, rank: int, num_ranks: int, device: int, timeout_seconds: float, record_waits: bool
@@ -50,9 +55,9 @@ class Buffer:
         """Received rows, expert rows, most tokens of any rank; None when the kernel never ran."""
 
     def copy_expert_counts(self, out_int64: int, count: int, /) -> None: ...
-    def finish_plan(
+    def place_plan(self, send_slot: int, stream: int, /) -> None: ...
+    def collect_plan(
         self,
-        send_slot: int,
         rank_prefix: int,
         expert_counts: int,
         expert_offsets: int,

@@ -79,6 +79,7 @@ struct LocalState {
     int blocks_done;
     int next_item;  // work the receiving warps of the running kernel take one by one
     int bad_input;
+    int staging_fits;  // the tokens of the last plan, on every rank
     int failed;
     unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
 };
@@ -213,9 +214,14 @@ struct CombineArgs {
 enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
 
 // Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
+// Turn a routing map [T, E] of bool into indices [T, K], ascending, -1 where a row has fewer routes. A row with more
+// than K gets the index num_experts + their number, which a plan refuses.
+cudaError_t launch_routes(const bool* routing_map, int num_tokens, int num_experts, int num_topk, int64_t* topk_idx,
+                          cudaStream_t stream);
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
 

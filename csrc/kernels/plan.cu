@@ -142,6 +142,7 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
     if (thread == 0) {
         rt.local->plan_epoch = epoch;
         rt.local->bad_input = 0;
+        rt.local->staging_fits = !disagree && max_tokens <= args.staging.max_tokens;
         rt.status->max_tokens = max_tokens;
         if (!args.ticket) {  // no host to stop what follows
             const volatile HostStatus* status = rt.status;
@@ -198,22 +199,27 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     __shared__ Tile tile;
     __shared__ int row[kTileEntries];               // of each route, or -1
     __shared__ int next_row[kMaxExperts];           // of each expert
+    __shared__ int first_slot[kMaxRanks];           // of the tile, at each rank
     __shared__ int slots[kTileTokens * kMaxRanks];  // of each token at each rank, or -1
     const Runtime& rt = args.runtime;
-    if (rt.local->failed) return;
+    if (rt.local->failed || !rt.local->staging_fits) return;  // all ranks agree on the latter; the host mends it
     const int ranks = rt.num_ranks, topk = args.num_topk, experts = args.num_experts;
     const int experts_per_rank = experts / ranks;
 
     // Where this tile's rows begin: behind those of the tiles before it.
-    for (int e = threadIdx.x; e < experts; e += blockDim.x)
-        next_row[e] = args.row_base[e] + sum_before(args.tile_experts + e, blockIdx.x, experts);
+    for (int c = threadIdx.x; c < experts + ranks; c += blockDim.x) {
+        if (c < experts)
+            next_row[c] = args.row_base[c] + sum_before(args.tile_experts + c, blockIdx.x, experts);
+        else
+            first_slot[c - experts] = sum_before(args.tile_ranks + c - experts, blockIdx.x, ranks);
+    }
     tile.read(rt, args.topk_idx, args.given_membership, args.num_tokens, topk, experts, false);
     const int first = tile.first, count = tile.count, routes = count * topk;
     for (int i = threadIdx.x; i < count * ranks; i += blockDim.x) {
         const int t = i / ranks, r = i % ranks;
         int slot = -1;
         if (tile.member[t] >> r & 1) {
-            slot = sum_before(args.tile_ranks + r, blockIdx.x, ranks);
+            slot = first_slot[r];
             for (int u = 0; u < t; ++u) slot += tile.member[u] >> r & 1;
         }
         slots[i] = slot;
@@ -309,6 +315,10 @@ cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream) {
     place_rows<<<num_tiles(args), kTileEntries, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream) {
     const int64_t entries = static_cast<int64_t>(args.max_recv) * (1 + 2 * args.num_topk);
     const int64_t wanted = (entries + kCollectThreads * 4 - 1) / (kCollectThreads * 4);
     const int blocks = static_cast<int>(max(min(wanted, int64_t{128}), int64_t{8}));  // 8: threads for all of counted

@@ -73,6 +73,9 @@ void Buffer::set_control(const std::vector<Address>& addresses) {
 }
 
 void Buffer::set_staging(const std::vector<Address>& addresses, int max_tokens, int num_topk, int64_t bytes) {
+    // A plan that waited for more room has it now.
+    const int fits = 1;
+    check(cudaMemcpy(&runtime_.local->staging_fits, &fits, sizeof(fits), cudaMemcpyHostToDevice), "growing staging");
     const auto [total, head] = staging_bytes(runtime_.num_ranks, max_tokens, num_topk, 0);
     (void)total;
     for (int r = 0; r < runtime_.num_ranks; ++r) staging_.base[r] = at<char>(addresses.at(r));
@@ -145,11 +148,16 @@ void Buffer::copy_expert_counts(Address out_int64, int count) const {
     for (int l = 0; l < count; ++l) at<int64_t>(out_int64)[l] = runtime_.status->expert_counts[l];
 }
 
-void Buffer::finish_plan(Address send_slot, Address rank_prefix, Address expert_counts, Address expert_offsets,
-                         Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv,
-                         int max_rows, Address stream) {
-    plan_.staging = staging_;  // may have grown since begin_plan
+void Buffer::place_plan(Address send_slot, Address stream) {
+    plan_.staging = staging_;
     plan_.send_slot = at<int>(send_slot);
+    check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
+}
+
+void Buffer::collect_plan(Address rank_prefix, Address expert_counts, Address expert_offsets, Address recv_topk_idx,
+                          Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv, int max_rows,
+                          Address stream) {
+    plan_.staging = staging_;
     plan_.rank_prefix = at<int>(rank_prefix);
     plan_.expert_counts = at<int64_t>(expert_counts);
     plan_.expert_offsets = at<int64_t>(expert_offsets);
@@ -159,7 +167,7 @@ void Buffer::finish_plan(Address send_slot, Address rank_prefix, Address expert_
     plan_.row_recv = at<int>(row_recv);
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
-    check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
+    check(launch_collect_places(plan_, as_stream(stream)), "collecting places");
 }
 
 void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,

@@ -49,9 +49,12 @@ class Buffer {
     std::optional<PlanNumbers> wait_plan();
     // [L] rows of each local expert, as of the last wait_plan().
     void copy_expert_counts(Address out_int64, int count) const;
-    void finish_plan(Address send_slot, Address rank_prefix, Address expert_counts, Address expert_offsets,
-                     Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv,
-                     int max_rows, Address stream);
+    // Write the places of this rank's rows to their destinations. Does nothing where staging is too small, which
+    // wait_plan() shows; then it is to be called again with larger staging.
+    void place_plan(Address send_slot, Address stream);
+    void collect_plan(Address rank_prefix, Address expert_counts, Address expert_offsets, Address recv_topk_idx,
+                      Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv, int max_rows,
+                      Address stream);
 
     void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,
                    Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, bool grouped);

@@ -1,4 +1,7 @@
-"""Entry checks that the backends share: shapes, dtypes, devices. No values: looking at them would stop the GPU."""
+"""Entry checks that the backends share: shapes, dtypes, devices.
+
+Values are looked at on a CPU only: on a GPU that would make the host wait.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,11 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Plan
-from deepep_moe.backends.collective import (
-    SENT_DTYPES,
-    SUMMED_DTYPES,
-    _check_token_in_rank,
-    check_rows,
-    check_shape,
-    check_topk_idx,
-)
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
+
+SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
 
 
 def check_plan_inputs(
@@ -96,3 +94,70 @@ def check_combine(
         raise InputError("bias", f"{len(bias)} tensors", "at most two can be added")
     for added in bias:
         check_shape("bias", added, (plan.num_tokens, x.shape[1]), device, x.dtype)
+
+
+def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: torch.device) -> None:
+    """Raise :class:`InputError` unless ``topk_idx`` is ``[T, K]`` integers, -1 or below ``num_experts``.
+
+    Values are looked at on a CPU only: on a GPU that would make the host wait.
+    """
+    if num_experts < 1 or num_experts % world_size:
+        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    check_shape("topk_idx", topk_idx, (None, None), device)
+    if topk_idx.dtype not in (torch.int32, torch.int64):
+        raise InputError("topk_idx", topk_idx.dtype, "must be int32 or int64")
+    if topk_idx.shape[1] < 1:
+        raise InputError("topk_idx", f"shape {tuple(topk_idx.shape)}", "top-k must be at least 1")
+    if topk_idx.device.type == "cpu" and topk_idx.numel():
+        low, high = (int(v) for v in topk_idx.aminmax())
+        if low < -1 or high >= num_experts:
+            wrong = low if low < -1 else high
+            raise InputError("topk_idx", wrong, f"an expert must be -1 (dropped) or 0 to {num_experts - 1}")
+
+
+def _check_token_in_rank(
+    is_token_in_rank: Tensor | None,
+    num_tokens_per_expert: Tensor | None,
+    num_experts: int,
+    world_size: int,
+    device: torch.device,
+) -> None:
+    if num_experts < 1 or num_experts % world_size:
+        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    if is_token_in_rank is None or num_tokens_per_expert is None:
+        raise InputError("topk_idx", None, "without it is_token_in_rank and num_tokens_per_expert are needed")
+    check_shape("is_token_in_rank", is_token_in_rank, (None, world_size), device, torch.bool)
+    check_shape("num_tokens_per_expert", num_tokens_per_expert, (num_experts,), device, torch.int32)
+
+
+def check_rows(
+    argument: str, x: Tensor, rows: int, whose: str, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """Raise :class:`InputError` unless ``x`` is ``[rows, H]`` with H >= 1, one of ``dtypes``, on ``device``."""
+    check_shape(argument, x, (None, None), device)
+    if x.shape[0] != rows:
+        raise InputError(argument, f"shape {tuple(x.shape)}", f"must have {rows} rows, {whose}")
+    if x.shape[1] < 1:
+        raise InputError(argument, f"shape {tuple(x.shape)}", "the hidden size must be at least 1")
+    if x.dtype not in dtypes:
+        raise InputError(argument, x.dtype, "must be one of " + ", ".join(str(d) for d in dtypes))
+
+
+def check_shape(
+    argument: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise :class:`InputError` unless ``tensor`` has ``shape`` (None: any size), ``dtype`` and ``device``."""
+    if not isinstance(tensor, Tensor):
+        raise InputError(argument, type(tensor).__name__, "must be a torch.Tensor")
+    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(argument, f"shape {tuple(tensor.shape)}", f"must have shape ({wanted})")
+    if dtype is not None and tensor.dtype != dtype:
+        raise InputError(argument, tensor.dtype, f"must be {dtype}")
+    if tensor.device != device:
+        raise InputError(argument, tensor.device, f"must be on {device}, the device of this group's backend")

@@ -22,13 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
+from deepep_moe.backends.checks import (
+    SENT_DTYPES,
+    check_combine,
+    check_dispatch,
+    check_plan_inputs,
+    check_topk_idx,
+)
 from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
 from deepep_moe.fp8 import quantize_e4m3
-
-SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
 
 
 class CollectiveBackend:
@@ -78,12 +82,9 @@ class CollectiveBackend:
         ranks = self.world_size
         problem: DeepEPMoEError | None = self._overflow
         try:
-            if topk_idx is not None:
-                check_topk_idx(topk_idx, num_experts, ranks, self.device)
-            else:
-                _check_token_in_rank(is_token_in_rank, num_tokens_per_expert, num_experts, ranks, self.device)
-            if alignment < 1:
-                raise InputError("alignment", alignment, "must be at least 1")
+            check_plan_inputs(
+                topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, ranks, self.device
+            )
         except DeepEPMoEError as error:
             problem = problem or error
         self._overflow = None
@@ -204,16 +205,8 @@ class CollectiveBackend:
         exchange = self._open()
         problem: DeepEPMoEError | None = None
         try:
-            self._check_plan(plan, grouped)
-            tokens = plan.num_tokens
-            check_rows("x", x, tokens, "the plan's tokens", SENT_DTYPES, self.device)
-            if scales is not None:
-                check_shape("scales", scales, (tokens, None), self.device)
-            if weights is not None:
-                check_shape("topk_weights", weights, (tokens, plan.num_topk), self.device, torch.float32)
+            check_dispatch(plan, x, scales, weights, quantize, grouped, self.world_size, self.device)
             if quantize:
-                if x.dtype != torch.bfloat16 or scales is not None:
-                    raise InputError("quantize", True, f"needs bfloat16 tokens without scales, x is {x.dtype}")
                 x, scales = quantize_e4m3(x)
         except DeepEPMoEError as error:
             problem = error
@@ -264,7 +257,7 @@ class CollectiveBackend:
         exchange = self._open()
         problem: DeepEPMoEError | None = None
         try:
-            self._check_combine(plan, x, weights, apply_weights, bias, grouped)
+            check_combine(plan, x, weights, apply_weights, bias, grouped, self.world_size, self.device)
         except DeepEPMoEError as error:
             problem = error
         if self.config.check_agreement:
@@ -322,36 +315,6 @@ class CollectiveBackend:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
         return self._exchange
 
-    def _check_plan(self, plan: Plan, grouped: bool) -> None:
-        if plan.send_slot.dim() != 2 or plan.send_slot.shape[1] != self.world_size:
-            raise HandleError(
-                f"the plan was made for {plan.send_slot.shape[-1]} ranks, this group has {self.world_size}"
-            )
-        if grouped and plan.num_topk == 0:
-            raise HandleError("the plan was made without expert indices: it has no expert layout")
-
-    def _check_combine(
-        self,
-        plan: Plan,
-        x: Tensor,
-        weights: Tensor | None,
-        apply_weights: bool,
-        bias: tuple[Tensor, ...],
-        grouped: bool,
-    ) -> None:
-        self._check_plan(plan, grouped)
-        expected, what = (plan.num_rows, "expert rows") if grouped else (plan.num_recv, "received rows")
-        check_rows("x", x, expected, f"the plan's {what}", SUMMED_DTYPES, self.device)
-        if weights is not None:
-            shape = (expected,) if grouped else (expected, plan.num_topk)
-            check_shape("weights", weights, shape, self.device, torch.float32)
-        if apply_weights and (weights is None or not grouped):
-            raise InputError("apply_weights", True, "needs weights and the expert layout")
-        if len(bias) > 2:
-            raise InputError("bias", f"{len(bias)} tensors", "at most two can be added")
-        for added in bias:
-            check_shape("bias", added, (plan.num_tokens, x.shape[1]), self.device, x.dtype)
-
     def _facts(
         self, x: Tensor, grouped: bool, scales: Tensor | None, weights: Tensor | None
     ) -> dict[str, int | torch.dtype]:
@@ -403,70 +366,3 @@ def _resize(rows: Tensor, length: int) -> Tensor:
     if rows.shape[0] == length:
         return rows
     return torch.cat([rows[:length], rows.new_zeros((max(0, length - rows.shape[0]), rows.shape[1]))])
-
-
-def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: torch.device) -> None:
-    """Raise :class:`InputError` unless ``topk_idx`` is ``[T, K]`` integers, -1 or below ``num_experts``.
-
-    Values are looked at on a CPU only: on a GPU that would make the host wait.
-    """
-    if num_experts < 1 or num_experts % world_size:
-        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
-    check_shape("topk_idx", topk_idx, (None, None), device)
-    if topk_idx.dtype not in (torch.int32, torch.int64):
-        raise InputError("topk_idx", topk_idx.dtype, "must be int32 or int64")
-    if topk_idx.shape[1] < 1:
-        raise InputError("topk_idx", f"shape {tuple(topk_idx.shape)}", "top-k must be at least 1")
-    if topk_idx.device.type == "cpu" and topk_idx.numel():
-        low, high = (int(v) for v in topk_idx.aminmax())
-        if low < -1 or high >= num_experts:
-            wrong = low if low < -1 else high
-            raise InputError("topk_idx", wrong, f"an expert must be -1 (dropped) or 0 to {num_experts - 1}")
-
-
-def _check_token_in_rank(
-    is_token_in_rank: Tensor | None,
-    num_tokens_per_expert: Tensor | None,
-    num_experts: int,
-    world_size: int,
-    device: torch.device,
-) -> None:
-    if num_experts < 1 or num_experts % world_size:
-        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
-    if is_token_in_rank is None or num_tokens_per_expert is None:
-        raise InputError("topk_idx", None, "without it is_token_in_rank and num_tokens_per_expert are needed")
-    check_shape("is_token_in_rank", is_token_in_rank, (None, world_size), device, torch.bool)
-    check_shape("num_tokens_per_expert", num_tokens_per_expert, (num_experts,), device, torch.int32)
-
-
-def check_rows(
-    argument: str, x: Tensor, rows: int, whose: str, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    """Raise :class:`InputError` unless ``x`` is ``[rows, H]`` with H >= 1, one of ``dtypes``, on ``device``."""
-    check_shape(argument, x, (None, None), device)
-    if x.shape[0] != rows:
-        raise InputError(argument, f"shape {tuple(x.shape)}", f"must have {rows} rows, {whose}")
-    if x.shape[1] < 1:
-        raise InputError(argument, f"shape {tuple(x.shape)}", "the hidden size must be at least 1")
-    if x.dtype not in dtypes:
-        raise InputError(argument, x.dtype, "must be one of " + ", ".join(str(d) for d in dtypes))
-
-
-def check_shape(
-    argument: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Raise :class:`InputError` unless ``tensor`` has ``shape`` (None: any size), ``dtype`` and ``device``."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(argument, type(tensor).__name__, "must be a torch.Tensor")
-    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
-    if not fits:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise InputError(argument, f"shape {tuple(tensor.shape)}", f"must have shape ({wanted})")
-    if dtype is not None and tensor.dtype != dtype:
-        raise InputError(argument, tensor.dtype, f"must be {dtype}")
-    if tensor.device != device:
-        raise InputError(argument, tensor.device, f"must be on {device}, the device of this group's backend")

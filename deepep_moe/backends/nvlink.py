@@ -194,6 +194,9 @@ class NVLinkBackend:
         rank_prefix = self._int32(self.world_size, self.world_size)
         expert_counts = torch.empty(local_experts, dtype=torch.int64, device=self.device)
         expert_offsets = torch.empty(local_experts + 1, dtype=torch.int64, device=self.device)
+        room = topk <= self._staging_topk and self._staging is not None
+        if room:
+            runtime.place_plan(send_slot.data_ptr(), stream)  # does nothing if a rank has more tokens than fit
         counts_host: Tensor | None = None
         if wait:
             counts_host = torch.empty(local_experts, dtype=torch.int64)
@@ -205,7 +208,9 @@ class NVLinkBackend:
                     "something before it on this GPU does not end"
                 )
             max_recv, max_rows, max_tokens = numbers
-            self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
+            if max_tokens > self._staging_tokens or not room:
+                self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
+                runtime.place_plan(send_slot.data_ptr(), stream)
             runtime.copy_expert_counts(counts_host.data_ptr(), local_experts)
         assert max_recv is not None
         max_rows = max_rows or 0
@@ -213,8 +218,7 @@ class NVLinkBackend:
         recv_topk_idx = torch.empty((max_recv, topk), dtype=torch.int64, device=self.device)
         recv_src_idx, recv_rows = self._int32(max_recv), self._int32(max_recv, topk)
         row_recv = self._int32(max_rows)
-        runtime.finish_plan(
-            send_slot.data_ptr(),
+        runtime.collect_plan(
             rank_prefix.data_ptr(),
             expert_counts.data_ptr(),
             expert_offsets.data_ptr(),
@@ -471,7 +475,10 @@ class NVLinkBackend:
                 f"{expected} on rank {self.rank}, {seen} on rank {peer}"
             )
         if failure == _BAD_EXPERT and peer == self.rank:
-            return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}")
+            too_many = (
+                f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
+            )
+            return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
         if failure == _BAD_EXPERT:
             return PeerError(
                 f"rank {peer} gave an expert index that is out of range in {where}; its own error says which"

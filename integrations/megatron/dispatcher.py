@@ -29,6 +29,7 @@ from torch import Tensor
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import InputError
 from deepep_moe.integrations.megatron.options import check_options, dispatcher_config
+from deepep_moe.routes import routes
 
 
 class DeepEPTokenDispatcher(MoETokenDispatcher):
@@ -106,29 +107,23 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
 
     def _routes(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Indices ``[T, K]`` (-1 = none) over the ranks' group, in ascending order, and their probabilities."""
-        topk, experts = self.config.moe_router_topk, self.num_experts
-        fits = (routing_map.sum(dim=1) <= topk).all()
-        rule = f"at most moe_router_topk = {topk} routes per token"
-        if fits.is_cuda:
-            torch._assert_async(fits, f"routing_map breaks the rule: {rule}")
-        elif not fits:
-            raise InputError("routing_map", f"{int(routing_map.sum(dim=1).max())} routes in a row", rule)
-
-        # Number the routes so that topk lists them in expert order: its result has a fixed shape, and no ties matter.
-        number = torch.arange(experts, 0, -1, dtype=torch.int32, device=routing_map.device)
-        found = (routing_map * number).topk(topk, dim=1).values
-        routed = found > 0
-        expert = torch.where(routed, experts - found, 0).long()
-        weights = probs.gather(1, expert).float()
-        weights = torch.where(routed, weights, 0.0)
-        if self.tp_size > 1:
-            # Ranks of the group: expert-parallel rank major, expert-tensor-parallel rank minor.
-            owner, local = expert // self.num_local_experts, expert % self.num_local_experts
-            slices = torch.arange(self.tp_size, device=expert.device)
-            expert = (owner[..., None] * self.tp_size + slices) * self.num_local_experts + local[..., None]
-            expert = expert.flatten(1)
-            weights, routed = weights.repeat_interleave(self.tp_size, 1), routed.repeat_interleave(self.tp_size, 1)
-        return torch.where(routed, expert, -1), weights
+        topk = self.config.moe_router_topk
+        if not routing_map.is_cuda and bool((routing_map.sum(dim=1) > topk).any()):
+            most = int(routing_map.sum(dim=1).max())
+            raise InputError(
+                "routing_map", f"{most} routes in a row", f"at most moe_router_topk = {topk} routes per token"
+            )
+        index = routes(routing_map, topk)  # on a GPU the plan refuses such a row: nothing here waits for the device
+        weights = probs.gather(1, index.clamp(0, self.num_experts - 1)).float()
+        weights = torch.where(index >= 0, weights, 0.0)
+        if self.tp_size == 1:
+            return index, weights
+        # Ranks of the group: expert-parallel rank major, expert-tensor-parallel rank minor.
+        owner, local = index // self.num_local_experts, index % self.num_local_experts
+        slices = torch.arange(self.tp_size, device=index.device)
+        expert = (owner[..., None] * self.tp_size + slices) * self.num_local_experts + local[..., None]
+        expert = torch.where(index[..., None] >= 0, expert, -1)
+        return expert.flatten(1), weights.repeat_interleave(self.tp_size, 1)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Send tokens ``[T, H]`` and probabilities ``[T, K]`` to the experts: rows ``[M, H]`` and theirs, ``[M]``."""

@@ -8,6 +8,8 @@ from typing import Any
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError
 
+_DEFAULT_NUM_SMS = 20  # of moe_deepep_num_sms; a user who sets nothing has it too
+
 # Options of other dispatchers. They are refused when set, because ignoring them would train something else than asked.
 _FOREIGN = {
     "moe_enable_deepep": "it selects the flex dispatcher's DeepEP backend",
@@ -49,15 +51,16 @@ def check_options(config: Any) -> None:
 def dispatcher_config(config: Any) -> DispatcherConfig:
     """The dispatcher's settings for one ``TransformerConfig``.
 
-    From Megatron-Core come ``num_sms`` (``moe_flex_dispatcher_num_sms``, else ``moe_deepep_num_sms``, whose default is
-    20 before 0.19) and, with ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe
+    From Megatron-Core come ``num_sms`` (``moe_flex_dispatcher_num_sms``, else ``moe_deepep_num_sms``; its default of 20
+    counts only where communication runs beside computation, which would otherwise wait for SMs) and, with ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe
     wants. The YAML file and the environment override the first; alignments are combined, because experts need both.
     """
     overrides: dict[str, Any] = {}
     for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):
         value = getattr(config, name, None)
         if value is not None:
-            overrides["num_sms"] = value
+            if value != _DEFAULT_NUM_SMS or _overlaps(config):
+                overrides["num_sms"] = value
             break
     settings = DispatcherConfig.load(overrides)
     if not config.moe_router_padding_for_quantization:
@@ -68,6 +71,10 @@ def dispatcher_config(config: Any) -> DispatcherConfig:
 
     alignment = max(1, get_align_size_for_quantization(config))
     return replace(settings, expert_alignment=math.lcm(settings.expert_alignment, alignment))
+
+
+def _overlaps(config: Any) -> bool:
+    return bool(config.moe_shared_expert_overlap or getattr(config, "overlap_moe_expert_parallel_comm", False))
 
 
 def _graph_covers_dispatch(config: Any) -> bool:

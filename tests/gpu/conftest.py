@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m pytest tests/gpu
 
-The process group is gloo, so several ranks may share a GPU (under CUDA MPS); results are compared with the
-collective backend on the CPU, over the same group. Without a GPU or outside torchrun everything is skipped.
+The process group is gloo for the CPU; NCCL, its other half, is never called, so several ranks may share a GPU (under
+CUDA MPS). Results are compared with the collective backend on the CPU, over the same group. Without a GPU or outside
+torchrun everything is skipped.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def ranks() -> Iterator[Ranks]:
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
     torch.cuda.set_device(device)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=TIMEOUT_SECONDS))
     per_gpu = -(-size // gpus)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     group = dist.group.WORLD
