@@ -1,0 +1,195 @@
+"""``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
+
+``ops`` times the backend (bench_ops.py), ``dispatcher`` and ``megatron`` time what a training step pays
+(bench_megatron.py). What is in a time is said in bench_timing.py; bench_report.py shows and saves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deepep_moe.errors import DeepEPMoEError, InputError
+from deepep_moe.tools import bench_megatron, bench_ops
+from deepep_moe.tools.bench_report import Report
+from deepep_moe.tools.bench_timing import World, ranks_of_this_run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Time operations, dispatchers and MoE layers on all ranks of torchrun: `bench ops --help` says more.",
+)
+
+Repeats = Annotated[int, typer.Option(min=1, help="Samples of each time; tables show their median.")]
+Budgets = Annotated[str, typer.Option(help="SMs that communication kernels may use, comma-separated; 0: all.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample, command and versions here.")]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a document here.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw a picture here (.png, .svg, .pdf).")]
+Commit = Annotated[str | None, typer.Option(help="Commit to show where this is no git checkout.")]
+
+
+@dataclass
+class Run:
+    """What a subcommand works with: the ranks, the report, and a progress bar on rank 0."""
+
+    world: World
+    report: Report
+    progress: Progress
+
+    def steps(self, total: int) -> Callable[[str], None]:
+        """A function to call after each of ``total`` steps, with what was done."""
+        task = self.progress.add_task("", total=total)
+        return lambda name: self.progress.update(task, advance=1, description=name)
+
+
+@contextmanager
+def run_on_all_ranks(files: dict[str, Path | None], commit: str | None) -> Iterator[Run]:
+    """Ranks, report and progress bar. An error that a user can mend is told without a stack trace, by each rank once."""
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with ranks_of_this_run() as world:
+            console = Console(stderr=True)
+            with Progress(*bar, console=console, transient=True, disable=world.rank != 0) as progress:
+                shown = Console()
+                if not shown.is_terminal:  # a log has no width: 80 columns would cut the tables
+                    shown = Console(width=160)
+                yield Run(world, Report.start(world, files, commit, shown), progress)
+    except DeepEPMoEError as error:
+        typer.echo(f"bench: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+OPS_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench ops
+
+    torchrun --nproc-per-node 8 -m deepep_moe bench ops --shape 4096,7168,8,256 --shape 8192,4096,2,8
+    --num-sms 0,24 --routing both --json ops.json --markdown ops.md --plot ops.png
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench ops --shape 64,256,2,8      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=OPS_EXAMPLES)
+def ops(
+    shape: Annotated[
+        list[str], typer.Option(help="Tokens per rank, hidden size, top-k, experts of the group; may be repeated.")
+    ] = ["4096,7168,8,256"],  # noqa: B006 (typer copies it)
+    routing: Annotated[str, typer.Option(help="balanced, imbalanced (4x load on an eighth), or both.")] = "balanced",
+    num_sms: Budgets = "0",
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """Dispatch, combine and plan of the backend; NCCL's all-to-all of the same rows; the link's ceiling."""
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        world = run.world
+        shapes = parse_shapes(shape, world)
+        loads = {"balanced": [False], "imbalanced": [True], "both": [False, True]}.get(routing)
+        if loads is None:
+            raise InputError("--routing", routing, "must be balanced, imbalanced or both")
+        budgets = parse_budgets(num_sms)
+        total = sum(bench_ops.rows_of_case(world, one, budgets) for one in shapes) * len(loads)
+        done = run.steps(total + 1)
+
+        copies = bench_ops.link_ceiling(world, repeats)
+        done("link ceiling")
+        ceiling = 0.0
+        if copies:
+            table = bench_ops.ceiling_table(world, copies)
+            ceiling = table.rows[0].gigabytes_per_second(table.rows[0].link_bytes)
+            run.report.add(table)
+        for one in shapes:
+            for imbalanced in loads:
+                run.report.add(bench_ops.measure_case(world, one, imbalanced, budgets, repeats, ceiling, done))
+
+
+DISPATCHER_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench dispatcher --num-sms 0,24 --json dispatcher.json
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench dispatcher --shape 64,256,2,8      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=DISPATCHER_EXAMPLES)
+def dispatcher(
+    shape: Annotated[
+        list[str], typer.Option(help="Tokens per rank, hidden size, top-k, experts of the group; may be repeated.")
+    ] = ["4096,7168,8,256", "4096,7168,8,16"],  # noqa: B006
+    num_sms: Budgets = "0",
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """Tokens to expert rows, back, and the backward of both: TokenDispatcher, and Megatron-Core's dispatchers."""
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        shapes, budgets = parse_shapes(shape, run.world), parse_budgets(num_sms)
+        done = run.steps(len(shapes) * (1 + 2 * len(budgets)))
+        for one in shapes:
+            run.report.add(bench_megatron.dispatcher_table(run.world, one, budgets, repeats, done))
+
+
+MEGATRON_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench megatron --json megatron.json --markdown megatron.md
+
+    torchrun --nproc-per-node 8 -m deepep_moe bench megatron --layer mixtral --num-sms 0,24
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench megatron --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=MEGATRON_EXAMPLES)
+def megatron(
+    layer: Annotated[
+        list[str], typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk; may be repeated.")
+    ] = list(bench_megatron.LAYERS),  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    num_sms: Budgets = "0",
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """Megatron-Core's MoELayer, forward and backward, with our dispatcher and with its own alltoall."""
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        layers, budgets = [bench_megatron.Layer.parse(text) for text in layer], parse_budgets(num_sms)
+        for one in layers:
+            one.check(run.world.size)
+        done = run.steps(len(layers) * bench_megatron.contenders_of_layer(budgets))
+        for one in layers:
+            run.report.add(bench_megatron.layer_table(run.world, one, tokens, budgets, repeats, done))
+
+
+def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:
+    """Shapes that work on these ranks."""
+    shapes = [bench_ops.Shape.parse(text) for text in texts]
+    for shape in shapes:
+        shape.check(world.size)
+    return shapes
+
+
+def parse_budgets(text: str) -> list[int]:
+    """``0,24``: numbers of SMs."""
+    try:
+        budgets = [int(part) for part in text.split(",")]
+    except ValueError:
+        budgets = [-1]
+    if min(budgets) < 0:
+        raise InputError("--num-sms", text, "comma-separated numbers of SMs, 0 for all, such as 0,24")
+    return budgets

@@ -1,0 +1,390 @@
+"""``bench dispatcher`` and ``bench megatron``: what a training step pays, beside Megatron-Core's own ``alltoall``.
+
+Nothing is cached: every step plans anew. Contenders run one after the other in the same processes, from the same
+tokens, routing and weights; that their outputs agree is checked. Phases are cut by CUDA events on the current stream,
+so a phase holds the host's waits in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import TokenDispatcher
+from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.tools.bench_ops import Shape, routing
+from deepep_moe.tools.bench_report import Measurement, Table
+from deepep_moe.tools.bench_timing import MemoryWatch, Phases, World, step_samples
+
+AGREEMENT = 0.02  # outputs may differ by this, relative to the largest: bf16 sums in another order
+SEED = 1234
+_NUM_SMS = "DEEPEP_MOE_NUM_SMS"
+
+Step = Callable[[Phases], Tensor]
+
+
+class Contender(NamedTuple):
+    """Something to time. ``build`` gives a step, which returns its output."""
+
+    name: str
+    build: Callable[[], Step]
+
+
+def measure(
+    world: World, table: Table, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+) -> Table:
+    """Fill ``table`` with the phases of each contender. Collective; the first contender is the reference."""
+    reference: Tensor | None = None
+    for name, build in contenders:
+        watch = MemoryWatch(world)
+        step = build()
+        samples = step_samples(world, step, repeats)
+        memory = watch.peak()
+        for phase, times in samples.items():
+            table.rows.append(Measurement(phase, times, name, memory=memory if phase == "total" else None))
+        output = step(Phases(world)).detach().float().cpu()
+        if reference is None:
+            reference = output
+        error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
+        error = world.largest([error])[0]
+        if error > AGREEMENT:
+            table.notes.append(f"WRONG: the output of {name} is off by {error:.1%} of the largest value.")
+        del step, output
+        gc.collect()
+        done(name)
+    table.rows.sort(key=lambda row: list(samples).index(row.name))  # stable: contenders stay in order
+    return table
+
+
+# --------------------------------------------------------------------------------------------- dispatchers
+
+DISPATCHER_NOTES = [
+    "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
+    "nothing else; combine: rows to tokens; backward: of all three. TokenDispatcher starts from top-k indices, "
+    "Megatron's dispatchers from the router's map and probabilities.",
+    "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
+    "(staging, NCCL's buffers, loaded kernels) first by this contender.",
+]
+
+
+def dispatcher_table(
+    world: World, shape: Shape, budgets: list[int], repeats: int, done: Callable[[str], None]
+) -> Table:
+    """One shape: alltoall if Megatron-Core is there, our dispatcher inside Megatron and alone, per SM budget."""
+    title = f"Dispatchers: {shape}, {world.size} ranks"
+    table = Table(title, {**shape._asdict(), "ranks": world.size}, list(DISPATCHER_NOTES))
+    contenders = []
+    if megatron_missing() is None:
+        contenders.append(Contender("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
+        for budget in budgets:
+            build = with_budget(budget, lambda: megatron_dispatcher(world, shape, "deepep"))
+            contenders.append(Contender(f"Megatron deepep, {say_budget(budget)}", build))
+    else:
+        table.notes.append(f"Megatron's dispatchers are missing: {megatron_missing()}.")
+    for budget in budgets:
+        build = with_budget(budget, lambda: token_dispatcher(world, shape))
+        contenders.append(Contender(f"TokenDispatcher, {say_budget(budget)}", build))
+    return measure(world, table, contenders, repeats, done)
+
+
+def token_dispatcher(world: World, shape: Shape) -> Step:
+    dispatcher = TokenDispatcher(dist.group.WORLD, shape.experts, DispatcherConfig.load(), device=world.device)
+    x, grad, topk_idx, topk_weights = _inputs(world, shape)
+
+    def step(phase: Phases) -> Tensor:
+        x.grad = topk_weights.grad = None
+        dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
+        assert dispatched.weights is not None
+        phase("dispatch")
+        rows = dispatched.rows * dispatched.weights[:, None].to(x.dtype)
+        phase("experts")
+        output = dispatcher.combine(rows, dispatched)
+        phase("combine")
+        output.backward(grad)
+        phase("backward")
+        return output
+
+    return step
+
+
+def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
+    """The six phases that MoELayer calls, of Megatron-Core's dispatcher ``kind``."""
+    megatron = megatron_modules(world)
+    config = transformer_config(
+        world, kind, hidden_size=shape.hidden, num_moe_experts=shape.experts, moe_router_topk=shape.topk
+    )
+    local = shape.experts // world.size
+    own = list(range(world.rank * local, (world.rank + 1) * local))
+    if kind == "deepep":
+        from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher as Dispatcher
+    else:
+        Dispatcher = megatron.token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher = Dispatcher(local, own, config, pg_collection=megatron.moe_utils.get_default_pg_collection())
+    x, grad, topk_idx, topk_weights = _inputs(world, shape)
+    routing_map = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool, device=world.device)
+    routing_map.scatter_(1, topk_idx, True)
+    probs = torch.zeros(shape.tokens, shape.experts, device=world.device)
+    probs = probs.scatter(1, topk_idx, topk_weights.detach()).requires_grad_()
+
+    def step(phase: Phases) -> Tensor:
+        x.grad = probs.grad = None
+        tokens, sent_probs = dispatcher.dispatch_preprocess(x, routing_map, probs)
+        tokens, sent_probs = dispatcher.token_dispatch(tokens, sent_probs)
+        rows, _, row_probs = dispatcher.dispatch_postprocess(tokens, sent_probs)
+        phase("dispatch")
+        rows = rows * row_probs[:, None].to(rows.dtype)
+        phase("experts")
+        rows = dispatcher.combine_preprocess(rows)
+        output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+        phase("combine")
+        output.backward(grad)
+        phase("backward")
+        return output
+
+    return step
+
+
+def _inputs(world: World, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and weights (both leaves that want gradients), the output's gradient, and expert indices."""
+    generator = torch.Generator().manual_seed(world.rank)
+    x, grad = (torch.randn(shape.tokens, shape.hidden, generator=generator).bfloat16() for _ in range(2))
+    topk_idx = routing(shape, world.rank, imbalanced=False)
+    weights = torch.rand(shape.tokens, shape.topk, generator=generator).softmax(1)
+    device = world.device
+    return (
+        x.to(device).requires_grad_(),
+        grad.to(device),
+        topk_idx.to(device),
+        weights.to(device).requires_grad_(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- layers
+
+
+class Layer(NamedTuple):
+    """Shape of a ``MoELayer``: gated experts, no shared ones."""
+
+    hidden: int
+    ffn: int
+    experts: int
+    topk: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """A name in :data:`LAYERS`, or ``7168,2048,32,8``: hidden size, FFN size of an expert, experts, top-k."""
+        if text in LAYERS:
+            return LAYERS[text]
+        rule = f"{', '.join(LAYERS)}, or hidden,ffn,experts,topk with topk <= experts, such as 7168,2048,32,8"
+        try:
+            layer = cls(*map(int, text.split(",")))
+        except (TypeError, ValueError):
+            raise InputError("--layer", text, rule) from None
+        if min(layer) < 1 or layer.topk > layer.experts:
+            raise InputError("--layer", text, rule)
+        return layer
+
+    def check(self, ranks: int) -> None:
+        """Raise InputError unless every rank gets the same number of experts."""
+        if self.experts % ranks:
+            raise InputError("--layer", ",".join(map(str, self)), f"experts must be a multiple of the {ranks} ranks")
+
+    def __str__(self) -> str:
+        name = next((f"{name}-like, " for name, layer in LAYERS.items() if layer == self), "")
+        return f"{name}hidden {self.hidden}, FFN {self.ffn}, top-{self.topk} of {self.experts} experts"
+
+
+LAYERS = {"deepseek": Layer(7168, 2048, 32, 8), "mixtral": Layer(4096, 14336, 8, 2)}
+
+LAYER_NOTES = [
+    "Megatron-Core's MoELayer from its local specification (no TransformerEngine), bf16: router, dispatch, experts and "
+    "combine, forward and backward with weight gradients. Uncached. SequentialMLP is Megatron-Core's loop over the "
+    "experts, GroupedExperts ours (grouped_mm).",
+    "Memory on the row of the total: peak in PyTorch's allocator with weights, gradients and activations, and what was "
+    "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this contender.",
+]
+
+
+def layer_table(
+    world: World, layer: Layer, tokens: int, budgets: list[int], repeats: int, done: Callable[[str], None]
+) -> Table:
+    """One layer: both dispatchers with both kinds of experts, ours per SM budget."""
+    title = f"MoELayer: {layer}, {tokens} tokens per rank, {world.size} ranks"
+    table = Table(title, {**layer._asdict(), "tokens": tokens, "ranks": world.size}, list(LAYER_NOTES))
+    contenders = []
+    for grouped in (False, True):
+        experts = "GroupedExperts" if grouped else "SequentialMLP"
+        build = _layer_builder(world, layer, tokens, "alltoall", grouped)
+        contenders.append(Contender(f"alltoall, {experts}", build))
+        for budget in budgets:
+            build = _layer_builder(world, layer, tokens, "deepep", grouped)
+            contenders.append(Contender(f"deepep, {experts}, {say_budget(budget)}", with_budget(budget, build)))
+    return measure(world, table, contenders, repeats, done)
+
+
+def contenders_of_layer(budgets: list[int]) -> int:
+    return 2 * (1 + len(budgets))
+
+
+def _layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:
+    def build() -> Step:
+        layer = moe_layer(world, shape, kind, grouped)
+        generator = torch.Generator().manual_seed(world.rank)
+        inputs = (torch.randn(tokens, 1, shape.hidden, generator=generator).bfloat16() for _ in range(2))
+        x, grad = (tensor.to(world.device) for tensor in inputs)
+        x.requires_grad_()
+
+        def step(phase: Phases) -> Tensor:
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+            output, _ = layer(x)
+            phase("forward")
+            output.backward(grad)
+            phase("backward")
+            return output
+
+        return step
+
+    return build
+
+
+def moe_layer(world: World, shape: Layer, kind: str, grouped: bool) -> Any:
+    """A ``MoELayer``; the same weights whatever the dispatcher and the kind of experts."""
+    megatron = megatron_modules(world)
+    config = transformer_config(
+        world,
+        kind,
+        hidden_size=shape.hidden,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
+        moe_ffn_hidden_size=shape.ffn,
+    )
+    megatron.random.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+    spec = megatron.specs.get_gpt_layer_local_spec(num_experts=shape.experts, moe_grouped_gemm=False).submodules.mlp
+    submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]  # a functools.partial from 0.18
+    if grouped:
+        from deepep_moe.integrations.megatron.experts import GroupedExperts
+
+        submodules = dataclasses.replace(submodules, experts=GroupedExperts)
+    return megatron.moe_layer.MoELayer(config, submodules, layer_number=1).to(world.device)
+
+
+# ------------------------------------------------------------------------------------------ Megatron itself
+
+
+class MegatronModules(NamedTuple):
+    """The modules of Megatron-Core used here, imported once its CPU stand-ins are in place."""
+
+    parallel_state: ModuleType
+    random: ModuleType
+    specs: ModuleType
+    transformer_config: ModuleType
+    moe_layer: ModuleType
+    moe_utils: ModuleType
+    token_dispatcher: ModuleType
+
+
+def megatron_missing() -> str | None:
+    """Why Megatron-Core with our dispatcher cannot run here, or None."""
+    try:
+        importlib.metadata.version("megatron-core")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("deepep_moe.integrations.megatron")
+    except importlib.metadata.PackageNotFoundError:
+        return "megatron-core is not installed"
+    except (ImportError, UnsupportedError) as error:
+        return str(error)
+    return None
+
+
+def megatron_modules(world: World) -> MegatronModules:
+    """Import Megatron-Core, register our dispatcher, and make all ranks one expert-parallel group."""
+    missing = megatron_missing()
+    if missing is not None:
+        raise UnsupportedError(f"Megatron-Core cannot be timed: {missing}")
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional packages are missing is no news here
+    from deepep_moe.integrations.megatron import cpu
+
+    cpu.enable()
+    names = (
+        "parallel_state",
+        "tensor_parallel.random",
+        "models.gpt.gpt_layer_specs",
+        "transformer.transformer_config",
+        "transformer.moe.moe_layer",
+        "transformer.moe.moe_utils",
+        "transformer.moe.token_dispatcher",
+    )
+    modules = MegatronModules(*(importlib.import_module(f"megatron.core.{name}") for name in names))
+    if not modules.parallel_state.model_parallel_is_initialized():
+        modules.parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=world.size, create_gloo_process_groups=False
+        )
+    return modules
+
+
+def transformer_config(world: World, kind: str, **options: Any) -> Any:
+    """A ``TransformerConfig`` of one MoE layer in bf16, with dispatcher ``kind``, routing without balancing."""
+    from deepep_moe.integrations.megatron import cpu
+
+    values: dict[str, Any] = {
+        "num_layers": 1,
+        "num_attention_heads": 8,
+        "moe_ffn_hidden_size": 64,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": kind,
+        "expert_model_parallel_size": world.size,
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+    }
+    if not world.on_gpu:
+        values.update(cpu.CONFIG)
+    return megatron_modules(world).transformer_config.TransformerConfig(**{**values, **options})
+
+
+def with_budget(num_sms: int, build: Callable[[], Step]) -> Callable[[], Step]:
+    """``build`` with this SM budget: settings are read when a dispatcher is made, and the environment wins."""
+
+    def built() -> Step:
+        with _environment(_NUM_SMS, str(num_sms)):
+            return build()
+
+    return built
+
+
+def say_budget(num_sms: int) -> str:
+    return f"{num_sms} SMs" if num_sms else "all SMs"
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

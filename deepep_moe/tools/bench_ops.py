@@ -1,0 +1,313 @@
+"""``bench ops``: the backend's operations alone, beside torch.distributed's all-to-all and the link itself.
+
+Rows of a table, and what is in their time:
+
+* kernels: one dispatch or combine on a plan that is ready, five in a row, host time hidden;
+* calls: an uncached plan and the operations on it, from an idle device until the results are there, host included;
+* plan and host: what the host spends until it knows the counts, and to launch one dispatch and one combine;
+* the same remote bytes by ``all_to_all_single``, whose rows are already sorted by destination and stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import InputError
+from deepep_moe.fp8 import BLOCK, quantize_e4m3
+from deepep_moe.tools.bench_report import Measurement, Table
+from deepep_moe.tools.bench_timing import World, call_samples, host_samples, kernel_samples
+
+LINK_BYTES = 256 * 2**20
+HOST_CALLS = 20
+HOT = 4  # times the load of the other experts, in imbalanced routing
+
+NOTES = [
+    "Kernel times: back-to-back calls on a ready plan, between CUDA events. Calls: nothing cached, host included.",
+    "link: bytes between ranks only, of the busiest rank and direction; logical: all rows it receives, its own too. "
+    "Bytes are tokens with their scales and weights.",
+]
+
+
+class Shape(NamedTuple):
+    """What every rank brings: its tokens, and where they may go."""
+
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """``4096,7168,8,256``: tokens, hidden size, top-k, experts of the whole group."""
+        rule = "four positive integers tokens,hidden,topk,experts with topk <= experts, such as 4096,7168,8,256"
+        try:
+            shape = cls(*map(int, text.split(",")))
+        except (TypeError, ValueError):
+            raise InputError("--shape", text, rule) from None
+        if min(shape) < 1 or shape.topk > shape.experts:
+            raise InputError("--shape", text, rule)
+        return shape
+
+    def check(self, ranks: int) -> None:
+        """Raise InputError unless every rank gets the same number of experts."""
+        if self.experts % ranks:
+            raise InputError("--shape", ",".join(map(str, self)), f"experts must be a multiple of the {ranks} ranks")
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens per rank, hidden {self.hidden}, top-{self.topk} of {self.experts} experts"
+
+
+def routing(shape: Shape, rank: int, imbalanced: bool) -> Tensor:
+    """``[T, K]`` int64 experts, drawn at random. Imbalanced: the first eighth of the experts is ``HOT`` times as likely.
+
+    These experts are neighbours, so that ranks are imbalanced too.
+    """
+    likely = torch.ones(shape.experts)
+    if imbalanced:
+        likely[: max(1, shape.experts // 8)] = HOT
+    generator = torch.Generator().manual_seed(rank)
+    return torch.multinomial(likely.expand(shape.tokens, -1), shape.topk, generator=generator)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Rows of one dispatch: ``rows[s][d]`` go from rank s to rank d. A combine sends them back."""
+
+    rows: Tensor  # [R, R] int64
+
+    @classmethod
+    def of(cls, world: World, plan: Plan) -> Traffic:
+        sent = (plan.send_slot >= 0).sum(0).cpu()
+        return cls(torch.stack(world.gather(sent)))
+
+    @property
+    def link(self) -> int:
+        """Rows over the busiest rank's link, in its busier direction."""
+        between = self.rows - self.rows.diag().diag()
+        return int(torch.maximum(between.sum(0), between.sum(1)).max())
+
+    @property
+    def logical(self) -> int:
+        """Rows that the busiest rank receives, from itself too."""
+        return int(self.rows.sum(0).max())
+
+
+class Operation(NamedTuple):
+    """Something to time; ``row_bytes`` cross the link for every row."""
+
+    name: str
+    row_bytes: int
+    run: Callable[[], Any]
+
+
+class Case:
+    """The tensors of one shape and routing on this rank, and the operations on them."""
+
+    def __init__(self, world: World, shape: Shape, imbalanced: bool) -> None:
+        self.world, self.shape = world, shape
+        device, generator = world.device, torch.Generator().manual_seed(world.rank)
+        self.topk_idx = routing(shape, world.rank, imbalanced).to(device)
+        self.weights = torch.rand(shape.tokens, shape.topk, generator=generator).to(device)
+        self.x = torch.randn(shape.tokens, shape.hidden, generator=generator).bfloat16().to(device)
+        self.fp8 = quantize_e4m3(self.x) if shape.hidden % BLOCK == 0 else None
+        self.bf16_bytes, self.weights_bytes = 2 * shape.hidden, 4 * shape.topk
+        self.fp8_bytes = shape.hidden + 4 * (shape.hidden // BLOCK)
+
+    def plan(self, backend: Backend) -> Plan:
+        return backend.plan(self.topk_idx, self.shape.experts)
+
+    def kernels(self, backend: Backend, plan: Plan) -> Iterator[Operation]:
+        """Operations on a plan that is ready."""
+        x, weights, bf16 = self.x, self.weights, self.bf16_bytes
+        yield Operation("dispatch BF16", bf16, lambda: backend.dispatch(plan, x))
+        if self.fp8 is not None:
+            e4m3, scales = self.fp8
+            yield Operation("dispatch FP8", self.fp8_bytes, lambda: backend.dispatch(plan, e4m3, scales=scales))
+        rows = backend.dispatch(plan, x).x
+        yield Operation("combine BF16", bf16, lambda: backend.combine(plan, rows))
+
+        def grouped(**options: Any) -> Any:
+            return backend.dispatch(plan, options.pop("x", x), grouped=True, **options)
+
+        yield Operation("grouped dispatch BF16 + weights", bf16 + self.weights_bytes, lambda: grouped(weights=weights))
+        if self.fp8 is not None:
+            yield Operation("grouped dispatch FP8", self.fp8_bytes, lambda: grouped(x=e4m3, scales=scales))
+            yield Operation("grouped dispatch BF16, sent as FP8", self.fp8_bytes, lambda: grouped(quantize=True))
+        rows = grouped().x
+        yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, rows, grouped=True))
+
+    def calls(self, backend: Backend, plan: Plan) -> Iterator[Operation]:
+        """What a user calls, with a new plan each time; ``plan`` serves the combines that stand alone."""
+        x, weights, bf16 = self.x, self.weights, self.bf16_bytes
+
+        def dispatch(grouped: bool, **options: Any) -> Any:
+            return backend.dispatch(self.plan(backend), options.pop("x", x), grouped=grouped, **options)
+
+        def round_trip(grouped: bool) -> None:
+            made = self.plan(backend)
+            backend.combine(made, backend.dispatch(made, x, grouped=grouped).x, grouped=grouped)
+
+        yield Operation("call: plan + dispatch BF16", bf16, lambda: dispatch(False))
+        if self.fp8 is not None:
+            e4m3, scales = self.fp8
+            yield Operation("call: plan + dispatch FP8", self.fp8_bytes, lambda: dispatch(False, x=e4m3, scales=scales))
+        name = "call: plan + grouped dispatch BF16 + weights"
+        yield Operation(name, bf16 + self.weights_bytes, lambda: dispatch(True, weights=weights))
+        for grouped, kind in ((False, ""), (True, "grouped ")):
+            rows = backend.dispatch(plan, x, grouped=grouped).x
+            yield Operation(
+                f"call: {kind}combine BF16 (plan of its dispatch)",
+                bf16,
+                lambda rows=rows, grouped=grouped: backend.combine(plan, rows, grouped=grouped),  # type: ignore[misc]
+            )
+            name = f"call: plan + {kind}dispatch + {kind}combine BF16"
+            yield Operation(name, 2 * bf16, lambda grouped=grouped: round_trip(grouped))  # type: ignore[misc]
+
+    def all_to_alls(self, traffic: Traffic) -> Iterator[Operation]:
+        """``all_to_all_single`` of the rows of one dispatch, with and without those that stay on their rank."""
+        for kind, row_bytes in (("BF16", self.bf16_bytes), ("FP8", self.fp8_bytes if self.fp8 else 0)):
+            for own in (False, True) if row_bytes else ():
+                sent, received = traffic.rows[self.world.rank].clone(), traffic.rows[:, self.world.rank].clone()
+                if not own:
+                    sent[self.world.rank] = received[self.world.rank] = 0
+                source = torch.zeros(int(sent.sum()), row_bytes, dtype=torch.uint8, device=self.world.device)
+                target = torch.empty(int(received.sum()), row_bytes, dtype=torch.uint8, device=self.world.device)
+                splits = (received.tolist(), sent.tolist())
+                name = (
+                    f"{self.world.collectives} all_to_all_single {kind}, own rows {'included' if own else 'excluded'}"
+                )
+                yield Operation(
+                    name,
+                    row_bytes,
+                    lambda a=target, b=source, s=splits: dist.all_to_all_single(a, b, *s),  # type: ignore[misc]
+                )
+
+
+def measure_case(
+    world: World, shape: Shape, imbalanced: bool, budgets: list[int], repeats: int, ceiling: float, done: Callable
+) -> Table:
+    """One table: every SM budget (0: all), then torch.distributed. Collective; calls ``done()`` after each row."""
+    case = Case(world, shape, imbalanced)
+    table = Table("", {**shape._asdict(), "ranks": world.size, "imbalanced": imbalanced}, list(NOTES), [], ceiling)
+
+    def add(name: str, samples: list[float], setting: str, row_bytes: int = 0) -> None:
+        link, logical = traffic.link * row_bytes, traffic.logical * row_bytes
+        table.rows.append(Measurement(name, samples, setting, link, logical if row_bytes else 0))
+        done(name)
+
+    for num_sms in budgets:
+        backend = get_backend(dist.group.WORLD, world.device, replace(DispatcherConfig.load(), num_sms=num_sms))
+        setting = "all SMs" if num_sms == 0 else f"{num_sms} SMs"
+        if backend.name != "nvlink":
+            setting = backend.name  # its kernels are torch.distributed's: the budget does not apply
+        plan = case.plan(backend)
+        traffic = Traffic.of(world, plan)
+        for name, row_bytes, run in case.kernels(backend, plan):
+            add(name, kernel_samples(world, run, repeats), setting, row_bytes)
+        for name, row_bytes, run in case.calls(backend, plan):
+            wall, events = call_samples(world, run, repeats)
+            add(f"{name}, wall clock", wall, setting, row_bytes)
+            if events:
+                add(f"{name}, events", events, setting, row_bytes)
+        for name, samples in _host_times(world, case, backend, plan, repeats):
+            add(name, samples, setting)
+        backend.check()
+        most_rows = max(world.gather(plan.num_rows))
+        backend.close()
+        if backend.name != "nvlink":
+            break
+
+    hot = max(1, shape.experts // 8)
+    spread = f" makes experts 0 to {hot - 1} {HOT} times as likely as others" if imbalanced else " is uniform at random"
+    table.title = f"Operations: {shape}, {'im' if imbalanced else ''}balanced routing, {world.size} ranks"
+    mean = traffic.rows.sum().item() / world.size
+    table.notes.append(
+        f"Routing{spread}: the busiest rank receives {traffic.logical} rows "
+        f"({traffic.logical / mean:.2f} of the mean) and has at most {most_rows} expert rows; its link carries "
+        f"{traffic.link} rows."
+    )
+    if world.can_all_to_all:
+        for name, row_bytes, run in case.all_to_alls(traffic):
+            add(name, kernel_samples(world, run, repeats), "", row_bytes)
+    else:
+        table.notes.append("No all-to-all beside it: ranks share a GPU, which NCCL refuses.")
+    return table
+
+
+def _host_times(
+    world: World, case: Case, backend: Backend, plan: Plan, repeats: int
+) -> Iterator[tuple[str, list[float]]]:
+    rows = backend.dispatch(plan, case.x).x
+    grouped_rows = backend.dispatch(plan, case.x, grouped=True).x
+
+    def pair() -> None:
+        backend.dispatch(plan, case.x)
+        backend.combine(plan, rows)
+
+    def grouped_pair() -> None:
+        backend.dispatch(plan, case.x, weights=case.weights, grouped=True)
+        backend.combine(plan, grouped_rows, grouped=True)
+
+    def make_plan() -> None:
+        case.plan(backend)
+
+    yield "plan: call until the host has it", host_samples(world, make_plan, repeats)
+    yield f"plan: one of {HOST_CALLS} in a row", host_samples(world, make_plan, repeats, HOST_CALLS)
+    yield "host time of dispatch + combine", host_samples(world, pair, repeats, HOST_CALLS)
+    yield "host time of grouped dispatch + combine", host_samples(world, grouped_pair, repeats, HOST_CALLS)
+
+
+def rows_of_case(world: World, shape: Shape, budgets: list[int]) -> int:
+    """How many rows :func:`measure_case` will make, for a progress bar; an estimate where nvlink cannot run."""
+    fp8 = shape.hidden % BLOCK == 0
+    calls = 7 if fp8 else 6
+    own = (7 if fp8 else 4) + calls * (2 if world.on_gpu else 1) + 4
+    return own * (len(budgets) if world.on_gpu else 1) + (world.can_all_to_all and (4 if fp8 else 2))
+
+
+def link_ceiling(world: World, repeats: int) -> list[float]:
+    """Microseconds in which the copy engines move ``LINK_BYTES`` from every rank to the others, all ranks at once.
+
+    Plain ``tensor.copy_`` into the peers' symmetric memory; with several peers, an equal part to each, one after the
+    other. Empty on a CPU, on one rank, and where peers cannot be mapped.
+    """
+    if not world.on_gpu or world.size == 1:
+        return []
+    from deepep_moe.backends.nvlink import NVLinkBackend
+
+    assert dist.group.WORLD is not None
+    if any(world.gather(NVLinkBackend.why_not(dist.group.WORLD, world.device))):
+        return []
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    part = LINK_BYTES // (world.size - 1) // 512 * 512
+    own = symmetric_memory.empty(part * (world.size - 1), dtype=torch.uint8, device=world.device)
+    handle = symmetric_memory.rendezvous(own, dist.group.WORLD)
+    source = torch.zeros(part, dtype=torch.uint8, device=world.device)
+    # In step s every rank writes to the s-th rank after it, so each link has one sender at a time.
+    targets = [
+        handle.get_buffer((world.rank + step) % world.size, (part,), torch.uint8, (step - 1) * part)
+        for step in range(1, world.size)
+    ]
+
+    def copy() -> None:
+        for target in targets:
+            target.copy_(source)
+
+    return kernel_samples(world, copy, repeats, calls=2)
+
+
+def ceiling_table(world: World, samples: list[float]) -> Table:
+    """What :func:`link_ceiling` gave, as a table of its own."""
+    sent = LINK_BYTES // (world.size - 1) // 512 * 512 * (world.size - 1)
+    row = Measurement("copy engine, all ranks at once", samples, link_bytes=sent)
+    note = f"tensor.copy_ of {sent / 2**20:.0f} MiB from each rank into its peers' symmetric memory, both directions."
+    return Table(f"Link ceiling, {world.size} ranks", {"ranks": world.size, "bytes": sent}, [note], [row])

@@ -1,0 +1,299 @@
+"""What the benchmark says: tables for the terminal, Markdown for documents, JSON for programs, a plot.
+
+A :class:`Report` knows the command, the devices and the versions, and every form of it shows them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from deepep_moe import __version__
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.tools.bench_timing import World
+
+_OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--commit")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of a table."""
+
+    name: str
+    samples_us: list[float]  # of the slowest rank each
+    setting: str = ""  # SM budget, or whose dispatcher
+    link_bytes: int = 0  # what the busiest rank sends to or receives from others, whichever is more
+    logical_bytes: int = 0  # what the busiest rank receives, own rows included
+    memory: tuple[int, int] | None = None  # peak in PyTorch's allocator, growth outside of it
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples_us)
+
+    def gigabytes_per_second(self, num_bytes: int) -> float:
+        return num_bytes / self.median / 1e3
+
+
+@dataclass
+class Table:
+    """Measurements of one case."""
+
+    title: str
+    case: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
+    ceiling: float = 0.0  # GB/s of the link, 0: not measured
+
+    def columns(self) -> list[tuple[str, list[str]]]:
+        """(heading, cells) of the columns that have something to say."""
+        rows = self.rows
+        columns = [
+            ("", [row.name for row in rows]),
+            ("with", [row.setting for row in rows]),
+            ("median us", [_number(row.median) for row in rows]),
+            ("min", [_number(min(row.samples_us)) for row in rows]),
+            ("max", [_number(max(row.samples_us)) for row in rows]),
+            ("link GB/s", [_number(r.gigabytes_per_second(r.link_bytes)) if r.link_bytes else "" for r in rows]),
+            ("of ceiling", [self._share(row) for row in rows]),
+            (
+                "logical GB/s",
+                [_number(r.gigabytes_per_second(r.logical_bytes)) if r.logical_bytes else "" for r in rows],
+            ),
+            ("peak MiB", [_number(row.memory[0] / 2**20) if row.memory else "" for row in rows]),
+            ("outside MiB", [_number(row.memory[1] / 2**20) if row.memory else "" for row in rows]),
+        ]
+        return [column for column in columns if any(column[1])]
+
+    def _share(self, row: Measurement) -> str:
+        if not (self.ceiling and row.link_bytes):
+            return ""
+        return f"{100 * row.gigabytes_per_second(row.link_bytes) / self.ceiling:.0f} %"
+
+    def as_json(self) -> dict[str, Any]:
+        rows = []
+        for row in self.rows:
+            entry: dict[str, Any] = {
+                "name": row.name,
+                "setting": row.setting,
+                "median_us": row.median,
+                "min_us": min(row.samples_us),
+                "max_us": max(row.samples_us),
+                "samples_us": row.samples_us,
+            }
+            if row.link_bytes:
+                entry.update(link_bytes=row.link_bytes, link_gb_per_s=row.gigabytes_per_second(row.link_bytes))
+            if row.logical_bytes:
+                entry.update(
+                    logical_bytes=row.logical_bytes, logical_gb_per_s=row.gigabytes_per_second(row.logical_bytes)
+                )
+            if row.memory:
+                entry.update(peak_bytes=row.memory[0], outside_allocator_bytes=row.memory[1])
+            rows.append(entry)
+        ceiling = self.ceiling or None
+        return {
+            "title": self.title,
+            "case": self.case,
+            "ceiling_gb_per_s": ceiling,
+            "notes": self.notes,
+            "measurements": rows,
+        }
+
+
+@dataclass
+class Report:
+    """All tables of one run. Every rank has one, rank 0 shows and saves it."""
+
+    world: World
+    command: str
+    environment: dict[str, Any]
+    files: dict[str, Path | None]  # "json", "markdown", "plot"
+    console: Console
+    tables: list[Table] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, world: World, files: dict[str, Path | None], commit: str | None, console: Console) -> Report:
+        """Collective: asks every rank for its device."""
+        names = world.gather(_device_name(world))
+        counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        return cls(world, command_line(), {"devices": counted, **_versions(world, commit)}, files, console)
+
+    def add(self, table: Table) -> None:
+        """Show a table that is complete, and save all there are: an interrupted run keeps what it has measured."""
+        self.tables.append(table)
+        if self.world.rank == 0:
+            self._show(table)
+            self._save()
+
+    def heading(self) -> str:
+        known = {"cuda": "CUDA", "nccl": "NCCL", "megatron_core": "megatron-core", "commit": "commit"}
+        parts = [self.environment["devices"], f"deepep_moe {__version__}", f"torch {torch.__version__}"]
+        parts += [f"{label} {self.environment[key]}" for key, label in known.items() if self.environment[key]]
+        settings = self.environment["settings"]
+        parts += ["settings " + ", ".join(f"{key} = {value}" for key, value in settings.items())] if settings else []
+        return "; ".join(parts)
+
+    def markdown(self) -> str:
+        """All tables, each with what it takes to repeat and to judge it."""
+        return "\n".join(self._markdown_of(table) for table in self.tables)
+
+    def _markdown_of(self, table: Table) -> str:
+        columns = table.columns()
+        lines = [f"### {table.title}", "", f"    {self.command}", "", f"{self.heading()}.", ""]
+        lines += [f"{note}\n" for note in table.notes]
+        lines.append("| " + " | ".join(heading for heading, _ in columns) + " |")
+        lines.append("|" + "|".join(" --- " if _is_text(cells) else " ---: " for _, cells in columns) + "|")
+        lines += ["| " + " | ".join(cells) + " |" for cells in zip(*(cells for _, cells in columns))]
+        return "\n".join(lines) + "\n"
+
+    def _show(self, table: Table) -> None:
+        shown = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
+        columns = table.columns()
+        for heading, cells in columns:
+            shown.add_column(heading, justify="left" if _is_text(cells) else "right", no_wrap=True)
+        for cells in zip(*(cells for _, cells in columns)):
+            shown.add_row(*(escape(cell) for cell in cells))
+        self.console.print(f"\n{escape(self.command)}\n{escape(self.heading())}", soft_wrap=True, highlight=False)
+        self.console.print(shown, highlight=False, soft_wrap=True)
+        for note in table.notes:
+            self.console.print(escape(note), style="dim", highlight=False, soft_wrap=True)
+
+    def _save(self) -> None:
+        if self.files["json"]:
+            content = {
+                "command": self.command,
+                "environment": self.environment,
+                "tables": [table.as_json() for table in self.tables],
+            }
+            _write(self.files["json"], json.dumps(content, indent=1) + "\n")
+        if self.files["markdown"]:
+            _write(self.files["markdown"], self.markdown())
+        if self.files["plot"]:
+            plot(self.tables, f"{self.command}\n{self.heading()}", self.files["plot"])
+
+
+def plot(tables: list[Table], title: str, path: Path) -> None:
+    """One picture per table: GB/s over the link against the ceiling where bytes are known, else milliseconds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [(table, [r for r in table.rows if r.link_bytes] or table.rows) for table in tables]
+    heights = [1.2 + 0.28 * len(rows) for _, rows in shown]
+    figure, axes = pyplot.subplots(
+        len(shown), 1, figsize=(10, sum(heights) + 0.6), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axis, (table, rows) in zip(axes[:, 0], shown):
+        over_link = any(row.link_bytes for row in rows)
+        labels = [", ".join(filter(None, (row.name, row.setting))) for row in rows]
+        values = [row.gigabytes_per_second(row.link_bytes) if over_link else row.median / 1e3 for row in rows]
+        settings = list(dict.fromkeys(row.setting for row in rows))
+        colours = [f"C{settings.index(row.setting) % 10}" for row in rows]
+        bars = axis.barh(range(len(rows)), values, color=colours)
+        axis.bar_label(bars, fmt="{:,.0f}" if over_link else "{:,.3g}", padding=3, fontsize=8)
+        axis.set_yticks(range(len(rows)), labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_xlabel("GB/s over the link, bytes of other ranks only" if over_link else "ms, median")
+        axis.set_title(table.title, fontsize=9, loc="left")
+        if table.ceiling and over_link:
+            axis.axvline(table.ceiling, color="black", linestyle="--", linewidth=1)
+            axis.annotate(
+                f"copy engine {table.ceiling:.0f}",
+                (table.ceiling, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    figure.suptitle(title, fontsize=7, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def command_line(arguments: Iterable[str] | None = None) -> str:
+    """The command of this run as a user would type it, without where its results go."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    kept: list[str] = []
+    skip = False
+    for argument in given:
+        if skip or argument.split("=", 1)[0] in _OUTPUT_OPTIONS:
+            skip = not skip and "=" not in argument
+            continue
+        kept.append(argument)
+    run = "python -m deepep_moe"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        nodes = f"--nnodes {size // local} " if size > local else ""
+        run = f"torchrun {nodes}--nproc-per-node {local} -m deepep_moe"
+    return f"{run} {shlex.join(kept)}"
+
+
+def _versions(world: World, commit: str | None) -> dict[str, Any]:
+    config, default = DispatcherConfig.load(), DispatcherConfig()
+    changed = {name: value for name, value in vars(config).items() if value != getattr(default, name)}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if world.collectives == "nccl" else None
+    return {
+        "ranks": world.size,
+        "deepep_moe": __version__,
+        "commit": commit or _git_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if world.on_gpu else None,
+        "nccl": nccl,
+        "megatron_core": _version_of("megatron-core"),
+        "settings": changed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.on_gpu else "CPU rank"
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the checkout this package lies in, with "+" if its files were changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return told.stdout.strip() or None
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _is_text(cells: Iterable[str]) -> bool:
+    return not all(cell == "" or cell[0].isdigit() for cell in cells)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

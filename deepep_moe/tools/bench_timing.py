@@ -1,0 +1,232 @@
+"""How the benchmark takes time: the ranks, and what exactly lies between two readings of a clock.
+
+All times are microseconds. A sample is the time of the slowest rank, so that a fast rank hides nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WARMUP = 3
+CALLS = 5  # back-to-back calls of one sample of kernel time
+_SPIN_CYCLES = 2_000_000  # about 1 ms: the host enqueues all calls of a sample before the GPU starts the first
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank, and all ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    collectives: str
+    """Who moves tensors of ``device`` in torch.distributed: ``nccl``, or ``gloo`` (CPUs, or ranks that share a GPU)."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def can_all_to_all(self) -> bool:
+        """Whether torch.distributed has an all-to-all for tensors of ``device``."""
+        return self.collectives == "nccl" or not self.on_gpu
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def align(self) -> None:
+        """Let all ranks start together: hosts meet, and with NCCL the GPUs' streams meet again after that."""
+        self.synchronize()
+        dist.all_reduce(torch.zeros(1))
+        if self.collectives == "nccl":
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def largest(self, values: list[float]) -> list[float]:
+        """Each value's maximum over the ranks."""
+        result = torch.tensor(values, dtype=torch.float64)
+        if values:
+            dist.all_reduce(result, op=dist.ReduceOp.MAX)
+        return list(result.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def ranks_of_this_run(timeout_seconds: float = 300) -> Iterator[World]:
+    """Join torchrun's ranks (without torchrun: one rank alone) on their GPUs, or on the CPU where there are none."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    # NCCL refuses two ranks on one GPU; gloo serves CPU tensors in any case.
+    own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    groups = "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(groups, timeout=timeout)
+    else:
+        dist.init_process_group(groups, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device, "nccl" if own_gpu else "gloo")
+    finally:
+        dist.destroy_process_group()
+
+
+def kernel_samples(world: World, call: Callable[[], Any], repeats: int, calls: int = CALLS) -> list[float]:
+    """Time of one of ``calls`` back-to-back calls, between two CUDA events (on a CPU: wall clock).
+
+    An untimed call before the first event lets the ranks meet on the device. The GPU spins until the host has
+    enqueued everything, so that host time is not in the result, unless a call waits for the device itself.
+    """
+    samples = []
+    for _ in range(WARMUP + repeats):
+        world.align()
+        if world.on_gpu:
+            torch.cuda._sleep(_SPIN_CYCLES)
+        call()
+        stop = _start_clock(world)
+        for _ in range(calls):
+            call()
+        samples.append(stop() / calls)
+    return world.largest(samples[WARMUP:])
+
+
+def call_samples(world: World, call: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """One call on an idle device until its results are there: by wall clock, and between two CUDA events.
+
+    An untimed call lets the ranks meet, and the device is idle again before the clock starts. The second list is
+    empty on a CPU.
+    """
+    wall, events = [], []
+    for _ in range(WARMUP + repeats):
+        world.align()
+        call()
+        world.synchronize()
+        began = time.perf_counter()
+        stop = _start_clock(world)
+        call()
+        on_device = stop()
+        wall.append((time.perf_counter() - began) * 1e6)
+        events.append(on_device)
+    return world.largest(wall[WARMUP:]), world.largest(events[WARMUP:]) if world.on_gpu else []
+
+
+def host_samples(world: World, call: Callable[[], Any], repeats: int, calls: int = 1) -> list[float]:
+    """Wall clock of the host in one of ``calls`` calls, which may return before the device is done.
+
+    Samples follow each other with nothing but a wait for the own device between them: where a call waits for the
+    peers, the one before has aligned the ranks.
+    """
+    world.align()
+    samples = []
+    for _ in range(WARMUP + repeats):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - began) * 1e6 / calls)
+        world.synchronize()
+    return world.largest(samples[WARMUP:])
+
+
+@dataclass
+class Phases:
+    """Times of the named phases of one step; a step calls it at the end of each."""
+
+    world: World
+    names: list[str] = field(default_factory=list)
+    _stamps: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stamp()
+
+    def __call__(self, name: str) -> None:
+        self.names.append(name)
+        self._stamp()
+
+    def _stamp(self) -> None:
+        if self.world.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._stamps.append(event)
+        else:
+            self._stamps.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        """Waits for the device."""
+        self.world.synchronize()
+        if self.world.on_gpu:
+            return [a.elapsed_time(b) * 1e3 for a, b in zip(self._stamps, self._stamps[1:])]
+        return [(b - a) * 1e6 for a, b in zip(self._stamps, self._stamps[1:])]
+
+
+def step_samples(world: World, step: Callable[[Phases], Any], repeats: int) -> dict[str, list[float]]:
+    """Times of a step's phases and of their sum (``total``), host waits included, ranks aligned before each step.
+
+    Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock.
+    """
+    samples: list[list[float]] = []
+    names: list[str] = []
+    for _ in range(WARMUP + repeats):
+        world.align()
+        phases = Phases(world)
+        step(phases)
+        times = phases.read()
+        samples.append([*times, sum(times)])
+        names = [*phases.names, "total"]
+    return {name: world.largest([times[i] for times in samples[WARMUP:]]) for i, name in enumerate(names)}
+
+
+class MemoryWatch:
+    """Bytes of GPU memory that a contender needs, from here on: in PyTorch's allocator, and outside of it.
+
+    Outside are staging, NCCL's buffers and loaded kernels; what an earlier contender left there is not counted again.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        gc.collect()
+        if world.on_gpu:
+            world.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(world.device)
+            self._before, self._outside_before = torch.cuda.memory_allocated(world.device), self._outside()
+
+    def _outside(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.world.device)
+        return total - free - torch.cuda.memory_reserved(self.world.device)
+
+    def peak(self) -> tuple[int, int] | None:
+        """(peak in the allocator, growth outside), each that of the rank with the most; None on a CPU. Collective."""
+        if not self.world.on_gpu:
+            return None
+        inside = torch.cuda.max_memory_allocated(self.world.device) - self._before
+        outside = max(0, self._outside() - self._outside_before)
+        inside_most, outside_most = self.world.largest([inside, outside])
+        return int(inside_most), int(outside_most)
+
+
+def _start_clock(world: World) -> Callable[[], float]:
+    """Starts now; what it returns waits for the device and gives the microseconds until its own call."""
+    phases = Phases(world)
+
+    def stop() -> float:
+        phases("")
+        return phases.read()[0]
+
+    return stop
