@@ -83,16 +83,20 @@ __device__ __forceinline__ void await_peers(const Runtime& rt, int epoch, Operat
     }
 }
 
-// True in all threads of the last block to arrive: what other blocks have written is then complete, for this rank and
-// (made so by a following release) for its peers.
+// True in all threads of the last block to arrive: what the others have written in this rank's memory is then complete,
+// with kPeers also what they have written in peers' memory.
+template <bool kPeers>
 __device__ __forceinline__ bool last_block_done(LocalState* local) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence_system();
+        if (kPeers)
+            __threadfence_system();
+        else
+            __threadfence();
         last = atomicAdd(&local->blocks_done, 1) == static_cast<int>(gridDim.x) - 1;
         if (last) local->blocks_done = 0;
-        __threadfence_system();
+        __threadfence();
     }
     __syncthreads();
     return last;
@@ -100,7 +104,7 @@ __device__ __forceinline__ bool last_block_done(LocalState* local) {
 
 // The end of a dispatch or combine: make the counters ready for the next one.
 __device__ __forceinline__ void leave_operation(const Runtime& rt, int epoch) {
-    if (last_block_done(rt.local) && threadIdx.x == 0) {
+    if (last_block_done<false>(rt.local) && threadIdx.x == 0) {
         rt.local->next_item = 0;
         rt.local->data_epoch = epoch;
     }

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kExchangeThreads, 1) count_and_exchange(const 
         args.tile_ranks[blockIdx.x * ranks + r] = tokens;
         atomicAdd(&args.rank_totals[r], tokens);
     }
-    if (last_block_done(args.runtime.local)) exchange_counts(args, own, routes, warp_sums);
+    if (last_block_done<false>(args.runtime.local)) exchange_counts(args, own, routes, warp_sums);
 }
 
 // Sum of the first `tiles` counts of one column [tiles].
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
         }
         places_of(args.staging, r, rt.rank, words)[static_cast<int64_t>(slot) * words + word] = value;
     }
-    if (last_block_done(rt.local) && threadIdx.x < ranks)
+    if (last_block_done<true>(rt.local) && threadIdx.x < ranks)
         store_release_system(&rt.control[threadIdx.x]->placed[rt.rank], rt.local->plan_epoch);
 }
 

@@ -406,11 +406,12 @@ def test_create_and_destroy_leaks_nothing(ranks: Ranks) -> None:
         backend.dispatch(plan, torch.zeros((16, 64), device=ranks.device))
         backend.close()
 
-    for _ in range(3):
+    for _ in range(10):
         cycle()
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info(ranks.device)[0]
-    for _ in range(20):
+    for _ in range(60):
         cycle()
     torch.cuda.synchronize()
-    assert before - torch.cuda.mem_get_info(ranks.device)[0] < 20 * 64 * 1024
+    # Less than the smallest thing a cycle could lose; the driver itself takes memory in pieces of 2 MiB.
+    assert before - torch.cuda.mem_get_info(ranks.device)[0] < 60 * 64 * 1024
