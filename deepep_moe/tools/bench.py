@@ -53,7 +53,7 @@ class Run:
 
 @contextmanager
 def run_on_all_ranks(files: dict[str, Path | None], commit: str | None) -> Iterator[Run]:
-    """Ranks, report and progress bar. An error that a user can mend is told without a stack trace, by each rank once."""
+    """Ranks, report and progress bar. An error that a user can mend is told in a line, without a stack trace."""
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with ranks_of_this_run() as world:
@@ -100,19 +100,21 @@ def ops(
         if loads is None:
             raise InputError("--routing", routing, "must be balanced, imbalanced or both")
         budgets = parse_budgets(num_sms)
-        total = sum(bench_ops.rows_of_case(world, one, budgets) for one in shapes) * len(loads)
-        done = run.steps(total + 1)
-
-        copies = bench_ops.link_ceiling(world, repeats)
-        done("link ceiling")
+        backends = bench_ops.make_backends(world, budgets)
+        done = run.steps(1 + len(shapes) * len(loads) * (len(backends) + 1))
         ceiling = 0.0
+        copies = bench_ops.link_ceiling(world, repeats)
         if copies:
             table = bench_ops.ceiling_table(world, copies)
             ceiling = table.rows[0].gigabytes_per_second(table.rows[0].link_bytes)
             run.report.add(table)
+        done("link ceiling")
         for one in shapes:
             for imbalanced in loads:
-                run.report.add(bench_ops.measure_case(world, one, imbalanced, budgets, repeats, ceiling, done))
+                table = bench_ops.measure_case(world, backends, one, imbalanced, repeats, ceiling, done)
+                run.report.add(table)
+        for backend in backends.values():
+            backend.close()
 
 
 DISPATCHER_EXAMPLES = """[bold]Examples[/bold]

@@ -30,7 +30,10 @@ HOST_CALLS = 20
 HOT = 4  # times the load of the other experts, in imbalanced routing
 
 NOTES = [
-    "Kernel times: back-to-back calls on a ready plan, between CUDA events. Calls: nothing cached, host included.",
+    "dispatch and combine: kernel time, back-to-back calls on a ready plan between CUDA events, ranks aligned (wall "
+    "clock on CPUs). call: from an idle device until the results are there, host included, nothing cached; a combine "
+    "alone uses the plan of its dispatch, as a training step does. plan: until the host knows the counts and has "
+    "enqueued the rest. Every sample is that of the slowest rank.",
     "link: bytes between ranks only, of the busiest rank and direction; logical: all rows it receives, its own too. "
     "Bytes are tokens with their scales and weights.",
 ]
@@ -66,7 +69,7 @@ class Shape(NamedTuple):
 
 
 def routing(shape: Shape, rank: int, imbalanced: bool) -> Tensor:
-    """``[T, K]`` int64 experts, drawn at random. Imbalanced: the first eighth of the experts is ``HOT`` times as likely.
+    """``[T, K]`` int64 experts, drawn at random; the first eighth of them is ``HOT`` times as likely if imbalanced.
 
     These experts are neighbours, so that ranks are imbalanced too.
     """
@@ -112,7 +115,7 @@ class Case:
     """The tensors of one shape and routing on this rank, and the operations on them."""
 
     def __init__(self, world: World, shape: Shape, imbalanced: bool) -> None:
-        self.world, self.shape = world, shape
+        self.world, self.shape, self.imbalanced = world, shape, imbalanced
         device, generator = world.device, torch.Generator().manual_seed(world.rank)
         self.topk_idx = routing(shape, world.rank, imbalanced).to(device)
         self.weights = torch.rand(shape.tokens, shape.topk, generator=generator).to(device)
@@ -120,6 +123,10 @@ class Case:
         self.fp8 = quantize_e4m3(self.x) if shape.hidden % BLOCK == 0 else None
         self.bf16_bytes, self.weights_bytes = 2 * shape.hidden, 4 * shape.topk
         self.fp8_bytes = shape.hidden + 4 * (shape.hidden // BLOCK)
+
+    def describe(self) -> dict[str, Any]:
+        """For a program that reads the results."""
+        return {**self.shape._asdict(), "imbalanced": self.imbalanced, "ranks": self.world.size}
 
     def plan(self, backend: Backend) -> Plan:
         return backend.plan(self.topk_idx, self.shape.experts)
@@ -141,8 +148,8 @@ class Case:
         if self.fp8 is not None:
             yield Operation("grouped dispatch FP8", self.fp8_bytes, lambda: grouped(x=e4m3, scales=scales))
             yield Operation("grouped dispatch BF16, sent as FP8", self.fp8_bytes, lambda: grouped(quantize=True))
-        rows = grouped().x
-        yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, rows, grouped=True))
+        expert_rows = grouped().x
+        yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, expert_rows, grouped=True))
 
     def calls(self, backend: Backend, plan: Plan) -> Iterator[Operation]:
         """What a user calls, with a new plan each time; ``plan`` serves the combines that stand alone."""
@@ -191,25 +198,44 @@ class Case:
                 )
 
 
+def make_backends(world: World, budgets: list[int]) -> dict[str, Backend]:
+    """One backend per SM budget (0: all), by what tables call it; one in all where nvlink cannot run. Collective."""
+    backends: dict[str, Backend] = {}
+    for num_sms in budgets:
+        backend = get_backend(dist.group.WORLD, world.device, replace(DispatcherConfig.load(), num_sms=num_sms))
+        if backend.name != "nvlink":
+            return {backend.name: backend}  # its kernels are torch.distributed's, on which the budget has no hold
+        backends[say_budget(num_sms)] = backend
+    return backends
+
+
+def say_budget(num_sms: int) -> str:
+    return f"{num_sms} SMs" if num_sms else "all SMs"
+
+
 def measure_case(
-    world: World, shape: Shape, imbalanced: bool, budgets: list[int], repeats: int, ceiling: float, done: Callable
+    world: World,
+    backends: dict[str, Backend],
+    shape: Shape,
+    imbalanced: bool,
+    repeats: int,
+    ceiling: float,
+    done: Callable[[str], None],
 ) -> Table:
-    """One table: every SM budget (0: all), then torch.distributed. Collective; calls ``done()`` after each row."""
+    """One table: every backend, then torch.distributed. Collective; calls ``done`` after each of these."""
     case = Case(world, shape, imbalanced)
-    table = Table("", {**shape._asdict(), "ranks": world.size, "imbalanced": imbalanced}, list(NOTES), [], ceiling)
+    load = "imbalanced" if imbalanced else "balanced"
+    table = Table(f"Operations: {shape}, {load} routing, {world.size} ranks", case.describe(), list(NOTES))
+    table.ceiling = ceiling
+    plan = case.plan(next(iter(backends.values())))
+    traffic, most_rows = Traffic.of(world, plan), max(world.gather(plan.num_rows))
 
     def add(name: str, samples: list[float], setting: str, row_bytes: int = 0) -> None:
         link, logical = traffic.link * row_bytes, traffic.logical * row_bytes
-        table.rows.append(Measurement(name, samples, setting, link, logical if row_bytes else 0))
-        done(name)
+        table.rows.append(Measurement(name, samples, setting, link, logical))
 
-    for num_sms in budgets:
-        backend = get_backend(dist.group.WORLD, world.device, replace(DispatcherConfig.load(), num_sms=num_sms))
-        setting = "all SMs" if num_sms == 0 else f"{num_sms} SMs"
-        if backend.name != "nvlink":
-            setting = backend.name  # its kernels are torch.distributed's: the budget does not apply
-        plan = case.plan(backend)
-        traffic = Traffic.of(world, plan)
+    for setting, backend in backends.items():
+        plan = case.plan(backend)  # makes this backend's staging large enough, too
         for name, row_bytes, run in case.kernels(backend, plan):
             add(name, kernel_samples(world, run, repeats), setting, row_bytes)
         for name, row_bytes, run in case.calls(backend, plan):
@@ -220,25 +246,21 @@ def measure_case(
         for name, samples in _host_times(world, case, backend, plan, repeats):
             add(name, samples, setting)
         backend.check()
-        most_rows = max(world.gather(plan.num_rows))
-        backend.close()
-        if backend.name != "nvlink":
-            break
+        done(f"{shape}, {load}: {setting}")
 
     hot = max(1, shape.experts // 8)
     spread = f" makes experts 0 to {hot - 1} {HOT} times as likely as others" if imbalanced else " is uniform at random"
-    table.title = f"Operations: {shape}, {'im' if imbalanced else ''}balanced routing, {world.size} ranks"
-    mean = traffic.rows.sum().item() / world.size
+    share = traffic.logical / (traffic.rows.sum().item() / world.size)
     table.notes.append(
-        f"Routing{spread}: the busiest rank receives {traffic.logical} rows "
-        f"({traffic.logical / mean:.2f} of the mean) and has at most {most_rows} expert rows; its link carries "
-        f"{traffic.link} rows."
+        f"Routing{spread}: the busiest rank receives {traffic.logical} rows ({share:.2f} of the mean), a rank has at "
+        f"most {most_rows} expert rows, and the busiest link carries {traffic.link} rows."
     )
     if world.can_all_to_all:
         for name, row_bytes, run in case.all_to_alls(traffic):
             add(name, kernel_samples(world, run, repeats), "", row_bytes)
     else:
         table.notes.append("No all-to-all beside it: ranks share a GPU, which NCCL refuses.")
+    done(f"{shape}, {load}: all-to-all")
     return table
 
 
@@ -265,21 +287,13 @@ def _host_times(
     yield "host time of grouped dispatch + combine", host_samples(world, grouped_pair, repeats, HOST_CALLS)
 
 
-def rows_of_case(world: World, shape: Shape, budgets: list[int]) -> int:
-    """How many rows :func:`measure_case` will make, for a progress bar; an estimate where nvlink cannot run."""
-    fp8 = shape.hidden % BLOCK == 0
-    calls = 7 if fp8 else 6
-    own = (7 if fp8 else 4) + calls * (2 if world.on_gpu else 1) + 4
-    return own * (len(budgets) if world.on_gpu else 1) + (world.can_all_to_all and (4 if fp8 else 2))
-
-
 def link_ceiling(world: World, repeats: int) -> list[float]:
     """Microseconds in which the copy engines move ``LINK_BYTES`` from every rank to the others, all ranks at once.
 
     Plain ``tensor.copy_`` into the peers' symmetric memory; with several peers, an equal part to each, one after the
-    other. Empty on a CPU, on one rank, and where peers cannot be mapped.
+    other. Empty on a CPU, on one rank, where ranks share a GPU, and where peers cannot be mapped.
     """
-    if not world.on_gpu or world.size == 1:
+    if world.collectives != "nccl" or world.size == 1:
         return []
     from deepep_moe.backends.nvlink import NVLinkBackend
 

@@ -58,16 +58,18 @@ class Table:
     notes: list[str] = field(default_factory=list)
     rows: list[Measurement] = field(default_factory=list)
     ceiling: float = 0.0  # GB/s of the link, 0: not measured
+    reference: str = ""  # the setting whose time is 1 in a column of ratios
 
     def columns(self) -> list[tuple[str, list[str]]]:
         """(heading, cells) of the columns that have something to say."""
         rows = self.rows
         columns = [
             ("", [row.name for row in rows]),
-            ("with", [row.setting for row in rows]),
+            ("setting", [row.setting for row in rows]),
             ("median us", [_number(row.median) for row in rows]),
             ("min", [_number(min(row.samples_us)) for row in rows]),
             ("max", [_number(max(row.samples_us)) for row in rows]),
+            (f"/ {self.reference}", [self._ratio(row) for row in rows]),
             ("link GB/s", [_number(r.gigabytes_per_second(r.link_bytes)) if r.link_bytes else "" for r in rows]),
             ("of ceiling", [self._share(row) for row in rows]),
             (
@@ -78,6 +80,13 @@ class Table:
             ("outside MiB", [_number(row.memory[1] / 2**20) if row.memory else "" for row in rows]),
         ]
         return [column for column in columns if any(column[1])]
+
+    def _ratio(self, row: Measurement) -> str:
+        """Time over that of the reference."""
+        if not self.reference:
+            return ""
+        same = [other.median for other in self.rows if (other.name, other.setting) == (row.name, self.reference)]
+        return f"{row.median / same[0]:.2f}" if same else ""
 
     def _share(self, row: Measurement) -> str:
         if not (self.ceiling and row.link_bytes):
@@ -104,11 +113,11 @@ class Table:
             if row.memory:
                 entry.update(peak_bytes=row.memory[0], outside_allocator_bytes=row.memory[1])
             rows.append(entry)
-        ceiling = self.ceiling or None
         return {
             "title": self.title,
             "case": self.case,
-            "ceiling_gb_per_s": ceiling,
+            "ceiling_gb_per_s": self.ceiling or None,
+            "reference": self.reference or None,
             "notes": self.notes,
             "measurements": rows,
         }
@@ -157,7 +166,7 @@ class Report:
         lines += [f"{note}\n" for note in table.notes]
         lines.append("| " + " | ".join(heading for heading, _ in columns) + " |")
         lines.append("|" + "|".join(" --- " if _is_text(cells) else " ---: " for _, cells in columns) + "|")
-        lines += ["| " + " | ".join(cells) + " |" for cells in zip(*(cells for _, cells in columns))]
+        lines += ["| " + " | ".join(row) + " |" for row in zip(*(cells for _, cells in columns))]
         return "\n".join(lines) + "\n"
 
     def _show(self, table: Table) -> None:
@@ -165,8 +174,8 @@ class Report:
         columns = table.columns()
         for heading, cells in columns:
             shown.add_column(heading, justify="left" if _is_text(cells) else "right", no_wrap=True)
-        for cells in zip(*(cells for _, cells in columns)):
-            shown.add_row(*(escape(cell) for cell in cells))
+        for row in zip(*(cells for _, cells in columns)):
+            shown.add_row(*(escape(cell) for cell in row))
         self.console.print(f"\n{escape(self.command)}\n{escape(self.heading())}", soft_wrap=True, highlight=False)
         self.console.print(shown, highlight=False, soft_wrap=True)
         for note in table.notes:
@@ -205,12 +214,12 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
         settings = list(dict.fromkeys(row.setting for row in rows))
         colours = [f"C{settings.index(row.setting) % 10}" for row in rows]
         bars = axis.barh(range(len(rows)), values, color=colours)
-        axis.bar_label(bars, fmt="{:,.0f}" if over_link else "{:,.3g}", padding=3, fontsize=8)
+        axis.bar_label(bars, fmt="{:,.3g}", padding=3, fontsize=8)
         axis.set_yticks(range(len(rows)), labels, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.1)
         axis.set_xlabel("GB/s over the link, bytes of other ranks only" if over_link else "ms, median")
-        axis.set_title(table.title, fontsize=9, loc="left")
+        axis.set_title(table.title, fontsize=9, loc="right")
         if table.ceiling and over_link:
             axis.axvline(table.ceiling, color="black", linestyle="--", linewidth=1)
             axis.annotate(
@@ -232,12 +241,12 @@ def command_line(arguments: Iterable[str] | None = None) -> str:
     """The command of this run as a user would type it, without where its results go."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     kept: list[str] = []
-    skip = False
-    for argument in given:
-        if skip or argument.split("=", 1)[0] in _OUTPUT_OPTIONS:
-            skip = not skip and "=" not in argument
-            continue
-        kept.append(argument)
+    while given:
+        argument = given.pop(0)
+        if argument in _OUTPUT_OPTIONS:
+            del given[:1]
+        elif argument.partition("=")[0] not in _OUTPUT_OPTIONS:
+            kept.append(argument)
     run = "python -m deepep_moe"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])

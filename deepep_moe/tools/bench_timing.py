@@ -46,11 +46,14 @@ class World:
             torch.cuda.synchronize(self.device)
 
     def align(self) -> None:
-        """Let all ranks start together: hosts meet, and with NCCL the GPUs' streams meet again after that."""
+        """Let all ranks start together. With NCCL the devices meet, and what is enqueued next starts on all at once."""
         self.synchronize()
-        dist.all_reduce(torch.zeros(1))
-        if self.collectives == "nccl":
-            dist.all_reduce(torch.zeros(1, device=self.device))
+        dist.all_reduce(torch.zeros(1, device=self.device if self.collectives == "nccl" else None))
+
+    def meet(self) -> None:
+        """:meth:`align`, and go on when the device is idle again."""
+        self.align()
+        self.synchronize()
 
     def largest(self, values: list[float]) -> list[float]:
         """Each value's maximum over the ranks."""
@@ -69,7 +72,6 @@ class World:
 @contextmanager
 def ranks_of_this_run(timeout_seconds: float = 300) -> Iterator[World]:
     """Join torchrun's ranks (without torchrun: one rank alone) on their GPUs, or on the CPU where there are none."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -110,14 +112,11 @@ def kernel_samples(world: World, call: Callable[[], Any], repeats: int, calls: i
 def call_samples(world: World, call: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
     """One call on an idle device until its results are there: by wall clock, and between two CUDA events.
 
-    An untimed call lets the ranks meet, and the device is idle again before the clock starts. The second list is
-    empty on a CPU.
+    The second list is empty on a CPU.
     """
     wall, events = [], []
     for _ in range(WARMUP + repeats):
-        world.align()
-        call()
-        world.synchronize()
+        world.meet()
         began = time.perf_counter()
         stop = _start_clock(world)
         call()
@@ -128,14 +127,16 @@ def call_samples(world: World, call: Callable[[], Any], repeats: int) -> tuple[l
 
 
 def host_samples(world: World, call: Callable[[], Any], repeats: int, calls: int = 1) -> list[float]:
-    """Wall clock of the host in one of ``calls`` calls, which may return before the device is done.
+    """Wall clock of the host in one of ``calls`` calls in a row, from an idle device until the last one returns.
 
-    Samples follow each other with nothing but a wait for the own device between them: where a call waits for the
-    peers, the one before has aligned the ranks.
+    The device may have work left then. Without NCCL the ranks of GPUs start a sample as the one before has aligned
+    them: gloo would let them go tens of microseconds apart.
     """
     world.align()
     samples = []
     for _ in range(WARMUP + repeats):
+        if world.can_all_to_all:
+            world.meet()
         began = time.perf_counter()
         for _ in range(calls):
             call()
@@ -176,14 +177,14 @@ class Phases:
 
 
 def step_samples(world: World, step: Callable[[Phases], Any], repeats: int) -> dict[str, list[float]]:
-    """Times of a step's phases and of their sum (``total``), host waits included, ranks aligned before each step.
+    """Times of a step's phases and of their sum (``total``), host waits included, each step from an idle device.
 
     Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock.
     """
     samples: list[list[float]] = []
     names: list[str] = []
     for _ in range(WARMUP + repeats):
-        world.align()
+        world.meet()
         phases = Phases(world)
         step(phases)
         times = phases.read()
