@@ -18,17 +18,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.mappings import drop_tokens, gather_tokens
 from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, TOPK_GATE_TIMER, MOELayer
-from deepspeed.utils import groups
-from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from torch import Tensor, nn
 
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.integrations.deepspeed import tensor_parallel
 from deepep_moe.integrations.deepspeed.experts import LocalExperts
 from deepep_moe.integrations.deepspeed.routing import Routes, dropless_routes
 from deepep_moe.overlap import Overlap
@@ -97,11 +94,12 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
             x = hidden.reshape(-1, hidden.shape[-1])
             self._check_tokens(len(x))
             topk_idx, weights, self.l_aux, self.exp_counts = self._route(x, used_token)
-            if bwc_tensor_model_parallel_world_size(groups.mpu) == 1 or _experts_are_tensor_parallel():
+            if tensor_parallel.size() == 1 or tensor_parallel.experts_are_sliced():
                 out = self._dispatch_and_compute(x, topk_idx, weights)
             else:
-                shares = (_own_share(tensor, fill) for tensor, fill in ((x, 0), (topk_idx, -1), (weights, 0)))
-                out = gather_tokens(self._dispatch_and_compute(*shares), dim=0)[: len(x)]
+                own = tensor_parallel.own_share
+                out = self._dispatch_and_compute(own(x), own(topk_idx, fill=-1), own(weights))
+                out = tensor_parallel.gather_shares(out, len(x))
             return out.reshape(*hidden.shape[:-1], out.shape[-1])
 
     def _route(self, x: Tensor, used_token: Tensor | None) -> Routes:
@@ -145,13 +143,3 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
         yield
         timer.stop()
         setattr(owner, attribute, timer.elapsed(reset=False))
-
-
-def _experts_are_tensor_parallel() -> bool:
-    return groups._get_expert_model_parallel_world_size() > 1
-
-
-def _own_share(tensor: Tensor, fill: int) -> Tensor:
-    """This rank's rows among those of the tensor-parallel group, filled up to equal shares."""
-    missing = -len(tensor) % bwc_tensor_model_parallel_world_size(groups.mpu)
-    return drop_tokens(F.pad(tensor, (0, 0, 0, missing), value=fill), dim=0).contiguous()

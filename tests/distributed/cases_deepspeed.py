@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, parity
-from tests.launch import case
+from tests.launch import case, include
 
 MATRIX = {
     **{
@@ -44,3 +44,5 @@ def _add(name: str, setup: Setup) -> None:
 
 for _name, _setup in MATRIX.items():
     _add(_name, _setup)
+
+include(__name__, "tests.distributed.cases_deepspeed_layer")

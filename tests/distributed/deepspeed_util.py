@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed.ops
 
@@ -60,6 +61,7 @@ class Setup:
 
     k: int = 1
     drop: bool = False
+    capacity_factor: float = 0.75
     residual: bool = False
     ep_size: int = 2
     stage: int = 0
@@ -91,7 +93,7 @@ class Model(nn.Module):
                 ep_size=setup.ep_size,
                 k=setup.k,
                 drop_tokens=setup.drop,
-                capacity_factor=0.75,
+                capacity_factor=setup.capacity_factor,
                 min_capacity=2,
                 use_residual=setup.residual,
                 use_rts=False,
@@ -212,6 +214,11 @@ def compare(ours: SimpleNamespace, stock: SimpleNamespace, tolerance: float, red
         near(value, stock.state[name], tolerance, f"{name} after training")
 
 
+def _gather_for_gloo(whole: Tensor, part: Tensor, group: Any = None, **_: Any) -> None:
+    """DeepSpeed gathers into a flat tensor whatever the parts' shape is, which NCCL takes and gloo does not."""
+    dist.all_gather_into_tensor(whole.view(-1), part.reshape(-1), group=group)
+
+
 def forget_groups() -> None:
     """DeepSpeed keeps process groups per process; a case with tensor parallelism must leave none behind."""
     groups.mpu = None
@@ -222,11 +229,12 @@ def forget_groups() -> None:
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS.clear()
 
 
-def parity(setup: Setup, reduce: bool = False) -> None:
-    """Stock DeepSpeed and this library train the same model."""
+def parity(setup: Setup, reduce: bool = False, stock_setup: Setup | None = None) -> None:
+    """Stock DeepSpeed (as in ``stock_setup`` if given) and this library train the same model."""
     forget_groups()
     try:
-        stock = train(engine_for(setup, ours=False), setup)
+        with mock.patch.object(deepspeed.comm, "all_gather_into_tensor", _gather_for_gloo):
+            stock = train(engine_for(stock_setup or setup, ours=False), setup)
         engine = engine_for(setup, ours=True)
         assert {type(layer).__name__ for layer in engine.moe_layers} == {"DispatchedMOELayer"}
         compare(train(engine, setup), stock, setup.tolerance, reduce)
