@@ -140,7 +140,9 @@ def dispatcher(
     """Tokens to expert rows, back, and the backward of both: TokenDispatcher, and Megatron-Core's dispatchers."""
     with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
         shapes, budgets = parse_shapes(shape, run.world), parse_budgets(num_sms)
-        done = run.steps(len(shapes) * (1 + 2 * len(budgets)))
+        budgets_here = len(bench_megatron.by_budget(run.world, budgets))
+        own = 1 if bench_megatron.megatron_missing(run.world) else 2
+        done = run.steps(len(shapes) * (own - 1 + own * budgets_here))
         for one in shapes:
             run.report.add(bench_megatron.dispatcher_table(run.world, one, budgets, repeats, done))
 
@@ -173,7 +175,8 @@ def megatron(
         layers, budgets = [bench_megatron.Layer.parse(text) for text in layer], parse_budgets(num_sms)
         for one in layers:
             one.check(run.world.size)
-        done = run.steps(len(layers) * bench_megatron.contenders_of_layer(budgets))
+        budgets_here = len(bench_megatron.by_budget(run.world, budgets))
+        done = run.steps(len(layers) * 2 * (1 + budgets_here))
         for one in layers:
             run.report.add(bench_megatron.layer_table(run.world, one, tokens, budgets, repeats, done))
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep_moe.backends import get_backend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import InputError, UnsupportedError
@@ -90,16 +91,17 @@ def dispatcher_table(
     title = f"Dispatchers: {shape}, {world.size} ranks"
     table = Table(title, {**shape._asdict(), "ranks": world.size}, list(DISPATCHER_NOTES))
     contenders = []
-    if megatron_missing() is None:
+    missing = megatron_missing(world)
+    if missing is None:
         contenders.append(Contender("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
-        for budget in budgets:
+        for label, budget in by_budget(world, budgets):
             build = with_budget(budget, lambda: megatron_dispatcher(world, shape, "deepep"))
-            contenders.append(Contender(f"Megatron deepep, {say_budget(budget)}", build))
+            contenders.append(Contender(f"Megatron deepep, {label}", build))
     else:
-        table.notes.append(f"Megatron's dispatchers are missing: {megatron_missing()}.")
-    for budget in budgets:
+        table.notes.append(f"Megatron's dispatchers are missing: {missing}.")
+    for label, budget in by_budget(world, budgets):
         build = with_budget(budget, lambda: token_dispatcher(world, shape))
-        contenders.append(Contender(f"TokenDispatcher, {say_budget(budget)}", build))
+        contenders.append(Contender(f"TokenDispatcher, {label}", build))
     return measure(world, table, contenders, repeats, done)
 
 
@@ -232,14 +234,10 @@ def layer_table(
         experts = "GroupedExperts" if grouped else "SequentialMLP"
         build = _layer_builder(world, layer, tokens, "alltoall", grouped)
         contenders.append(Contender(f"alltoall, {experts}", build))
-        for budget in budgets:
+        for label, budget in by_budget(world, budgets):
             build = _layer_builder(world, layer, tokens, "deepep", grouped)
-            contenders.append(Contender(f"deepep, {experts}, {say_budget(budget)}", with_budget(budget, build)))
+            contenders.append(Contender(f"deepep, {experts}, {label}", with_budget(budget, build)))
     return measure(world, table, contenders, repeats, done)
-
-
-def contenders_of_layer(budgets: list[int]) -> int:
-    return 2 * (1 + len(budgets))
 
 
 def _layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:
@@ -300,8 +298,10 @@ class MegatronModules(NamedTuple):
     token_dispatcher: ModuleType
 
 
-def megatron_missing() -> str | None:
-    """Why Megatron-Core with our dispatcher cannot run here, or None."""
+def megatron_missing(world: World) -> str | None:
+    """Why Megatron-Core with our dispatcher cannot run on these ranks, or None."""
+    if not world.can_all_to_all:
+        return "its alltoall needs a GPU for every rank"
     try:
         importlib.metadata.version("megatron-core")
         with warnings.catch_warnings():
@@ -316,7 +316,7 @@ def megatron_missing() -> str | None:
 
 def megatron_modules(world: World) -> MegatronModules:
     """Import Megatron-Core, register our dispatcher, and make all ranks one expert-parallel group."""
-    missing = megatron_missing()
+    missing = megatron_missing(world)
     if missing is not None:
         raise UnsupportedError(f"Megatron-Core cannot be timed: {missing}")
     warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional packages are missing is no news here
@@ -363,6 +363,12 @@ def transformer_config(world: World, kind: str, **options: Any) -> Any:
     if not world.on_gpu:
         values.update(cpu.CONFIG)
     return megatron_modules(world).transformer_config.TransformerConfig(**{**values, **options})
+
+
+def by_budget(world: World, budgets: list[int]) -> list[tuple[str, int]]:
+    """(what tables say, SM budget); one in all where nvlink cannot run. Collective."""
+    backend = get_backend(dist.group.WORLD, world.device, DispatcherConfig.load()).name
+    return [(say_budget(n), n) for n in budgets] if backend == "nvlink" else [(backend, budgets[0])]
 
 
 def with_budget(num_sms: int, build: Callable[[], Step]) -> Callable[[], Step]:

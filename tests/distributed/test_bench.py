@@ -1,0 +1,101 @@
+"""``python -m deepep_moe bench`` on two ranks without a GPU: every subcommand measures what it says, and saves it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepep_moe.tools.bench_ops import Shape, routing
+from tests.launch import torchrun
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+WITH_MEGATRON = importlib.util.find_spec("megatron") is not None
+
+
+def bench(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    """Output and tables of one run."""
+    file = folder / "bench.json"
+    saving = ("--json", str(file), "--markdown", str(folder / "bench.md"), "--plot", str(folder / "bench.png"))
+    output = torchrun(2, "-m", "deepep_moe", "bench", *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(file.read_text())
+    assert saved["command"].startswith(f"torchrun --nproc-per-node 2 -m deepep_moe bench {arguments[0]}")
+    assert str(folder) not in saved["command"]
+    assert saved["environment"]["ranks"] == 2
+    for table in saved["tables"]:
+        assert output.count(table["title"]) == 1  # rank 0 alone speaks
+        assert table["title"] in (folder / "bench.md").read_text()
+        assert not [note for note in table["notes"] if "Not the same work" in note]
+        for row in table["measurements"]:
+            assert 0 < row["min_us"] <= row["median_us"] <= row["max_us"]
+            assert len(row["samples_us"]) == 2
+    return output, saved["tables"]
+
+
+def test_ops(tmp_path: Path) -> None:
+    shape = Shape(tokens=40, hidden=256, topk=2, experts=8)
+    _, tables = bench(tmp_path, "ops", "--shape", "40,256,2,8", "--routing", "both", "--num-sms", "0,24")
+    assert [table["case"]["imbalanced"] for table in tables] == [False, True]
+    for table in tables:
+        rows = {row["name"]: row for row in table["measurements"]}
+        assert len(rows) == len(table["measurements"])
+        assert {row["setting"] for row in table["measurements"]} == {"collective", ""}
+
+        # Tokens with a route to the other rank, counted from the routing itself.
+        goes = [
+            [(routing(shape, s, table["case"]["imbalanced"]) // 4 == d).any(1).sum() for d in (0, 1)] for s in (0, 1)
+        ]
+        link, logical = int(max(goes[0][1], goes[1][0])), int(torch.tensor(goes).sum(0).max())
+        bf16, fp8, weights = 2 * 256, 256 + 4 * 2, 4 * 2
+        for name, row_bytes in {
+            "dispatch BF16": bf16,
+            "dispatch FP8": fp8,
+            "combine BF16": bf16,
+            "grouped dispatch BF16 + weights": bf16 + weights,
+            "grouped dispatch FP8": fp8,
+            "grouped dispatch BF16, sent as FP8": fp8,
+            "grouped combine BF16": bf16,
+            "call: plan + dispatch BF16, wall clock": bf16,
+            "call: plan + dispatch FP8, wall clock": fp8,
+            "call: plan + grouped dispatch BF16 + weights, wall clock": bf16 + weights,
+            "call: plan + dispatch + combine BF16, wall clock": 2 * bf16,
+            "gloo all_to_all_single BF16, own rows excluded": bf16,
+            "gloo all_to_all_single FP8, own rows included": fp8,
+        }.items():
+            assert rows[name]["link_bytes"] == link * row_bytes, name
+            assert rows[name]["logical_bytes"] == logical * row_bytes, name
+        assert "plan: call until the host has it" in rows
+        assert "host time of dispatch + combine" in rows
+
+
+def test_dispatcher(tmp_path: Path) -> None:
+    _, (table,) = bench(tmp_path, "dispatcher", "--shape", "24,128,2,4")
+    settings = ["TokenDispatcher, collective"]
+    if WITH_MEGATRON:
+        settings = ["Megatron alltoall", "Megatron deepep, collective", *settings]
+    phases = ["dispatch", "experts", "combine", "backward", "total"]
+    shown = [(row["name"], row["setting"]) for row in table["measurements"]]
+    assert shown == [(phase, setting) for phase in phases for setting in settings]
+    assert table["reference"] == settings[0]
+
+
+@pytest.mark.skipif(not WITH_MEGATRON, reason="megatron-core is not installed")
+def test_megatron(tmp_path: Path) -> None:
+    _, (table,) = bench(tmp_path, "megatron", "--layer", "64,32,4,2", "--tokens", "16")
+    kinds = [("alltoall", ""), ("deepep", ", collective")]
+    settings = [f"{name}, {experts}{end}" for experts in ("SequentialMLP", "GroupedExperts") for name, end in kinds]
+    shown = [(row["name"], row["setting"]) for row in table["measurements"]]
+    assert shown == [(phase, setting) for phase in ("forward", "backward", "total") for setting in settings]
+    assert table["case"] == {"hidden": 64, "ffn": 32, "experts": 4, "topk": 2, "tokens": 16, "ranks": 2}
+
+
+def test_a_shape_that_cannot_work_is_told_in_a_line() -> None:
+    result = torchrun(2, "-m", "deepep_moe", "bench", "ops", "--shape", "8,64,1,5", env=NO_GPU, check=False)
+    assert result.returncode != 0
+    assert "bench: --shape = 8,64,1,5: experts must be a multiple of the 2 ranks" in result.stdout
+    assert "InputError" not in result.stdout  # no stack trace

@@ -1,0 +1,167 @@
+"""The benchmark's arithmetic: what counts as bytes over the link, how tables are made, how often things are called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from deepep_moe.errors import InputError
+from deepep_moe.tools import bench_timing
+from deepep_moe.tools.bench import parse_budgets
+from deepep_moe.tools.bench_megatron import LAYERS, Layer
+from deepep_moe.tools.bench_ops import HOT, Shape, Traffic, routing
+from deepep_moe.tools.bench_report import Measurement, Report, Table, command_line
+from deepep_moe.tools.bench_timing import CALLS, WARMUP, Phases, World
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A run of one rank on the CPU."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with bench_timing.ranks_of_this_run() as world:
+        yield world
+
+
+def test_shapes_are_read_and_wrong_ones_are_named() -> None:
+    assert Shape.parse("4096,7168,8,256") == Shape(tokens=4096, hidden=7168, topk=8, experts=256)
+    for text in ("4096", "1,2,3,4,5", "4096,7168,8,many", "0,7168,8,256", "64,64,9,8"):
+        with pytest.raises(InputError, match=f"--shape = {text}: four positive integers"):
+            Shape.parse(text)
+    with pytest.raises(InputError, match="experts must be a multiple of the 3 ranks"):
+        Shape(64, 64, 2, 8).check(3)
+
+
+def test_layers_are_read_by_name_or_numbers() -> None:
+    assert Layer.parse("mixtral") == LAYERS["mixtral"] == Layer(hidden=4096, ffn=14336, experts=8, topk=2)
+    assert Layer.parse("64,32,4,2") == Layer(hidden=64, ffn=32, experts=4, topk=2)
+    for text in ("mistral", "64,32,4", "64,32,4,5"):
+        with pytest.raises(InputError, match=f"--layer = {text}: deepseek, mixtral, or"):
+            Layer.parse(text)
+
+
+def test_budgets() -> None:
+    assert parse_budgets("0,24") == [0, 24]
+    for text in ("", "24,", "-1", "all"):
+        with pytest.raises(InputError, match="--num-sms"):
+            parse_budgets(text)
+
+
+@pytest.mark.parametrize("imbalanced", [False, True])
+def test_routing_loads_experts_as_it_says(imbalanced: bool) -> None:
+    shape = Shape(tokens=4000, hidden=8, topk=2, experts=64)
+    topk_idx = routing(shape, 0, imbalanced)
+    assert topk_idx.shape == (4000, 2)
+    assert torch.all(topk_idx[:, 0] != topk_idx[:, 1])
+    assert torch.equal(topk_idx, routing(shape, 0, imbalanced))
+    assert not torch.equal(topk_idx, routing(shape, 1, imbalanced))
+    loads = topk_idx.flatten().bincount(minlength=64).float()
+    ratio = loads[:8].mean() / loads[8:].mean()
+    assert ratio == pytest.approx(HOT if imbalanced else 1, rel=0.1)
+
+
+def test_only_rows_between_ranks_are_on_the_link() -> None:
+    #                    to rank 0   1   2
+    traffic = Traffic(torch.tensor([[50, 7, 1], [2, 60, 3], [20, 4, 70]]))
+    assert traffic.link == 20 + 4  # rank 2 sends more than any rank receives (2 + 20, 7 + 4, 1 + 3) or sends
+    assert traffic.logical == 70 + 3 + 1
+
+
+def test_kernel_time_is_per_call_and_counts_no_warm_up(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+
+    def call() -> None:
+        calls.append(len(calls))
+        clock[0] += 1.0 if len(calls) <= WARMUP * (1 + CALLS) else 3e-6
+
+    samples = bench_timing.kernel_samples(alone, call, repeats=4)
+    assert len(calls) == (WARMUP + 4) * (1 + CALLS)
+    assert samples == pytest.approx([3.0] * 4, rel=1e-3)
+
+
+def test_phases_add_up_to_the_total(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+
+    def step(phase: Phases) -> None:
+        clock[0] += 2e-6
+        phase("dispatch")
+        clock[0] += 5e-6
+        phase("combine")
+
+    samples = bench_timing.step_samples(alone, step, repeats=2)
+    assert list(samples) == ["dispatch", "combine", "total"]
+    assert samples["dispatch"] == pytest.approx([2.0] * 2)
+    assert samples["combine"] == pytest.approx([5.0] * 2)
+    assert samples["total"] == pytest.approx([7.0] * 2)
+
+
+def test_a_table_shows_what_was_measured() -> None:
+    rows = [
+        Measurement("dispatch", [400.0, 200.0, 100.0], "new", link_bytes=40_000_000, logical_bytes=80_000_000),
+        Measurement("dispatch", [400.0], "old"),
+        Measurement("host", [12.34], "new"),
+    ]
+    table = Table("title", {}, rows=rows, ceiling=400.0, reference="old")
+    assert dict(table.columns()) == {
+        "": ["dispatch", "dispatch", "host"],
+        "setting": ["new", "old", "new"],
+        "median us": ["200", "400", "12.3"],
+        "min": ["100", "400", "12.3"],
+        "max": ["400", "400", "12.3"],
+        "/ old": ["0.50", "1.00", ""],
+        "link GB/s": ["200", "", ""],  # 40 MB in 200 us
+        "of ceiling": ["50 %", "", ""],
+        "logical GB/s": ["400", "", ""],
+    }
+
+
+def test_a_report_is_saved_with_what_it_takes_to_repeat_it(alone: World, tmp_path: Path) -> None:
+    files = {"json": tmp_path / "new" / "a.json", "markdown": tmp_path / "a.md", "plot": tmp_path / "a.png"}
+    report = Report.start(alone, files, "abc1234", Console(quiet=True))
+    memory = (3 * 2**20, 2**20)
+    report.add(Table("One", {"tokens": 4}, ["A note."], [Measurement("copy", [2.0, 4.0], "x", 1000, memory=memory)]))
+    report.add(Table("Two", {}, [], [Measurement("plan", [7.0])]))
+
+    saved = json.loads(files["json"].read_text())
+    assert saved["environment"]["commit"] == "abc1234"
+    assert saved["environment"]["torch"] == torch.__version__
+    assert saved["environment"]["devices"] == "1 x CPU rank"
+    assert [table["title"] for table in saved["tables"]] == ["One", "Two"]
+    assert saved["tables"][0]["case"] == {"tokens": 4}
+    assert saved["tables"][0]["measurements"] == [
+        {
+            "name": "copy",
+            "setting": "x",
+            "median_us": 3.0,
+            "min_us": 2.0,
+            "max_us": 4.0,
+            "samples_us": [2.0, 4.0],
+            "link_bytes": 1000,
+            "link_gb_per_s": pytest.approx(1 / 3),
+            "peak_bytes": memory[0],
+            "outside_allocator_bytes": memory[1],
+        }
+    ]
+    markdown = files["markdown"].read_text()
+    for part in markdown.split("### ")[1:]:
+        assert report.command in part
+        assert f"1 x CPU rank; deepep_moe {saved['environment']['deepep_moe']}; torch {torch.__version__}" in part
+        assert "commit abc1234" in part
+    assert "| copy | x | 3.0 | 2.0 | 4.0 | 0.3 | 3.0 | 1.0 |" in markdown
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_is_shown_without_where_results_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["bench", "ops", "--json", "/x/a.json", "--shape", "8,8,1,2", "--plot=/x/a.png", "--num-sms", "0,24"]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command_line(arguments) == "python -m deepep_moe bench ops --shape 8,8,1,2 --num-sms 0,24"
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert command_line(["bench"]) == "torchrun --nnodes 2 --nproc-per-node 8 -m deepep_moe bench"
