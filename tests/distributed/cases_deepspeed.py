@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch.distributed as dist
 
 from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, parity
@@ -46,3 +48,5 @@ for _name, _setup in MATRIX.items():
     _add(_name, _setup)
 
 include(__name__, "tests.distributed.cases_deepspeed_layer")
+if importlib.util.find_spec("transformers") is not None:  # AutoEP is for Hugging Face's models
+    include(__name__, "tests.distributed.cases_deepspeed_autoep")
