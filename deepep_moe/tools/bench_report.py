@@ -6,6 +6,7 @@ A :class:`Report` knows the command, the devices and the versions, and every for
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from rich.table import Table as RichTable
 
 from deepep_moe import __version__
 from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import UnsupportedError
 from deepep_moe.tools.bench_timing import World
 
 _OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--commit")
@@ -137,6 +139,8 @@ class Report:
     @classmethod
     def start(cls, world: World, files: dict[str, Path | None], commit: str | None, console: Console) -> Report:
         """Collective: asks every rank for its device."""
+        if files["plot"] and importlib.util.find_spec("matplotlib") is None:
+            raise UnsupportedError("--plot needs matplotlib: pip install matplotlib")
         names = world.gather(_device_name(world))
         counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         return cls(world, command_line(), {"devices": counted, **_versions(world, commit)}, files, console)
@@ -224,11 +228,13 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
             axis.axvline(table.ceiling, color="black", linestyle="--", linewidth=1)
             axis.annotate(
                 f"copy engine {table.ceiling:.0f}",
-                (table.ceiling, 1.0),
+                (table.ceiling, 0.0),
                 xycoords=("data", "axes fraction"),
-                xytext=(0, 2),
+                xytext=(-4, 6),
                 textcoords="offset points",
-                ha="center",
+                ha="right",
+                va="bottom",
+                rotation=90,
                 fontsize=8,
             )
     figure.suptitle(title, fontsize=7, wrap=True)

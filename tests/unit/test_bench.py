@@ -13,7 +13,7 @@ from rich.console import Console
 from deepep_moe.errors import InputError
 from deepep_moe.tools import bench_timing
 from deepep_moe.tools.bench import parse_budgets
-from deepep_moe.tools.bench_megatron import LAYERS, Layer
+from deepep_moe.tools.bench_megatron import LAYERS, Contender, Layer, measure
 from deepep_moe.tools.bench_ops import HOT, Shape, Traffic, routing
 from deepep_moe.tools.bench_report import Measurement, Report, Table, command_line
 from deepep_moe.tools.bench_timing import CALLS, WARMUP, Phases, World
@@ -100,6 +100,21 @@ def test_phases_add_up_to_the_total(alone: World, monkeypatch: pytest.MonkeyPatc
     assert samples["dispatch"] == pytest.approx([2.0] * 2)
     assert samples["combine"] == pytest.approx([5.0] * 2)
     assert samples["total"] == pytest.approx([7.0] * 2)
+
+
+def test_contenders_that_do_other_work_are_reported(alone: World) -> None:
+    def giving(value: float) -> Contender:
+        def step(phase: Phases) -> torch.Tensor:
+            phase("forward")
+            return torch.tensor([1.0, value])
+
+        return Contender(f"{value}", lambda: step)
+
+    table = Table("", {})
+    measure(alone, table, [giving(2.0), giving(2.01), giving(2.5)], 2, lambda name: None)
+    assert table.notes == ["Not the same work: outputs of 2.5 and 2.0 differ by 25.0% of the largest."]
+    shown = [(row.name, row.setting) for row in table.rows]
+    assert shown == [(phase, setting) for phase in ("forward", "total") for setting in ("2.0", "2.01", "2.5")]
 
 
 def test_a_table_shows_what_was_measured() -> None:
