@@ -5,15 +5,11 @@ MAX_TOPK: int
 MAX_EXPERTS: int
 SM90_FEATURES: bool
 
-def routes(
-    routing_map: int, num_tokens: int, num_experts: int, num_topk: int, topk_idx: int, stream: int, /
-) -> None:
+def routes(routing_map: int, num_tokens: int, num_experts: int, num_topk: int, topk_idx: int, stream: int, /) -> None:
     """Map [T, E] bool -> indices [T, K] int64, ascending, -1 where a row has fewer."""
 
 class Buffer:
-    def __init__(
-        self, rank: int, num_ranks: int, device: int, timeout_seconds: float, record_waits: bool
-    ) -> None: ...
+    def __init__(self, rank: int, num_ranks: int, device: int, timeout_seconds: float, record_waits: bool) -> None: ...
     @staticmethod
     def control_bytes() -> int: ...
     @staticmethod

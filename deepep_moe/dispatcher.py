@@ -33,15 +33,24 @@ class Dispatched:
     """[M, H]: the group of local expert 0, then 1, ...; each ends with zero rows up to ``expert_alignment``."""
     weights: Tensor | None
     """[M] fp32: the routing weight of each row, 0 on padding; None when none were given."""
-    tokens_per_expert: Tensor
-    """[L] int64 on the rows' device: rows of each group, padding included. They sum to M, in capacity mode to at
-    most M: the rows after the last group are zero."""
-    tokens_per_expert_host: Tensor | None
-    """[L] int64 on the CPU, the same numbers; None in capacity mode, where the host never learns them."""
     plan: Plan
     """The routing; valid for any number of combines with the dispatcher that made it."""
     owner: int
     """Which backend made the plan."""
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """[L] int64 on the rows' device: rows of each group, padding included. They sum to M, in capacity mode to at
+        most M: the rows after the last group are zero."""
+        return self.plan.expert_offsets.diff()
+
+    @property
+    def tokens_per_expert_host(self) -> Tensor | None:
+        """[L] int64 on the CPU, the same numbers; None in capacity mode, where the host never learns them."""
+        counts, alignment = self.plan.expert_counts_host, self.plan.alignment
+        if counts is None or alignment == 1:
+            return counts
+        return (counts + (alignment - 1)) // alignment * alignment
 
 
 class TokenDispatcher:
@@ -83,12 +92,10 @@ class TokenDispatcher:
 
         Useful where a plan serves several dispatches or is made early; :meth:`dispatch` takes it in place of indices.
         """
-        if topk_idx.dtype in (torch.int32, torch.int64):
-            topk_idx = topk_idx.to(torch.int64, copy=True)  # the plan outlives what the caller does to its own
         max_recv, max_rows = self._limits(topk_idx)
-        alignment = self.config.expert_alignment
-        outputs = ops.plan(topk_idx, self._backend_number, self.num_experts, alignment, max_recv, max_rows)
-        return ops.plan_from_outputs(topk_idx, outputs, self.num_experts, alignment)
+        return ops.make_plan(
+            topk_idx, self._backend_number, self.num_experts, self.config.expert_alignment, max_recv, max_rows
+        )
 
     def dispatch(self, x: Tensor, topk_idx: Tensor | Plan, topk_weights: Tensor | None = None) -> Dispatched:
         """Send every token to the experts it chose. Collective; differentiable in ``x`` and ``topk_weights``.
@@ -115,15 +122,7 @@ class TokenDispatcher:
             alignment,
             self.config.fp8_dispatch,
         )
-        host = plan.expert_counts_host
-        return Dispatched(
-            rows=rows,
-            weights=None if topk_weights is None else weights,
-            tokens_per_expert=plan.expert_offsets.diff(),
-            tokens_per_expert_host=None if host is None else (host + (alignment - 1)) // alignment * alignment,
-            plan=plan,
-            owner=self._backend_number,
-        )
+        return Dispatched(rows, None if topk_weights is None else weights, plan, self._backend_number)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> Tensor:
         """Sum the rows of each token at the rank it came from. Collective; differentiable in rows and weights.

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from deepep_moe.backends.base import Backend, Plan
 from deepep_moe.errors import HandleError
@@ -48,6 +50,22 @@ def _backend(number: int) -> Backend:
         return _by_number[number]
     except KeyError:
         raise HandleError("the dispatcher that made this plan is gone; keep it until the backward is done") from None
+
+
+def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> Plan:
+    """The :class:`Plan` of ``topk_idx``; through the operator where something watches. Limits of -1: exact sizes."""
+    if _watched(topk_idx):
+        topk_idx = topk_idx.to(torch.int64)
+        outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
+        return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
+    with torch.no_grad():
+        return _backend(backend).plan(
+            topk_idx,
+            num_experts,
+            alignment=alignment,
+            max_recv=None if max_recv == NO_LIMIT else max_recv,
+            max_rows=None if max_rows == NO_LIMIT else max_rows,
+        )
 
 
 @torch.library.custom_op("deepep_moe::plan", mutates_args=())
@@ -121,7 +139,7 @@ def dispatch(
 
     ``fp8``: BF16 tokens travel as e4m3.
     """
-    return _dispatch_op(x, weights, plan, backend, num_experts, alignment, fp8)
+    return _call(_Dispatch, _dispatch_op, _dispatch_kernel, x, weights, plan, backend, num_experts, alignment, fp8)
 
 
 def combine(
@@ -139,11 +157,11 @@ def combine(
     ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second output is ``[0]``) or
     carried back beside them (the second output is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
     """
-    return _combine_op(rows, weights, plan, backend, num_experts, alignment, apply_weights, fp8_grad)
+    constants = (backend, num_experts, alignment, apply_weights, fp8_grad)
+    return _call(_Combine, _combine_op, _combine_kernel, rows, weights, plan, *constants)
 
 
-@torch.library.impl("deepep_moe::dispatch", "default")
-def _(
+def _dispatch_kernel(
     x: Tensor,
     weights: Tensor | None,
     plan: list[Tensor | None],
@@ -163,8 +181,7 @@ def _(
     return rows, _or_empty(sent.weights, x)
 
 
-@torch.library.impl("deepep_moe::combine", "default")
-def _(
+def _combine_kernel(
     rows: Tensor,
     weights: Tensor | None,
     plan: list[Tensor | None],
@@ -177,6 +194,10 @@ def _(
     routing = Plan.from_tensors(num_experts, alignment, plan)
     back = _backend(backend).combine(routing, rows, weights=weights, apply_weights=apply_weights, grouped=True)
     return back.x, _or_empty(back.weights, rows)
+
+
+torch.library.impl("deepep_moe::dispatch", "default")(_dispatch_kernel)
+torch.library.impl("deepep_moe::combine", "default")(_combine_kernel)
 
 
 def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
@@ -223,16 +244,15 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.backend_and_sizes, ctx.has_weights = constants[:3], weights is not None
         ctx.save_for_backward(*plan)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _dispatch_op(x, weights, plan, *constants)
+        return _below_autograd(_dispatch_op, _dispatch_kernel, x, weights, plan, *constants)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_rows, grad_weights = grads
         carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
-        grad_x, grad_topk = _combine_op(
-            grad_rows, carried, list(ctx.saved_tensors), *ctx.backend_and_sizes, False, False
-        )
+        backend, num_experts, alignment = ctx.backend_and_sizes
+        plan = list(ctx.saved_tensors)
+        grad_x, grad_topk = combine(grad_rows, carried, plan, backend, num_experts, alignment, False, False)
         return grad_x, (None if carried is None else grad_topk), *[None] * 5
 
 
@@ -245,21 +265,50 @@ class _Combine(torch.autograd.Function):
         ctx.has_weights = weights is not None
         keeps_rows = ctx.apply_weights and ctx.needs_input_grad[1]
         ctx.save_for_backward(rows if keeps_rows else None, weights if ctx.apply_weights else None, *plan)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _combine_op(rows, weights, plan, *constants)
+        return _below_autograd(_combine_op, _combine_kernel, rows, weights, plan, *constants)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_tokens, grad_topk = grads
         rows, weights, *plan = ctx.saved_tensors
         carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
-        sent, sent_weights = _dispatch_op(grad_tokens, carried, plan, *ctx.backend_and_sizes, ctx.fp8_grad)
+        backend, num_experts, alignment = ctx.backend_and_sizes
+        sent, sent_weights = dispatch(grad_tokens, carried, plan, backend, num_experts, alignment, ctx.fp8_grad)
         grad_rows: Tensor | None = sent
         grad_weights = None if carried is None else sent_weights
         if ctx.apply_weights:  # of w * rows: the product rule
             grad_rows = (sent.float() * weights.unsqueeze(1)).to(sent.dtype) if ctx.needs_input_grad[0] else None
             grad_weights = None if rows is None else (sent.float() * rows.float()).sum(1)
         return grad_rows, grad_weights, *[None] * 6
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something has to see operators: torch.compile, FakeTensor, a dispatch mode, a tensor subclass."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
+
+
+def _call(
+    function: type[torch.autograd.Function],
+    operator: Any,
+    kernel: Any,
+    x: Tensor,
+    weights: Tensor | None,
+    plan: list[Tensor | None],
+    *constants: Any,
+) -> tuple[Tensor, Tensor]:
+    """The operator; where nothing watches, without the dispatcher's way there, which costs more than the call."""
+    if _watched(x):
+        return operator(x, weights, plan, *constants)
+    if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
+        return function.apply(x, weights, plan, *constants)
+    return kernel(x, weights, plan, *constants)
+
+
+def _below_autograd(operator: Any, kernel: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if not _watched(x):
+        return kernel(x, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(x, *rest)
 
 
 def _register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:

@@ -62,7 +62,7 @@ class Overlap:
             lambda: self.dispatcher.dispatch(x, topk_idx, topk_weights),
             async_finish=True,
             reads=_on_device(x, topk_weights, *routing),
-            made=lambda made: (made.rows, made.weights, made.tokens_per_expert, *made.plan.tensors()),
+            made=lambda made: (made.rows, made.weights, *made.plan.tensors()),
         )
         return InFlight(sent, event)
 

@@ -54,7 +54,7 @@ class Plan:
 
     num_experts: int
     alignment: int  # rows of one expert are padded to a multiple of this
-    topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped)
+    topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped); may be the caller's own tensor
     send_slot: Tensor  # [T, R] int32: position of the token among those this rank sends to r, or -1
     rank_prefix: Tensor  # [R, R] int32: [s][d] = rows that rank d receives from ranks 0..s
     recv_topk_idx: Tensor  # [N, K] int64: local expert of the row's route k, or -1 (owned elsewhere)
@@ -86,12 +86,15 @@ class Plan:
 
     def tensors(self) -> list[Tensor | None]:
         """The tensor fields in declaration order: what custom ops take and autograd saves."""
-        return [getattr(self, f.name) for f in fields(self)[2:]]
+        return [getattr(self, name) for name in _TENSOR_FIELDS]
 
     @classmethod
     def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> Plan:
         """Inverse of :meth:`tensors`."""
         return cls(num_experts, alignment, *tensors)  # type: ignore[arg-type]
+
+
+_TENSOR_FIELDS = [field.name for field in fields(Plan)[2:]]
 
 
 class Rows(NamedTuple):

@@ -273,6 +273,7 @@ def moe_layer(world: World, shape: Layer, kind: str, grouped: bool) -> Any:
         moe_router_topk=shape.topk,
         moe_ffn_hidden_size=shape.ffn,
     )
+    torch.manual_seed(SEED + world.rank)  # of what is initialised on the CPU, which differs between experts' ranks
     megatron.random.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
     spec = megatron.specs.get_gpt_layer_local_spec(num_experts=shape.experts, moe_grouped_gemm=False).submodules.mlp
     submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]  # a functools.partial from 0.18

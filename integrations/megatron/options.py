@@ -52,8 +52,9 @@ def dispatcher_config(config: Any) -> DispatcherConfig:
     """The dispatcher's settings for one ``TransformerConfig``.
 
     From Megatron-Core come ``num_sms`` (``moe_flex_dispatcher_num_sms``, else ``moe_deepep_num_sms``; its default of 20
-    counts only where communication runs beside computation, which would otherwise wait for SMs) and, with ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe
-    wants. The YAML file and the environment override the first; alignments are combined, because experts need both.
+    counts only where communication runs beside computation, which would otherwise wait for SMs) and, with
+    ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe wants. The YAML file and the
+    environment override the first; alignments are combined, because experts need both.
     """
     overrides: dict[str, Any] = {}
     for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):
