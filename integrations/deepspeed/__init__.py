@@ -13,6 +13,16 @@ Importing this package before ``deepspeed.initialize`` teaches DeepSpeed (0.19.8
 routing without capacity, ``experts.py`` how experts compute, ``auto_ep.py`` the way into AutoEP.
 """
 
+from deepep_moe.errors import UnsupportedError
+
+try:
+    import deepspeed  # noqa: F401
+except ImportError as error:
+    raise UnsupportedError(
+        f"deepep_moe.integrations.deepspeed needs deepspeed 0.19.8, which cannot be imported ({error}); "
+        "install it with `pip install --no-build-isolation deepspeed==0.19.8`"
+    ) from error
+
 from deepep_moe.integrations.deepspeed.moe import convert
 from deepep_moe.integrations.deepspeed.registration import register
 

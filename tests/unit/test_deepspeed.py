@@ -1,0 +1,186 @@
+"""The DeepSpeed plugin without ranks: the block, versions, routing, which experts are recognised."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("deepspeed is not installed", allow_module_level=True)
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import ConfigError, UnsupportedError
+from deepep_moe.integrations.deepspeed import experts, register, registration
+from deepep_moe.integrations.deepspeed.routing import dropless_routes
+
+
+class Gated(nn.Module):
+    """``down(act(gate(x)) * up(x))``, with a limit if one is given."""
+
+    def __init__(self, names: tuple[str, str, str] = experts.GATED[0], limit: float | None = None) -> None:
+        super().__init__()
+        self.names, self.limit = names, limit
+        for name, sizes in zip(names, ((8, 16), (8, 16), (16, 8)), strict=True):
+            self.add_module(name, nn.Linear(*sizes, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self.names)
+        inner = gate(x)
+        if self.limit is not None:
+            inner = inner.clamp(max=self.limit)
+        return down(nn.functional.silu(inner) * up(x))
+
+
+class TestBlock:
+    def test_absent_or_off(self) -> None:
+        assert registration.read_block({}) is None
+        assert registration.read_block({"deepep_moe": {"enabled": False, "num_sms": 4}}) is None
+
+    def test_fields(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        block = {"deepep_moe": {"enabled": True, "num_sms": 12, "backend": "collective"}}
+        assert registration.read_block(block) == DispatcherConfig(num_sms=12, backend="collective")
+        monkeypatch.setenv("DEEPEP_MOE_NUM_SMS", "16")
+        assert registration.read_block(block) == DispatcherConfig(num_sms=16, backend="collective")
+
+    def test_wrong_key_is_an_error_when_off_too(self) -> None:
+        with pytest.raises(ConfigError, match=r"'num_sm' from ds_config block deepep_moe \(did you mean num_sms\?\)"):
+            registration.read_block({"deepep_moe": {"enabled": False, "num_sm": 4}})
+
+
+class TestVersion:
+    @pytest.mark.parametrize("version", ["0.19.8", "0.19.8+4f2a9c1", "0.19.12"])
+    def test_supported(self, version: str) -> None:
+        assert registration.check_version(version) == version
+
+    @pytest.mark.parametrize("version", ["0.19.7", "0.18.9", "0.20.0", "1.0.0"])
+    def test_refused(self, version: str) -> None:
+        with pytest.raises(UnsupportedError, match=rf"needs deepspeed 0\.19\.8 .* installed is {version}"):
+            registration.check_version(version)
+
+    def test_registering_again_changes_nothing(self) -> None:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        before = DeepSpeedEngine._configure_expert_parallel
+        register()
+        assert DeepSpeedEngine._configure_expert_parallel is before
+
+    def test_missing_patch_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        monkeypatch.delattr(DeepSpeedEngine, "_configure_expert_parallel")
+        with pytest.raises(UnsupportedError, match=r"no DeepSpeedEngine\._configure_expert_parallel"):
+            register()
+
+
+class TestRecognition:
+    @pytest.mark.parametrize(
+        "expert",
+        [
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(approximate="tanh"), nn.Linear(16, 8, bias=False)),
+            nn.Sequential(nn.Linear(8, 8)),
+            Gated(),
+            Gated(experts.GATED[1]),
+        ],
+    )
+    def test_formula_computes_what_the_module_does(self, expert: nn.Module) -> None:
+        formula = experts.recognise(expert)
+        assert formula is not None
+        x = torch.randn(5, 8)
+        assert torch.equal(formula(lambda name, value: expert.get_submodule(name)(value), x), expert(x))
+
+    @pytest.mark.parametrize(
+        "expert",
+        [
+            nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)),
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)),
+            nn.Sequential(nn.ReLU()),
+            nn.Linear(8, 8),
+            Gated(limit=7.0),  # differs from the formula at large inputs only
+            Gated(("up_proj", "gate_proj", "down_proj")),  # named the other way round
+            nn.TransformerEncoderLayer(8, 2),
+        ],
+    )
+    def test_anything_else_stays_in_the_loop(self, expert: nn.Module) -> None:
+        assert experts.recognise(expert) is None
+
+    def test_trial_leaves_random_numbers_and_gradients_alone(self) -> None:
+        expert = Gated()
+        torch.manual_seed(1)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        experts.recognise(expert)
+        assert torch.equal(torch.rand(3), expected)
+        assert all(p.grad is None for p in expert.parameters())
+
+
+class TestWeightsTogether:
+    def test_view_at_equal_distances_and_copy_elsewhere(self) -> None:
+        flat = torch.randn(4 * 40)
+        spread = [nn.Parameter(flat[start : start + 32].view(4, 8)) for start in (0, 40, 80, 120)]
+        together = experts._Together.apply(*spread)
+        assert together.data_ptr() == flat.data_ptr()
+        assert torch.equal(together, torch.stack(spread))
+        for others in (spread[:3:2] + spread[1:2], [nn.Parameter(p.clone()) for p in spread]):  # not in order; apart
+            copied = experts._Together.apply(*others)
+            assert copied.data_ptr() != others[0].data_ptr()
+            assert torch.equal(copied, torch.stack(list(others)))
+
+    def test_gradient(self) -> None:
+        flat = torch.randn(2 * 32)
+        weights = [nn.Parameter(part.view(4, 8)) for part in flat.split(32)]
+        factor = torch.randn(2, 4, 8)
+        (experts._Together.apply(*weights) * factor).sum().backward()
+        assert torch.equal(torch.stack([w.grad for w in weights]), factor)
+
+
+class TestRouting:
+    @pytest.mark.parametrize("k", [1, 2, 3])
+    def test_equals_the_stock_gate(self, k: int) -> None:
+        from deepspeed.moe.sharded_moe import TopKGate
+
+        torch.manual_seed(k)
+        gate = TopKGate(8, 6, k, drop_tokens=False, min_capacity=0, use_rts=False, top2_2nd_expert_sampling=False)
+        x = torch.randn(20, 8)
+        aux_loss, _, _, topk_idx, _, weights, counts = gate(x, sparse_routes=True)
+        routes = dropless_routes(gate, x)
+        assert torch.equal(routes.topk_idx, topk_idx.t().long())
+        torch.testing.assert_close(routes.weights, weights.t())
+        torch.testing.assert_close(routes.aux_loss, aux_loss)
+        assert torch.equal(routes.expert_counts, counts)
+
+    @pytest.mark.parametrize(
+        ("k", "options"),
+        [(1, {"noisy_gate_policy": "RSample"}), (1, {"noisy_gate_policy": "Jitter"}), (2, {})],
+    )
+    def test_draws_the_same_noise(self, k: int, options: dict[str, str]) -> None:
+        from deepspeed.moe.sharded_moe import TopKGate
+
+        gate = TopKGate(8, 6, k, drop_tokens=False, min_capacity=0, use_rts=False, **options)
+        x = torch.randn(50, 8)
+        torch.manual_seed(5)
+        _, _, _, topk_idx, _, weights, _ = gate(x, sparse_routes=True)
+        torch.manual_seed(5)
+        routes = dropless_routes(gate, x)
+        assert torch.equal(routes.topk_idx, topk_idx.t().long())
+        torch.testing.assert_close(routes.weights, weights.t())
+        torch.manual_seed(6)
+        assert not torch.equal(dropless_routes(gate, x).weights, routes.weights)
+
+    def test_no_tokens(self) -> None:
+        from deepspeed.moe.sharded_moe import TopKGate
+
+        routes = dropless_routes(TopKGate(8, 6, 2, drop_tokens=False), torch.zeros(0, 8))
+        assert routes.topk_idx.shape == routes.weights.shape == (0, 2)
+        assert routes.aux_loss == 0
+        assert not routes.expert_counts.any()
+
+
+def test_package_says_what_it_needs_where_deepspeed_is_missing() -> None:
+    hide = "import sys; sys.modules['deepspeed'] = None; import deepep_moe.integrations.deepspeed"
+    result = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, timeout=60)
+    assert "UnsupportedError: deepep_moe.integrations.deepspeed needs deepspeed 0.19.8" in result.stderr
