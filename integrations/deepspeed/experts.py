@@ -36,8 +36,11 @@ class LocalExperts:
 
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         self.experts = experts
-        formulas = [recognise(expert) for expert in experts]
-        self.formula = formulas[0] if all(formulas) and _alike(experts) else None
+        self.formula = recognise(experts[0]) if _alike(experts) else None
+        # Found once: with many small experts, looking for modules would take the host longer than the GPU computes.
+        names = [name for name, _ in _linears(experts[0])]
+        self.layers = {name: [_layer(expert, name) for expert in experts] for name in names} if self.formula else {}
+        self.modules = [module for expert in experts for module in expert.modules()]
 
     def __call__(self, rows: Tensor, counts: Tensor, counts_host: Tensor | None) -> Tensor:
         """Each expert on its rows.
@@ -50,7 +53,7 @@ class LocalExperts:
         Returns:
             [M, H']; nobody's rows are undefined.
         """
-        if self.formula is not None and _fits_grouped_mm(self.experts, rows):
+        if self.formula is not None and _fits_grouped_mm(self, rows):
             ends = counts.cumsum(0).to(torch.int32)
             return self.formula(lambda name, x: self._grouped_linear(name, x, ends), rows)
         sizes = (counts if counts_host is None else counts_host).tolist()
@@ -62,17 +65,15 @@ class LocalExperts:
 
     def pack(self) -> None:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
-        if self.formula is None:
-            return
-        for name, _ in _linears(self.experts[0]):
-            weights = [_layer(expert, name).weight for expert in self.experts]
+        for layers in self.layers.values():
+            weights = [layer.weight for layer in layers]
             if not weights[0].is_cuda or _distance(weights) is not None:
                 continue  # no grouped GEMM there, or done
             for weight, place in zip(weights, torch.stack([weight.detach() for weight in weights])):
                 weight.data = place
 
     def _grouped_linear(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
-        layers = [_layer(expert, name) for expert in self.experts]
+        layers = self.layers[name]
         weight = _Together.apply(*(layer.weight for layer in layers))
         assert _grouped_mm is not None
         out = _grouped_mm(x, weight.transpose(1, 2), offs=ends)
@@ -121,7 +122,7 @@ def _distance(parameters: Sequence[Tensor]) -> int | None:
     return distance if fits and regular else None
 
 
-def _fits_grouped_mm(experts: Sequence[nn.Module], rows: Tensor) -> bool:
+def _fits_grouped_mm(local: LocalExperts, rows: Tensor) -> bool:
     """BF16 on a GPU that has the kernel, sizes it takes, and nothing that a call of the modules would add."""
     return (
         _grouped_mm is not None
@@ -131,10 +132,10 @@ def _fits_grouped_mm(experts: Sequence[nn.Module], rows: Tensor) -> bool:
         and torch.cuda.get_device_capability(rows.device) >= (9, 0)
         and not torch.is_autocast_enabled(rows.device.type)
         and all(
-            layer.weight.dtype == torch.bfloat16 and layer.in_features % 8 == 0 and layer.out_features % 8 == 0
-            for _, layer in _linears(experts[0])
+            first.weight.dtype == torch.bfloat16 and first.in_features % 8 == 0 and first.out_features % 8 == 0
+            for first, *_ in local.layers.values()
         )
-        and not any(m._forward_hooks or m._forward_pre_hooks for expert in experts for m in expert.modules())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in local.modules)
     )
 
 
@@ -209,6 +210,12 @@ def _linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _alike(experts: Sequence[nn.Module]) -> bool:
-    """Whether all experts have the same parameters, by name and shape."""
-    shapes = [[(name, p.shape, p.dtype) for name, p in expert.named_parameters()] for expert in experts]
-    return all(one == shapes[0] for one in shapes)
+    """Whether all experts are copies but for their values: the same modules and parameters, by name, kind and shape."""
+    kinds = [
+        (
+            [(name, type(module)) for name, module in expert.named_modules()],
+            [(name, parameter.shape, parameter.dtype) for name, parameter in expert.named_parameters()],
+        )
+        for expert in experts
+    ]
+    return all(kind == kinds[0] for kind in kinds)

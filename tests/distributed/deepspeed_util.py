@@ -107,7 +107,9 @@ class Model(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = self.first(x)
         aux = x.new_zeros((), dtype=torch.float32)
-        used = (torch.arange(x.shape[0] * x.shape[1]) % 3 > 0).long() if self.setup.used_token else None
+        used = (
+            (torch.arange(x.shape[0] * x.shape[1], device=x.device) % 3 > 0).long() if self.setup.used_token else None
+        )
         for layer in self.layers:
             if self.setup.reentrant is None:
                 out, l_aux, counts = layer(x, used)
@@ -159,7 +161,12 @@ def batch(setup: Setup, step: int, same_on_all_ranks: bool = False) -> tuple[Ten
     generator = torch.Generator().manual_seed(1000 + 10 * step + rank)
     x, target = torch.randn(2, 2, 12, HIDDEN, generator=generator)
     dtype = torch.bfloat16 if setup.bf16 else torch.float32
-    return x.to(dtype), target.to(dtype)
+    return x.to(device(), dtype), target.to(device(), dtype)
+
+
+def device() -> torch.device:
+    """Where engines put models: a GPU where the ranks were started for GPUs (deepspeed_on_gpus), else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 def train(engine: Any, setup: Setup, steps: range = range(2)) -> SimpleNamespace:

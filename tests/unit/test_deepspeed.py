@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,27 @@ class TestRouting:
         assert routes.topk_idx.shape == routes.weights.shape == (0, 2)
         assert routes.aux_loss == 0
         assert not routes.expert_counts.any()
+
+
+class TestLauncher:
+    COMMAND = (sys.executable, "-m", "deepep_moe.integrations.deepspeed")
+
+    def test_runs_a_script_with_the_plugin_loaded(self, tmp_path: Path) -> None:
+        script = tmp_path / "train.py"
+        script.write_text(
+            "import sys\nfrom deepspeed.runtime.engine import DeepSpeedEngine as E\n"
+            "print(__name__, sys.argv[1:], hasattr(E._configure_expert_parallel, '_deepep_moe_original'))\n"
+        )
+        result = subprocess.run(
+            [*self.COMMAND, str(script), "--steps", "3"], capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == "__main__ ['--steps', '3'] True"
+
+    def test_missing_script(self) -> None:
+        result = subprocess.run([*self.COMMAND, "no_such.py"], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 1
+        assert "no such script: no_such.py" in result.stderr
 
 
 def test_package_says_what_it_needs_where_deepspeed_is_missing() -> None:
