@@ -41,6 +41,7 @@ class Buffer:
         num_topk: int,
         num_experts: int,
         alignment: int,
+        refused: bool,
         wait: bool,
         max_recv: int,
         max_rows: int,

@@ -54,7 +54,7 @@ def _backend(number: int) -> Backend:
 
 def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> Plan:
     """The :class:`Plan` of ``topk_idx``; through the operator where something watches. Limits of -1: exact sizes."""
-    if _watched(topk_idx):
+    if watched(topk_idx):
         topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
         return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
@@ -282,7 +282,7 @@ class _Combine(torch.autograd.Function):
         return grad_rows, grad_weights, *[None] * 6
 
 
-def _watched(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Whether something has to see operators: torch.compile, FakeTensor, a dispatch mode, a tensor subclass."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
 
@@ -297,7 +297,7 @@ def _call(
     *constants: Any,
 ) -> tuple[Tensor, Tensor]:
     """The operator; where nothing watches, without the dispatcher's way there, which costs more than the call."""
-    if _watched(x):
+    if watched(x):
         return operator(x, weights, plan, *constants)
     if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
         return function.apply(x, weights, plan, *constants)
@@ -305,7 +305,7 @@ def _call(
 
 
 def _below_autograd(operator: Any, kernel: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not _watched(x):
+    if not watched(x):
         return kernel(x, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(x, *rest)

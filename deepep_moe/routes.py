@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deepep_moe.ops import watched
 
-@torch.library.custom_op("deepep_moe::routes", mutates_args=())
+
 def routes(routing_map: Tensor, topk: int) -> Tensor:
     """``routing_map [T, E]`` bool -> ``[T, topk]`` int64 experts in ascending order, -1 where a row has fewer.
 
     Never waits for the device. A row with n > ``topk`` routes gets the index E + n, which a plan refuses by name.
     """
+    if watched(routing_map):
+        return _routes_op(routing_map, topk)
+    return _by_kernel(routing_map, topk) if routing_map.is_cuda else _by_sorting(routing_map, topk)
+
+
+@torch.library.custom_op("deepep_moe::routes", mutates_args=())
+def _routes_op(routing_map: Tensor, topk: int) -> Tensor:
     return _by_sorting(routing_map, topk)
 
 
@@ -27,8 +35,8 @@ def _by_sorting(routing_map: Tensor, topk: int) -> Tensor:
     return index if width == topk else torch.nn.functional.pad(index, (0, topk - width), value=-1)
 
 
-@routes.register_kernel("cuda")
-def _(routing_map: Tensor, topk: int) -> Tensor:
+@_routes_op.register_kernel("cuda")
+def _by_kernel(routing_map: Tensor, topk: int) -> Tensor:
     try:
         from deepep_moe import _C
     except ImportError:
@@ -41,6 +49,6 @@ def _(routing_map: Tensor, topk: int) -> Tensor:
     return index
 
 
-@routes.register_fake
+@_routes_op.register_fake
 def _(routing_map: Tensor, topk: int) -> Tensor:
     return routing_map.new_empty((routing_map.shape[0], topk), dtype=torch.int64)

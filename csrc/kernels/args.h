@@ -29,10 +29,11 @@ enum Failure : int {
     kTimeout,       // peer, phase, expected, seen
     kPeerFailed,    // peer: it reported a failure of its own; phase is where this rank was
     kMismatch,      // peer, field (PeerCounts::Field or an Operation::Field), expected = own value, seen = the peer's
-    kBadExpert,     // peer: whose; expected = number of experts, seen = the index (0 when it is a peer's)
+    kBadExpert,     // expected = number of experts, seen = the index
     kRecvOverflow,  // peer: whose; expected = rows there is room for, seen = rows that came (rank layout)
     kRowsOverflow,  // the same in expert layout
     kStaging,       // expected = tokens per rank that staging holds, seen = tokens of a rank
+    kBadPeerInput,  // peer: what it was given is bad; its own error says why
 };
 
 // What ranks tell each other about one batch before any row moves.
@@ -44,8 +45,8 @@ struct PeerCounts {
         kAlignment,
         kNumAgreed,
         kNumTokens = kNumAgreed,
-        kBadInput,
-        kMaxRecv,  // room for rows of either layout; INT_MAX: as much as it takes
+        kBadInput,  // 1: routes that no expert has, taken as dropped; 2: refused altogether
+        kMaxRecv,   // room for rows of either layout; INT_MAX: as much as it takes
         kMaxRows,
         kNumFields
     };
@@ -143,6 +144,7 @@ struct PlanArgs {
     const int* given_expert_counts;  // [E] or null: used when K = 0
     int num_tokens, num_topk, num_experts, alignment;
     int ticket;               // not 0: publish the counts to the host under this number
+    bool refused;             // this rank's input is bad: it takes part only to say so
     int* tile_ranks;          // [tiles, R]
     int* tile_experts;        // [tiles, E]
     int* rank_totals;         // [R], zero between plans

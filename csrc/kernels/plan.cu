@@ -48,8 +48,9 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
 
     // The totals were added up by all blocks; leave them as the next plan wants them.
     if (thread < experts) {
-        own.routes_to_expert[thread] =
-            args.num_topk > 0 ? load_relaxed_system(&args.expert_totals[thread]) : args.given_expert_counts[thread];
+        own.routes_to_expert[thread] = args.num_topk == 0 && args.given_expert_counts
+                                           ? args.given_expert_counts[thread]
+                                           : load_relaxed_system(&args.expert_totals[thread]);
         args.expert_totals[thread] = 0;
     }
     if (thread < ranks) {
@@ -61,7 +62,7 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         own.header[PeerCounts::kNumTopk] = args.num_topk;
         own.header[PeerCounts::kAlignment] = args.alignment;
         own.header[PeerCounts::kNumTokens] = args.num_tokens;
-        own.header[PeerCounts::kBadInput] = rt.local->bad_input;
+        own.header[PeerCounts::kBadInput] = args.refused ? 2 : rt.local->bad_input;
         own.header[PeerCounts::kMaxRecv] = args.ticket ? INT_MAX : args.max_recv;
         own.header[PeerCounts::kMaxRows] = args.ticket || args.num_topk == 0 ? INT_MAX : args.max_rows;
         max_tokens = disagree = 0;
@@ -81,13 +82,14 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         store_release_system(&rt.control[thread]->counted[rt.rank], epoch);
         if (wait_flag(rt, &control->counted[thread], epoch, kPlanCounts, thread)) {
             const int* header = counts[thread].header;
-            for (int field = 0; field < PeerCounts::kNumAgreed; ++field) {
+            const int bad = header[PeerCounts::kBadInput];
+            if (bad && thread != rt.rank) report_problem(rt, kBadPeerInput, kPlanCounts, thread, 0, 0, 0);
+            if (bad == 2) disagree = 1;
+            for (int field = 0; field < PeerCounts::kNumAgreed && bad != 2 && !args.refused; ++field) {
                 if (header[field] == own.header[field]) continue;
                 disagree = 1;
                 report_problem(rt, kMismatch, kPlanCounts, thread, field, own.header[field], header[field]);
             }
-            if (header[PeerCounts::kBadInput] && thread != rt.rank)
-                report_problem(rt, kBadExpert, kPlanCounts, thread, 0, experts, 0);
             atomicMax(&max_tokens, header[PeerCounts::kNumTokens]);
         }
     }
@@ -146,8 +148,9 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         rt.status->max_tokens = max_tokens;
         if (!args.ticket) {  // no host to stop what follows
             const volatile HostStatus* status = rt.status;
-            if (disagree)
-                report_failure(rt, kMismatch, kPlanCounts, status->peer, status->field, status->expected, status->seen);
+            if (disagree && status->failure)
+                report_failure(rt, static_cast<Failure>(status->failure), kPlanCounts, status->peer, status->field,
+                               status->expected, status->seen);
             if (max_tokens > args.staging.max_tokens)
                 report_failure(rt, kStaging, kPlanCounts, rt.rank, 0, args.staging.max_tokens, max_tokens);
         }

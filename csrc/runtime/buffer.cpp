@@ -103,8 +103,8 @@ void Buffer::layout(Address topk_idx, int num_tokens, int num_topk, int num_expe
 }
 
 void Buffer::begin_plan(Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens,
-                        int num_topk, int num_experts, int alignment, bool wait, int max_recv, int max_rows,
-                        Address stream) {
+                        int num_topk, int num_experts, int alignment, bool refused, bool wait, int max_recv,
+                        int max_rows, Address stream) {
     const int per_tile = tile_tokens(num_topk);
     const int64_t tiles = std::max((num_tokens + per_tile - 1) / per_tile, 1);
     const int totals = kMaxRanks + kMaxExperts;
@@ -120,6 +120,7 @@ void Buffer::begin_plan(Address topk_idx, Address given_membership, Address give
     plan_.num_topk = num_topk;
     plan_.num_experts = num_experts;
     plan_.alignment = alignment;
+    plan_.refused = refused;
     if (wait) plan_.ticket = ticket_ = ticket_ % 0x7ffffff0 + 1;
     plan_.rank_totals = scratch_;
     plan_.expert_totals = scratch_ + kMaxRanks;

@@ -41,9 +41,10 @@ class Buffer {
                 Address num_tokens_per_rank, Address num_tokens_per_node, Address num_tokens_per_expert,
                 Address is_token_in_rank, Address stream);
 
-    // Count and exchange. With `wait`, wait_plan() may be called next. max_recv, max_rows: room, without `wait`.
+    // Count and exchange; `refused` only tells the peers that this rank cannot go on. With `wait`, wait_plan() may be
+    // called next. max_recv, max_rows: room, without `wait`.
     void begin_plan(Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens,
-                    int num_topk, int num_experts, int alignment, bool wait, int max_recv, int max_rows,
+                    int num_topk, int num_experts, int alignment, bool refused, bool wait, int max_recv, int max_rows,
                     Address stream);
     // Spin until the counts of the last begin_plan() are here. Nothing when they did not come in time.
     std::optional<PlanNumbers> wait_plan();

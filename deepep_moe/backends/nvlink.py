@@ -53,7 +53,7 @@ _CHANNELS_PER_SCALE = 128
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
 
 # enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
-_TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING = range(1, 8)
+_TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING, _BAD_PEER_INPUT = range(1, 9)
 _PHASES = (
     "plan (exchanging counts)",
     "plan (placing rows)",
@@ -156,9 +156,17 @@ class NVLinkBackend:
         max_rows: int | None = None,
     ) -> Plan:
         runtime = self._open()
-        check_plan_inputs(
-            topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
-        )
+        try:
+            check_plan_inputs(
+                topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
+            )
+            self._check_limits(num_experts, 0 if topk_idx is None else topk_idx.shape[1])
+        except DeepEPMoEError:
+            # The peers are on their way into the exchange: let them know instead of letting them wait.
+            runtime.begin_plan(0, 0, 0, 0, 0, self.world_size, 1, True, True, 0, 0, self._enter_stream())
+            runtime.wait_plan()
+            runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
+            raise
         if topk_idx is not None:
             tokens, topk = topk_idx.shape
             topk_idx = topk_idx.to(torch.int64).contiguous()
@@ -166,7 +174,6 @@ class NVLinkBackend:
             assert is_token_in_rank is not None
             tokens, topk = is_token_in_rank.shape[0], 0
             topk_idx = torch.empty((tokens, 0), dtype=torch.int64, device=self.device)
-        self._check_limits(num_experts, topk)
         if is_token_in_rank is not None:
             is_token_in_rank = is_token_in_rank.contiguous()
         local_experts = num_experts // self.world_size
@@ -184,6 +191,7 @@ class NVLinkBackend:
             topk,
             num_experts,
             alignment,
+            False,
             wait,
             max_recv or 0,
             max_rows or 0,
@@ -476,15 +484,13 @@ class NVLinkBackend:
                 f"{_FIELDS[field]} differs between ranks in {where}: "
                 f"{expected} on rank {self.rank}, {seen} on rank {peer}"
             )
-        if failure == _BAD_EXPERT and peer == self.rank:
+        if failure == _BAD_EXPERT:
             too_many = (
                 f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
             )
             return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
-        if failure == _BAD_EXPERT:
-            return PeerError(
-                f"rank {peer} gave an expert index that is out of range in {where}; its own error says which"
-            )
+        if failure == _BAD_PEER_INPUT:
+            return PeerError(f"rank {peer} has bad input in {where}; its own error says what is wrong")
         if failure == _STAGING:
             needed, _ = _C.Buffer.staging_bytes(self.world_size, seen, self._staging_topk, self._staging_pitch)
             return CapacityError(

@@ -357,6 +357,21 @@ def test_bad_expert_index_is_named_on_its_rank(ranks: Ranks) -> None:
     backend.close()
 
 
+def test_refused_input_is_known_to_all(ranks: Ranks) -> None:
+    """A rank whose arguments are refused before any kernel still tells the others, which then do not wait for it."""
+    backend = make_backend(ranks)
+    good = torch.zeros((10, 2), dtype=torch.int64, device=ranks.device)
+    if ranks.rank == 0:
+        with pytest.raises(InputError, match="topk_idx"):
+            backend.plan(good.float(), ranks.size)
+    else:
+        with pytest.raises(PeerError, match="rank 0 has bad input"):
+            backend.plan(good, ranks.size)
+    plan = backend.plan(good, ranks.size)  # and it goes on
+    assert int(plan.expert_counts.sum()) == (20 * ranks.size if ranks.rank == 0 else 0)
+    backend.close()
+
+
 def test_ranks_that_disagree(ranks: Ranks) -> None:
     if ranks.size == 1:
         pytest.skip("one rank cannot disagree")
