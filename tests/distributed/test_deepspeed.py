@@ -16,3 +16,8 @@ FOUND = all_cases(CASES, ranks=(2, 4)) if importlib.util.find_spec("deepspeed") 
 @pytest.mark.parametrize(("ranks", "name"), FOUND)
 def test_deepspeed(ranks: int, name: str) -> None:
     check_case(CASES, ranks, name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="AutoEP's cases need transformers")
+def test_autoep_is_among_the_cases() -> None:
+    assert any(name.startswith("deepspeed_autoep.") for _, name in FOUND)
