@@ -8,7 +8,8 @@ Environment variables:
 ``TORCH_CUDA_ARCH_LIST``
     GPU architectures, for example ``9.0``, ``8.0;9.0``, ``9.0a`` or ``9.0+PTX``. Default: ``9.0``.
 ``DISABLE_SM90_FEATURES``
-    ``1`` compiles without what only Hopper has (TMA). Set it for GPUs before sm_90.
+    ``1`` for GPUs before sm_90. Kernels use nothing that only Hopper has, so this only changes what
+    ``Buffer.is_sm90_compiled()`` reports.
 ``DISABLE_AGGRESSIVE_PTX_INSTRS``
     ``1`` avoids load/store instructions whose cache hints are undocumented for this use.
 ``NVSHMEM_DIR``
