@@ -1,7 +1,8 @@
 """``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
 
 ``ops`` times the backend (bench_ops.py), ``dispatcher`` and ``megatron`` time what a training step pays
-(bench_megatron.py). What is in a time is said in bench_timing.py; bench_report.py shows and saves it.
+(bench_megatron.py), ``deepspeed`` DeepSpeed's native MoE layer (bench_deepspeed.py). What is in a time is said in
+bench_timing.py; bench_report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepep_moe.errors import DeepEPMoEError, InputError
-from deepep_moe.tools import bench_megatron, bench_ops
+from deepep_moe.tools import bench_deepspeed, bench_megatron, bench_ops
 from deepep_moe.tools.bench_report import Report
 from deepep_moe.tools.bench_timing import World, ranks_of_this_run
 
@@ -179,6 +180,40 @@ def megatron(
         done = run.steps(len(layers) * 2 * (1 + budgets_here))
         for one in layers:
             run.report.add(bench_megatron.layer_table(run.world, one, tokens, budgets, repeats, done))
+
+
+DEEPSPEED_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench deepspeed --json deepspeed.json --markdown deepspeed.md
+
+    torchrun --nproc-per-node 8 -m deepep_moe bench deepspeed --layer mixtral --num-sms 0,24
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench deepspeed --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=DEEPSPEED_EXAMPLES)
+def deepspeed(
+    layer: Annotated[
+        list[str], typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk; may be repeated.")
+    ] = list(bench_megatron.LAYERS),  # noqa: B006
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    num_sms: Budgets = "0",
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """DeepSpeed's native MoE layer without capacity, forward and backward, as it is and converted to this library."""
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        layers, budgets = [bench_megatron.Layer.parse(text) for text in layer], parse_budgets(num_sms)
+        for one in layers:
+            one.check(run.world.size)
+        bench_deepspeed.start(run.world)
+        done = run.steps(len(layers) * (1 + len(bench_megatron.by_budget(run.world, budgets))))
+        for one in layers:
+            run.report.add(bench_deepspeed.layer_table(run.world, one, tokens, budgets, repeats, done))
 
 
 def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:

@@ -153,7 +153,13 @@ class Report:
             self._save()
 
     def heading(self) -> str:
-        known = {"cuda": "CUDA", "nccl": "NCCL", "megatron_core": "megatron-core", "commit": "commit"}
+        known = {
+            "cuda": "CUDA",
+            "nccl": "NCCL",
+            "megatron_core": "megatron-core",
+            "deepspeed": "deepspeed",
+            "commit": "commit",
+        }
         parts = [self.environment["devices"], f"deepep_moe {__version__}", f"torch {torch.__version__}"]
         parts += [f"{label} {self.environment[key]}" for key, label in known.items() if self.environment[key]]
         settings = self.environment["settings"]
@@ -273,6 +279,7 @@ def _versions(world: World, commit: str | None) -> dict[str, Any]:
         "cuda": torch.version.cuda if world.on_gpu else None,
         "nccl": nccl,
         "megatron_core": _version_of("megatron-core"),
+        "deepspeed": _version_of("deepspeed"),
         "settings": changed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

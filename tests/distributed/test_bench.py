@@ -15,6 +15,7 @@ from tests.launch import torchrun
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 WITH_MEGATRON = importlib.util.find_spec("megatron") is not None
+WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def bench(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
@@ -92,6 +93,19 @@ def test_megatron(tmp_path: Path) -> None:
     shown = [(row["name"], row["setting"]) for row in table["measurements"]]
     assert shown == [(phase, setting) for phase in ("forward", "backward", "total") for setting in settings]
     assert table["case"] == {"hidden": 64, "ffn": 32, "experts": 4, "topk": 2, "tokens": 16, "ranks": 2}
+
+
+@pytest.mark.skipif(not WITH_DEEPSPEED, reason="deepspeed is not installed")
+def test_deepspeed(tmp_path: Path) -> None:
+    layers = ("--layer", "64,32,4,2", "--layer", "64,32,8,3")  # DeepSpeed has a gate for two experts, one for more
+    _, tables = bench(tmp_path, "deepspeed", *layers, "--tokens", "16")
+    settings = ["DeepSpeed", "deepep, collective"]
+    for table, experts, topk in zip(tables, (4, 8), (2, 3), strict=True):
+        shown = [(row["name"], row["setting"]) for row in table["measurements"]]
+        assert shown == [(phase, setting) for phase in ("forward", "backward", "total") for setting in settings]
+        case = {"hidden": 64, "ffn": 32, "experts": experts, "topk": topk, "tokens": 16, "ranks": 2}
+        assert table["case"] == {**case, "dtype": "float32"}
+        assert table["reference"] == "DeepSpeed"
 
 
 def test_a_shape_that_cannot_work_is_told_in_a_line() -> None:
