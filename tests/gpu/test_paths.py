@@ -154,7 +154,8 @@ def test_gradients(ranks: Ranks, cpu_group: dist.ProcessGroup, recompute: bool) 
         (out * torch.arange(HIDDEN, device=out.device)).sum().backward()
         results.append([out.detach().cpu(), x.grad.cpu(), weights.grad.cpu()])
     for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        # A weight's gradient sums 256 products of up to 255 that cancel: fp32 keeps about 1e-3 of it.
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-3)
 
 
 def test_fp8_dispatch_is_close(ranks: Ranks) -> None:
