@@ -287,6 +287,10 @@ def watched(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
 
 
+def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad))
+
+
 def _call(
     function: type[torch.autograd.Function],
     operator: Any,
@@ -299,7 +303,7 @@ def _call(
     """The operator; where nothing watches, without the dispatcher's way there, which costs more than the call."""
     if watched(x):
         return operator(x, weights, plan, *constants)
-    if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
+    if _wants_grad(x, weights):
         return function.apply(x, weights, plan, *constants)
     return kernel(x, weights, plan, *constants)
 
@@ -313,7 +317,7 @@ def _below_autograd(operator: Any, kernel: Any, x: Tensor, *rest: Any) -> tuple[
 
 def _register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
     def kernel(x: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)):
+        if _wants_grad(x, weights):
             return function.apply(x, weights, plan, *constants)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(x, weights, plan, *constants)
