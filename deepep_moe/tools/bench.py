@@ -1,8 +1,8 @@
 """``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
 
 ``ops`` times the backend (bench_ops.py), ``dispatcher`` and ``megatron`` time what a training step pays
-(bench_megatron.py), ``deepspeed`` DeepSpeed's native MoE layer (bench_deepspeed.py). What is in a time is said in
-bench_timing.py; bench_report.py shows and saves it.
+(bench_megatron.py), ``deepspeed`` DeepSpeed's native MoE layer (bench_deepspeed.py), ``overlap`` how much communication
+hides behind GEMMs (bench_overlap.py). What is in a time is said in bench_timing.py; bench_report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deepep_moe.errors import DeepEPMoEError, InputError
-from deepep_moe.tools import bench_deepspeed, bench_megatron, bench_ops
-from deepep_moe.tools.bench_report import Report
+from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
+from deepep_moe.tools import bench_deepspeed, bench_megatron, bench_ops, bench_overlap
+from deepep_moe.tools.bench_report import Report, need_matplotlib
 from deepep_moe.tools.bench_timing import World, ranks_of_this_run
 
 app = typer.Typer(
@@ -216,6 +216,50 @@ def deepspeed(
             run.report.add(bench_deepspeed.layer_table(run.world, one, tokens, budgets, repeats, done))
 
 
+OVERLAP_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench overlap --num-sms 0,24,48 --timeline overlap.png
+
+    torchrun --nproc-per-node 8 -m deepep_moe bench overlap --layer mixtral --chunks 2,4,8 --trace traces/
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench overlap --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=OVERLAP_EXAMPLES)
+def overlap(
+    layer: Annotated[str, typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk.")] = "deepseek",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    chunks: Annotated[str, typer.Option(help="Numbers of chunks to cut the tokens in, comma-separated.")] = "2,4",
+    num_sms: Budgets = "0,24,48",
+    repeats: Repeats = 20,
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder for a Chrome trace of one step of each (chrome://tracing, Perfetto).")
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw when each kernel of a step ran, by stream (.png, .svg, .pdf). GPUs only.")
+    ] = None,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """A MoE layer with a shared expert, forward and backward: how much communication hides, and what a step gains."""
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        world, shape = run.world, bench_megatron.Layer.parse(layer)
+        shape.check(world.size)
+        counts, budgets = parse_counts("--chunks", chunks, 1), parse_budgets(num_sms)
+        if timeline:
+            need_matplotlib("--timeline")
+            if not world.on_gpu:
+                raise UnsupportedError("--timeline shows kernels, and there is no GPU; --plot draws the step times")
+        done = run.steps(len(bench_overlap.orders(counts)) * len(bench_megatron.by_budget(world, budgets)))
+        table, timelines = bench_overlap.overlap_table(world, shape, tokens, budgets, counts, repeats, trace, done)
+        run.report.add(table)
+        if timeline and world.rank == 0:
+            bench_overlap.draw(timelines, f"{run.report.command}\n{run.report.heading()}", timeline)
+
+
 def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:
     """Shapes that work on these ranks."""
     shapes = [bench_ops.Shape.parse(text) for text in texts]
@@ -226,10 +270,16 @@ def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:
 
 def parse_budgets(text: str) -> list[int]:
     """``0,24``: numbers of SMs."""
+    return parse_counts("--num-sms", text, 0)
+
+
+def parse_counts(option: str, text: str, least: int) -> list[int]:
+    """Comma-separated integers of at least ``least``."""
     try:
-        budgets = [int(part) for part in text.split(",")]
+        counts = [int(part) for part in text.split(",")]
     except ValueError:
-        budgets = [-1]
-    if min(budgets) < 0:
-        raise InputError("--num-sms", text, "comma-separated numbers of SMs, 0 for all, such as 0,24")
-    return budgets
+        counts = [least - 1]
+    if min(counts) < least:
+        meaning = "numbers of SMs, 0 for all, such as 0,24" if least == 0 else "positive integers, such as 2,4"
+        raise InputError(option, text, f"comma-separated {meaning}")
+    return counts

@@ -29,7 +29,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import UnsupportedError
 from deepep_moe.tools.bench_timing import World
 
-_OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--commit")
+_OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--timeline", "--trace", "--commit")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Measurement:
     link_bytes: int = 0  # what the busiest rank sends to or receives from others, whichever is more
     logical_bytes: int = 0  # what the busiest rank receives, own rows included
     memory: tuple[int, int] | None = None  # peak in PyTorch's allocator, growth outside of it
+    details: dict[str, float] = field(default_factory=dict)  # further columns: heading and number
 
     @property
     def median(self) -> float:
@@ -81,6 +82,9 @@ class Table:
             ("peak MiB", [_number(row.memory[0] / 2**20) if row.memory else "" for row in rows]),
             ("outside MiB", [_number(row.memory[1] / 2**20) if row.memory else "" for row in rows]),
         ]
+        for heading in dict.fromkeys(heading for row in rows for heading in row.details):
+            cells = [_number(row.details[heading]) if heading in row.details else "" for row in rows]
+            columns.append((heading, cells))
         return [column for column in columns if any(column[1])]
 
     def _ratio(self, row: Measurement) -> str:
@@ -114,6 +118,8 @@ class Table:
                 )
             if row.memory:
                 entry.update(peak_bytes=row.memory[0], outside_allocator_bytes=row.memory[1])
+            if row.details:
+                entry["details"] = row.details
             rows.append(entry)
         return {
             "title": self.title,
@@ -139,8 +145,8 @@ class Report:
     @classmethod
     def start(cls, world: World, files: dict[str, Path | None], commit: str | None, console: Console) -> Report:
         """Collective: asks every rank for its device."""
-        if files["plot"] and importlib.util.find_spec("matplotlib") is None:
-            raise UnsupportedError("--plot needs matplotlib: pip install matplotlib")
+        if files["plot"]:
+            need_matplotlib("--plot")
         names = world.gather(_device_name(world))
         counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         return cls(world, command_line(), {"devices": counted, **_versions(world, commit)}, files, console)
@@ -203,6 +209,12 @@ class Report:
             _write(self.files["markdown"], self.markdown())
         if self.files["plot"]:
             plot(self.tables, f"{self.command}\n{self.heading()}", self.files["plot"])
+
+
+def need_matplotlib(option: str) -> None:
+    """Raise UnsupportedError now instead of after the measurement."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError(f"{option} needs matplotlib: pip install matplotlib")
 
 
 def plot(tables: list[Table], title: str, path: Path) -> None:

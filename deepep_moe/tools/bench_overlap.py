@@ -1,0 +1,309 @@
+"""``bench overlap``: how much of dispatch and combine hides behind GEMMs, and what a step gains by it.
+
+One MoE layer with a shared expert, forward and backward with the gradients of all weights, uncached, in several
+orders (:data:`ORDERS`). The step is timed without a profiler; then a profiled step tells when each kernel ran, and the
+time in which kernels of communication ran beside others is what was hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+from deepep_moe.grouped import Groups, grouped_linear
+from deepep_moe.overlap import Overlap
+from deepep_moe.tools.bench_megatron import AGREEMENT, SEED, Layer, by_budget
+from deepep_moe.tools.bench_ops import Shape, routing
+from deepep_moe.tools.bench_report import Measurement, Table
+from deepep_moe.tools.bench_timing import Phases, World, step_samples
+
+IN_TURN, BESIDE = "in turn", "shared expert beside"
+NOTES = [
+    "One layer, forward and backward with weight gradients, bf16, uncached, host waits included. The shared expert is "
+    f"a gated MLP with the FFN size of one expert. {IN_TURN}: plan, dispatch, experts, combine, shared expert. "
+    f"{BESIDE}: its first GEMM while tokens travel to the experts, the second while they travel back. N chunks: "
+    "Overlap.pipeline, then the shared expert.",
+]
+GPU_NOTE = (
+    "Of one profiled step, mean over the ranks: communication is the time in which a kernel of ours that moves rows or "
+    "exchanges counts ran, its waits for the other ranks included; hidden the part of it in which another kernel ran "
+    "too; GEMMs the time in which a GEMM ran."
+)
+
+_COMMUNICATION = re.compile(r"dispatch_kernel|combine_kernel|exchange|nccl", re.IGNORECASE)
+_GEMM = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|matmul", re.IGNORECASE)
+
+
+# ------------------------------------------------------------------------------------------------- the layer
+
+
+class MoELayer:
+    """Routed experts over ``dispatcher`` and one shared expert, all gated; the same weights on every call."""
+
+    def __init__(self, world: World, shape: Layer, tokens: int, config: DispatcherConfig) -> None:
+        self.dispatcher = TokenDispatcher(dist.group.WORLD, shape.experts, config, device=world.device)
+        self.overlap = Overlap(self.dispatcher)
+        local = shape.experts // world.size
+        generator = torch.Generator(world.device).manual_seed(SEED + world.rank)
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(size, generator=generator, device=world.device, dtype=torch.bfloat16)
+            return (values * scale).requires_grad_()
+
+        inner, outer = shape.hidden**-0.5, shape.ffn**-0.5
+        self.experts_in = draw(local, 2 * shape.ffn, shape.hidden, scale=inner)
+        self.experts_out = draw(local, shape.hidden, shape.ffn, scale=outer)
+        self.shared_in = draw(2 * shape.ffn, shape.hidden, scale=inner)
+        self.shared_out = draw(shape.hidden, shape.ffn, scale=outer)
+        self.x, self.gradient = draw(tokens, shape.hidden), draw(tokens, shape.hidden).detach()
+        routes = routing(Shape(tokens, shape.hidden, shape.topk, shape.experts), world.rank, imbalanced=False)
+        self.routes = routes.to(world.device)
+        weights = torch.rand(tokens, shape.topk, generator=generator, device=world.device)
+        self.weights = weights.softmax(1).requires_grad_()
+
+    def step(self, order: Callable[[MoELayer], Tensor], phase: Phases) -> Tensor:
+        """Forward and backward; returns the output."""
+        for leaf in (value for value in vars(self).values() if isinstance(value, Tensor)):
+            leaf.grad = None
+        out = order(self)
+        phase("forward")
+        out.backward(self.gradient)
+        phase("backward")
+        return out
+
+    def experts(self, arrived: Dispatched) -> Tensor:
+        groups = Groups(arrived.tokens_per_expert, arrived.tokens_per_expert_host)
+        gate, value = grouped_linear(arrived.rows, self.experts_in, groups).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * value, self.experts_out, groups)
+
+    def shared_first(self) -> Tensor:
+        gate, value = F.linear(self.x, self.shared_in).chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    def shared_second(self, inner: Tensor) -> Tensor:
+        return F.linear(inner, self.shared_out)
+
+
+def in_turn(layer: MoELayer) -> Tensor:
+    arrived = layer.dispatcher.dispatch(layer.x, layer.routes, layer.weights)
+    routed = layer.dispatcher.combine(layer.experts(arrived), arrived, weights=arrived.weights)
+    return routed + layer.shared_second(layer.shared_first())
+
+
+def shared_beside(layer: MoELayer) -> Tensor:
+    plan = layer.dispatcher.plan(layer.routes)
+    sent = layer.overlap.begin_dispatch(layer.x, plan, layer.weights)
+    inner = layer.shared_first()
+    arrived = sent.wait()
+    returning = layer.overlap.begin_combine(layer.experts(arrived), arrived, weights=arrived.weights)
+    shared = layer.shared_second(inner)
+    return returning.wait() + shared
+
+
+def in_chunks(layer: MoELayer) -> Tensor:
+    routed = layer.overlap.pipeline(layer.experts, layer.x, layer.routes, layer.weights)
+    return routed + layer.shared_second(layer.shared_first())
+
+
+def orders(chunks: Iterable[int]) -> dict[str, tuple[Callable[[MoELayer], Tensor], int]]:
+    """Name, and function with its number of chunks, of each way to run the layer."""
+    ways = {IN_TURN: (in_turn, 1), BESIDE: (shared_beside, 1)}
+    return {**ways, **{f"{n} chunks": (in_chunks, n) for n in chunks}}
+
+
+# ----------------------------------------------------------------------------------------------- the profile
+
+
+class Span(NamedTuple):
+    """One kernel, copy or fill on the GPU; microseconds."""
+
+    name: str
+    stream: int
+    start: float
+    stop: float
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind, pattern in KINDS.items() if pattern.search(self.name)), "other kernels")
+
+
+KINDS = {"communication": _COMMUNICATION, "GEMMs": _GEMM}
+
+Interval = tuple[float, float]
+
+
+def spans_of(trace: dict[str, Any]) -> list[Span]:
+    """What ran on the GPU according to a Chrome trace of torch.profiler, by start; times count from the first."""
+    events = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    first = min((event["ts"] for event in events), default=0.0)
+    spans = []
+    for event in events:
+        start = event["ts"] - first
+        spans.append(Span(event["name"], int(event["args"]["stream"]), start, start + event["dur"]))
+    return sorted(spans, key=lambda span: span.start)
+
+
+def covered(spans: Iterable[Span]) -> list[Interval]:
+    """The time in which at least one of ``spans`` ran, as disjoint intervals."""
+    result: list[Interval] = []
+    for start, stop in sorted((span.start, span.stop) for span in spans):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return result
+
+
+def in_both(left: list[Interval], right: list[Interval]) -> list[Interval]:
+    """The time in both of two lists of disjoint, sorted intervals."""
+    result, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        start, stop = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if start < stop:
+            result.append((start, stop))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return result
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    return sum(stop - start for start, stop in intervals)
+
+
+def hidden_time(spans: list[Span]) -> dict[str, float]:
+    """Columns of the table: communication, how much of it other kernels hide, GEMMs; microseconds and per cent."""
+    communication = covered(span for span in spans if span.kind == "communication")
+    others = covered(span for span in spans if span.kind != "communication")
+    whole, hidden = length(communication), length(in_both(communication, others))
+    return {
+        "communication us": whole,
+        "hidden us": hidden,
+        "hidden %": 100 * hidden / whole if whole else 0.0,
+        "GEMMs us": length(covered(span for span in spans if span.kind == "GEMMs")),
+    }
+
+
+def profiled(world: World, step: Callable[[], Any], save_as: Path | None) -> list[Span]:
+    """The spans of one step (none on a CPU); its Chrome trace goes to ``save_as``."""
+    world.meet()
+    with profile(activities=[ProfilerActivity.CUDA if world.on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        world.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_as or Path(folder) / "trace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        return spans_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+# ----------------------------------------------------------------------------------------------- the results
+
+
+class Timeline(NamedTuple):
+    """A profiled step of rank 0."""
+
+    title: str
+    spans: list[Span]
+
+
+def overlap_table(
+    world: World,
+    shape: Layer,
+    tokens: int,
+    budgets: list[int],
+    chunks: list[int],
+    repeats: int,
+    trace: Path | None,
+    done: Callable[[str], None],
+) -> tuple[Table, list[Timeline]]:
+    """Every order with every SM budget. Collective. Rank 0 writes a Chrome trace of each into the folder ``trace``."""
+    title = f"Overlap: {shape}, {tokens} tokens per rank, {world.size} ranks"
+    table = Table(title, {**shape._asdict(), "tokens": tokens, "ranks": world.size}, list(NOTES), reference=IN_TURN)
+    if world.on_gpu:
+        table.notes.append(GPU_NOTE)
+    timelines = []
+    reference: Tensor | None = None
+    for label, budget in by_budget(world, budgets):
+        for name, (order, count) in orders(chunks).items():
+            config = dataclasses.replace(DispatcherConfig.load(), num_sms=budget, num_chunks=count)
+            file = trace / f"{label}-{name}.json".replace(" ", "_") if trace and world.rank == 0 else None
+            samples, spans, output = measure(world, MoELayer(world, shape, tokens, config), order, repeats, file)
+            details = mean_over_ranks(world, hidden_time(spans)) if world.on_gpu else {}
+            table.rows.append(Measurement(label, samples, name, details=details))
+            timelines.append(Timeline(f"{label}, {name}", spans))
+            reference = output if reference is None else reference
+            error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
+            error = world.largest([error])[0]
+            if error > AGREEMENT:
+                table.notes.append(
+                    f"Not the same work: outputs of {label}, {name} differ by {error:.1%} of the largest."
+                )
+            gc.collect()
+            done(f"{label}, {name}")
+    return table, timelines
+
+
+def measure(
+    world: World, layer: MoELayer, order: Callable[[MoELayer], Tensor], repeats: int, save_as: Path | None
+) -> tuple[list[float], list[Span], Tensor]:
+    """Step times, the spans of a profiled step, and the output; the layer cannot be used afterwards."""
+
+    def step(phase: Phases) -> Tensor:
+        return layer.step(order, phase)
+
+    samples = step_samples(world, step, repeats)["total"]
+    spans = profiled(world, lambda: step(Phases(world)), save_as)
+    output = step(Phases(world)).detach().float()
+    layer.dispatcher.backend.close()
+    return samples, spans, output
+
+
+def mean_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:
+    every = world.gather(values)
+    return {name: sum(one[name] for one in every) / world.size for name in values}
+
+
+def draw(timelines: list[Timeline], title: str, path: Path) -> None:
+    """When each kernel ran, a row per stream, a panel per timeline."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    colours = {"communication": "C3", "GEMMs": "C0", "other kernels": "C7"}
+    figure, axes = pyplot.subplots(
+        len(timelines), 1, figsize=(12, 0.7 + 1.0 * len(timelines)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis, (name, spans) in zip(axes[:, 0], timelines):
+        streams = sorted({span.stream for span in spans})
+        for row, stream in enumerate(streams):
+            for kind, colour in colours.items():
+                these = [span for span in spans if (span.stream, span.kind) == (stream, kind)]
+                bars = [(span.start / 1e3, (span.stop - span.start) / 1e3) for span in these]
+                axis.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour)
+        axis.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams], fontsize=7)
+        axis.set_title(name, fontsize=8, loc="left")
+    axes[-1, 0].set_xlabel("ms")
+    patches = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside right upper", fontsize=8)
+    figure.suptitle(title, fontsize=7, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
