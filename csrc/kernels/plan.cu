@@ -177,10 +177,12 @@ __global__ void __launch_bounds__(kExchangeThreads, 1) count_and_exchange(const 
         args.tile_experts[static_cast<int64_t>(blockIdx.x) * experts + e] = routes[e];
         if (routes[e]) atomicAdd(&args.expert_totals[e], routes[e]);
     }
-    for (int r = threadIdx.x; r < ranks; r += blockDim.x) {
-        const int tokens = tile.tokens_to(1u << r);
-        args.tile_ranks[blockIdx.x * ranks + r] = tokens;
-        atomicAdd(&args.rank_totals[r], tokens);
+    for (int r = threadIdx.x / kWarpSize; r < ranks; r += blockDim.x / kWarpSize) {
+        const int tokens = tile.count_tokens_to(1u << r);
+        if (threadIdx.x % kWarpSize == 0) {
+            args.tile_ranks[blockIdx.x * ranks + r] = tokens;
+            atomicAdd(&args.rank_totals[r], tokens);
+        }
     }
     if (last_block_done<false>(args.runtime.local)) exchange_counts(args, own, routes, warp_sums);
 }
@@ -218,23 +220,23 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     }
     tile.read(rt, args.topk_idx, args.given_membership, args.num_tokens, topk, experts, false);
     const int first = tile.first, count = tile.count, routes = count * topk;
-    for (int i = threadIdx.x; i < count * ranks; i += blockDim.x) {
-        const int t = i / ranks, r = i % ranks;
-        int slot = -1;
-        if (tile.member[t] >> r & 1) {
-            slot = first_slot[r];
-            for (int u = 0; u < t; ++u) slot += tile.member[u] >> r & 1;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+    for (int r = warp; r < ranks; r += warps) {  // the tokens of one rank are numbered in order
+        int next_slot = first_slot[r];
+        for (int begin = 0; begin < count; begin += kWarpSize) {
+            const unsigned going = tile.tokens_to(1u << r, begin);
+            const int t = begin + lane, slot = next_slot + __popc(going & ((1u << lane) - 1));
+            if (t < count) slots[t * ranks + r] = going >> lane & 1 ? slot : -1;
+            next_slot += __popc(going);
         }
-        slots[i] = slot;
-        args.send_slot[static_cast<int64_t>(first) * ranks + i] = slot;
     }
 
     // A thread per route. The routes of one expert are numbered in order, warp after warp.
     const int e = threadIdx.x < routes ? tile.expert[threadIdx.x] : -1;
     const unsigned same = __match_any_sync(kFullMask, e);
-    const int index = __popc(same & ((1u << threadIdx.x % kWarpSize) - 1));
+    const int index = __popc(same & ((1u << lane) - 1));
     for (int turn = 0; turn * kWarpSize < routes; ++turn) {
-        if (threadIdx.x / kWarpSize == turn) {
+        if (warp == turn) {
             row[threadIdx.x] = e < 0 ? -1 : next_row[e] + index;
             __syncwarp();
             if (e >= 0 && index == 0) next_row[e] += __popc(same);
@@ -242,6 +244,9 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
         __syncthreads();
     }
     __syncthreads();
+
+    for (int i = threadIdx.x; i < count * ranks; i += blockDim.x)
+        args.send_slot[static_cast<int64_t>(first) * ranks + i] = slots[i];
 
     // One row of places per (token, rank), written by consecutive threads.
     const int words = received_words(topk);
