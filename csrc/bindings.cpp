@@ -69,4 +69,20 @@ PYBIND11_MODULE(_C, m) {
                                        report->seen);
              })
         .def("wait_seconds", &Buffer::wait_seconds);
+
+    m.def("weigh",
+          [](std::uintptr_t x, std::uintptr_t rows, std::uintptr_t weights, std::uintptr_t row_recv, std::uintptr_t out,
+             std::uintptr_t sums, int dtype, int num_rows, int row_bytes, std::uintptr_t stream) {
+              const deepep_moe::WeighArgs args{reinterpret_cast<const char*>(x),
+                                               reinterpret_cast<const char*>(rows),
+                                               reinterpret_cast<const float*>(weights),
+                                               reinterpret_cast<const int*>(row_recv),
+                                               reinterpret_cast<char*>(out),
+                                               reinterpret_cast<float*>(sums),
+                                               num_rows,
+                                               row_bytes};
+              const cudaError_t status = deepep_moe::launch_weigh(args, static_cast<deepep_moe::DataType>(dtype),
+                                                                  reinterpret_cast<cudaStream_t>(stream));
+              if (status != cudaSuccess) throw std::runtime_error(std::string("weigh: ") + cudaGetErrorString(status));
+          });
 }

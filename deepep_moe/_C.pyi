@@ -125,3 +125,18 @@ class Buffer:
         """failure, phase, peer, field, expected, seen (csrc/kernels/args.h)."""
 
     def wait_seconds(self) -> list[float]: ...
+
+def weigh(
+    x: int,
+    rows: int,
+    weights: int,
+    row_recv: int,
+    out: int,
+    sums: int,
+    dtype: int,
+    num_rows: int,
+    row_bytes: int,
+    stream: int,
+    /,
+) -> None:
+    """out [M, H] = x [M, H] * weights [M]; sums [M] fp32 = x * rows over H. Both 0 where row_recv is negative."""

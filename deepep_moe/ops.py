@@ -11,7 +11,7 @@ operator has no rows (``[0]``): operators cannot return None.
 
 Operators cost the host more than what they do here, and a layer makes four such calls. So the functions of this module
 take the plan as it is and go straight to a plain autograd.Function; through the operators only where something
-watches (:func:`watched`).
+watches (watched.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from deepep_moe.backends.base import Backend, Plan
 from deepep_moe.errors import HandleError
 from deepep_moe.fp8 import dequantize_e4m3
+from deepep_moe.watched import watched
+from deepep_moe.weigh import weigh_gradients
 
 NO_LIMIT = -1
 
@@ -212,14 +212,11 @@ class _Combine(torch.autograd.Function):
         grad_rows: Tensor | None = sent
         if ctx.apply_weights:  # of w * rows: the product rule
             rows, weights = ctx.saved_tensors
-            grad_rows = (sent.float() * weights.unsqueeze(1)).to(sent.dtype) if ctx.needs_input_grad[0] else None
-            grad_weights = None if rows is None else (sent.float() * rows.float()).sum(1)
+            wants_rows = ctx.needs_input_grad[0]
+            grad_rows, grad_weights = weigh_gradients(
+                sent, rows, weights, ctx.plan.row_recv, wants_rows=wants_rows, reuse=True
+            )
         return grad_rows, grad_weights, None, None, None, None
-
-
-def watched(x: Tensor) -> bool:
-    """Whether something has to see operators: torch.compile, FakeTensor, a dispatch mode, a tensor subclass."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
 
 
 def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:

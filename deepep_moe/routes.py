@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepep_moe.ops import watched
+from deepep_moe.watched import watched
 
 try:
     from deepep_moe import _C

@@ -1,4 +1,4 @@
-// Sums of rows in fp32, sixteen bytes at a time.
+// Sums and products of rows in fp32, sixteen bytes at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,6 +27,16 @@ struct Vector {
         const Vector other = unpack(bits);
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) v[i] += other.v[i] * scale;
+    }
+    __device__ __forceinline__ void add_product(const Vector& a, const Vector& b) {
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) v[i] += a.v[i] * b.v[i];
+    }
+    __device__ __forceinline__ Vector scaled(float scale) const {
+        Vector out;
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) out.v[i] = v[i] * scale;
+        return out;
     }
     static __device__ __forceinline__ Vector unpack(int4 bits);
     __device__ __forceinline__ int4 pack() const;

@@ -228,6 +228,17 @@ struct CombineArgs {
     int num_send_blocks;
 };
 
+// Rows times weights, and the gradients of that.
+struct WeighArgs {
+    const char* x;         // [M] rows
+    const char* rows;      // [M] rows, or null
+    const float* weights;  // [M]
+    const int* row_recv;   // [M], negative: padding, where out and sums are 0; null: there is none
+    char* out;             // [M] rows x * weights, or null; may be x
+    float* sums;           // [M] sums of x * rows over the row; unused without rows
+    int num_rows, row_bytes;
+};
+
 enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
 
 // From a routing map to indices: ascending, -1 where a row has fewer routes. A row with more than K gets the index
@@ -248,5 +259,6 @@ cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
+cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream);
 
 }  // namespace deepep_moe

@@ -29,6 +29,7 @@ from deepep_moe.errors import InputError, UnsupportedError
 from deepep_moe.tools.bench_ops import Shape, routing, say_budget
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import MemoryWatch, Phases, World, step_samples
+from deepep_moe.weigh import weigh_rows
 
 AGREEMENT = 0.02  # outputs may differ by this, relative to the largest: bf16 is rounded in other places
 SEED = 1234
@@ -77,8 +78,9 @@ def measure(
 
 DISPATCHER_NOTES = [
     "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
-    "nothing else; combine: rows to tokens; backward: of all three. TokenDispatcher starts from top-k indices, "
-    "Megatron's dispatchers from the router's map and probabilities.",
+    "nothing else, with deepep_moe.weigh_rows for all contenders alike; combine: rows to tokens; backward: of all "
+    "three. TokenDispatcher starts from top-k indices, Megatron's dispatchers from the router's map and "
+    "probabilities.",
     "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
     "(staging, NCCL's buffers, loaded kernels) first by this contender.",
 ]
@@ -114,7 +116,7 @@ def token_dispatcher(world: World, shape: Shape) -> Step:
         dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
         assert dispatched.weights is not None
         phase("dispatch")
-        rows = dispatched.rows * dispatched.weights[:, None].to(x.dtype)
+        rows = weigh_rows(dispatched.rows, dispatched.weights)
         phase("experts")
         output = dispatcher.combine(rows, dispatched)
         phase("combine")
@@ -150,7 +152,7 @@ def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
         tokens, sent_probs = dispatcher.token_dispatch(tokens, sent_probs)
         rows, _, row_probs = dispatcher.dispatch_postprocess(tokens, sent_probs)
         phase("dispatch")
-        rows = rows * row_probs[:, None].to(rows.dtype)
+        rows = weigh_rows(rows, row_probs)
         phase("experts")
         rows = dispatcher.combine_preprocess(rows)
         output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))

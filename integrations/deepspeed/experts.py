@@ -1,29 +1,30 @@
-"""How the local experts compute their rows: any module in a loop, plain MLPs as one grouped GEMM per layer.
+"""How the local experts compute their rows: any module in a loop, plain MLPs a linear layer of all experts at a time.
 
 Two kinds of MLP are recognised: an ``nn.Sequential`` of linear layers and activations, and a gated MLP whose three
 linear layers are named as in :data:`GATED`. The second kind has a forward of its own, so it is tried out against the
-formula when a model is converted; a module that computes anything else stays in the loop. So does everything where
-``grouped_mm`` has no kernel, everything under autocast, and modules with forward hooks.
+formula when a model is converted; a module that computes anything else stays in the loop. So does everything under
+autocast, and modules with hooks. How the GEMMs are called is the business of :mod:`deepep_moe.grouped`.
 
 Parameters stay where they are. Those of one kind are brought into one storage once, expert after expert, and ZeRO keeps
-them at equal distances in its flat buffers: the grouped GEMM then reads them in place. Else they are copied together.
+them at equal distances in its flat buffers: a grouped GEMM then reads them in place. Else it gets a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from deepep_moe.grouped import Groups, grouped_linear, spacing
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Names of the linear layers in ``down(activation(gate(x)) * up(x))``."""
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Sigmoid)
 _PROBES = (0.01, 1.0, 100.0)  # sizes of the inputs that a gated MLP is tried with: limits show up at large ones
-_grouped_mm: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 Linear = Callable[[str, Tensor], Tensor]
 """``linear(name, x)``: the linear layer of that name, of each row's own expert."""
@@ -53,9 +54,9 @@ class LocalExperts:
         Returns:
             [M, H']; nobody's rows are undefined.
         """
-        if self.formula is not None and _fits_grouped_mm(self, rows):
-            ends = counts.cumsum(0).to(torch.int32)
-            return self.formula(lambda name, x: self._grouped_linear(name, x, ends), rows)
+        if self.formula is not None and self._nothing_watches(rows):
+            groups = Groups(counts, counts_host)
+            return self.formula(lambda name, x: self._linear(name, x, groups), rows)
         sizes = (counts if counts_host is None else counts_host).tolist()
         parts = rows.split([*sizes, rows.shape[0] - sum(sizes)])
         outputs = [_call(expert, part) for expert, part in zip(self.experts, parts)]
@@ -67,22 +68,30 @@ class LocalExperts:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
         for layers in self.layers.values():
             weights = [layer.weight for layer in layers]
-            if not weights[0].is_cuda or _distance(weights) is not None:
+            if not weights[0].is_cuda or spacing(weights) is not None:
                 continue  # no grouped GEMM there, or done
             for weight, place in zip(weights, torch.stack([weight.detach() for weight in weights])):
                 weight.data = place
 
-    def _grouped_linear(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+    def _linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
         layers = self.layers[name]
-        weight = _Together.apply(*(layer.weight for layer in layers))
-        assert _grouped_mm is not None
-        out = _grouped_mm(x, weight.transpose(1, 2), offs=ends)
-        if layers[0].bias is None:
-            return out
-        # A last row of zeros for the rows that are nobody's: what comes back for them must reach no bias.
-        biases = torch.stack([*(layer.bias for layer in layers), torch.zeros_like(layers[0].bias)])
-        owner = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
-        return out + biases.index_select(0, owner)
+        biases = None if layers[0].bias is None else [layer.bias for layer in layers]
+        return grouped_linear(x, [layer.weight for layer in layers], groups, biases)
+
+    def _nothing_watches(self, rows: Tensor) -> bool:
+        """Whether a call of the modules would add nothing to their formula: no casts, no hooks."""
+        return (
+            not torch.is_autocast_enabled(rows.device.type)
+            and all(layers[0].weight.dtype == rows.dtype for layers in self.layers.values())
+            and not _has_any_global_hook()
+            and not any(
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                for module in self.modules
+            )
+        )
 
 
 def _call(expert: nn.Module, part: Tensor) -> Tensor:
@@ -91,52 +100,6 @@ def _call(expert: nn.Module, part: Tensor) -> Tensor:
     if isinstance(out, tuple):  # a bias beside the output is left out, as in DeepSpeed
         out = out[0]
     return out.reshape(part.shape[0], out.shape[-1])
-
-
-class _Together(torch.autograd.Function):
-    """[L, ...] from L equal parameters: a view where they lie at equal distances in one storage, else a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        distance = _distance(parameters)
-        if distance is None:
-            return torch.stack(parameters)
-        first = parameters[0].detach()
-        return first.as_strided((len(parameters), *first.shape), (distance, *first.stride()))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient.unbind(0)
-
-
-def _distance(parameters: Sequence[Tensor]) -> int | None:
-    """Elements from one parameter's start to the next's, if that is one number and fit for a grouped GEMM."""
-    first = parameters[0]
-    storage = first.untyped_storage().data_ptr()
-    starts = [
-        int(p.storage_offset()) for p in parameters if p.untyped_storage().data_ptr() == storage and p.is_contiguous()
-    ]
-    distance = starts[1] - starts[0] if len(starts) > 1 else first.numel()
-    fits = distance >= first.numel() and distance * first.element_size() % 16 == 0 and first.data_ptr() % 16 == 0
-    regular = starts == [starts[0] + i * distance for i in range(len(parameters))] if starts else False
-    return distance if fits and regular else None
-
-
-def _fits_grouped_mm(local: LocalExperts, rows: Tensor) -> bool:
-    """BF16 on a GPU that has the kernel, sizes it takes, and nothing that a call of the modules would add."""
-    return (
-        _grouped_mm is not None
-        and rows.is_cuda
-        and rows.shape[0] > 0
-        and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-        and not torch.is_autocast_enabled(rows.device.type)
-        and all(
-            first.weight.dtype == torch.bfloat16 and first.in_features % 8 == 0 and first.out_features % 8 == 0
-            for first, *_ in local.layers.values()
-        )
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in local.modules)
-    )
 
 
 def recognise(expert: nn.Module) -> Formula | None:

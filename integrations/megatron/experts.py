@@ -1,7 +1,8 @@
-"""Experts as one grouped GEMM per layer, for Megatron-Core without TransformerEngine or extra packages.
+"""Experts in one module with two weights, for Megatron-Core without TransformerEngine or extra packages.
 
-The dispatcher's rows are already in expert order, so all local experts are one ``grouped_mm`` of PyTorch. That takes
-BF16 on GPUs of compute capability 9.0 or newer; elsewhere (a CPU, FP32) the same module runs one GEMM per expert.
+The dispatcher's rows are already in expert order, so a linear layer of all local experts is one call of
+:func:`deepep_moe.grouped.grouped_linear`: a GEMM per expert where those are large, else one grouped GEMM. The
+activation runs once, over all rows.
 
 Use the class in a layer specification, or let the plugin put it in place of Megatron-Core's own local experts::
 
@@ -27,42 +28,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.utils.checkpoint import checkpoint
 
 from deepep_moe.errors import ConfigError, UnsupportedError
+from deepep_moe.grouped import Groups, grouped_linear, input_gradient, project, weight_gradients
 
 _EXTRA_STATE = "_extra_state"
-
-_grouped_mm: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-
-
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """``rows`` of expert i times ``weight[i]`` transposed, differentiable.
-
-    Args:
-        rows: ``[M, I]``, the rows of expert 0, then of expert 1, ...
-        weight: ``[L, O, I]``.
-        counts: ``[L]`` integers on any device; they sum to M.
-
-    Returns:
-        ``[M, O]``. Waits for the device if ``counts`` is there and ``grouped_mm`` cannot take the operands.
-    """
-    if _grouped_mm is not None and rows.shape[0] > 0 and _fits_grouped_mm(rows, weight):
-        ends = counts.to(rows.device, non_blocking=True).cumsum(0).to(torch.int32)
-        return _grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    return torch.cat([F.linear(part, one) for part, one in zip(rows.split(counts.tolist()), weight)])
-
-
-def _fits_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
-    """BF16 on a GPU that has the kernel, and rows of 16 bytes or a multiple."""
-    return (
-        rows.is_cuda
-        and rows.dtype == weight.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-        and weight.shape[1] % 8 == 0
-        and weight.shape[2] % 8 == 0
-    )
 
 
 class GroupedExperts(MegatronModule):
@@ -149,18 +121,12 @@ class GroupedExperts(MegatronModule):
         if self.config.moe_apply_probs_on_input:
             rows = (probs[:, None] * rows).to(rows.dtype)
             probs = torch.ones_like(probs)
-        hidden = grouped_linear(rows, self.weight1, tokens_per_expert)
-        if not self.activation_recompute:
-            return self._activate_and_project(hidden, probs, tokens_per_expert), None
-        # Keeps `hidden` alone. The backward repeats the activation only: recomputation stops at the second GEMM, once
-        # its inputs are there.
-        output = checkpoint(
-            self._activate_and_project, hidden, probs, tokens_per_expert, use_reentrant=False, preserve_rng_state=False
-        )
-        return output, None
-
-    def _activate_and_project(self, hidden: Tensor, probs: Tensor, counts: Tensor) -> Tensor:
-        return grouped_linear(self._activate(hidden, probs), self.weight2, counts)
+        groups = Groups(tokens_per_expert)
+        hidden = grouped_linear(rows, self.weight1, groups)
+        if self.activation_recompute:
+            output: Tensor = _ActivateAndProject.apply(self._activate, hidden, probs, self.weight2, groups)
+            return output, None
+        return grouped_linear(self._activate(hidden, probs), self.weight2, groups), None
 
     def _activate(self, hidden: Tensor, probs: Tensor) -> Tensor:
         """Activation, gate and routing probability; in the probabilities' precision, rounded once."""
@@ -258,6 +224,40 @@ class GroupedExperts(MegatronModule):
         return ShardedTensorFactory(
             f"{prefix}experts.{layer}.weight", weight, build, merge, (0, 0, self.dp_group.rank())
         )
+
+
+class _ActivateAndProject(torch.autograd.Function):
+    """The activation and the second linear layer, of which ``hidden`` is kept and the activation computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activate: Callable[..., Tensor], hidden: Tensor, probs: Tensor, weight: Tensor, groups: Groups
+    ) -> Tensor:
+        ctx.activate, ctx.groups = activate, groups
+        ctx.save_for_backward(hidden, probs, weight)
+        return project(activate(hidden, probs), (weight,), groups)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, probs, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        wanted = ctx.needs_input_grad[1:4]
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_(want) for tensor, want in zip((hidden, probs), wanted)]
+            activated = ctx.activate(*inputs)
+        grad_weight = weight_gradients(gradient, activated.detach(), (weight,), ctx.groups)[0] if wanted[2] else None
+        grads: list[Tensor | None] = [None, None]
+        if wanted[0] or wanted[1]:
+            found = iter(
+                torch.autograd.grad(
+                    activated,
+                    [tensor for tensor in inputs if tensor.requires_grad],
+                    input_gradient(gradient, (weight,), ctx.groups),
+                )
+            )
+            grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
+        return None, *grads, grad_weight, None
 
 
 def _drop_extra_states(module: torch.nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

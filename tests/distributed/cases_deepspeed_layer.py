@@ -15,8 +15,9 @@ import torch.distributed as dist
 from deepspeed.moe import sharded_moe
 from torch import Tensor, nn
 
+from deepep_moe import grouped
 from deepep_moe.errors import ConfigError, DeepEPMoEError, InputError, UnsupportedError
-from deepep_moe.integrations.deepspeed import convert, experts
+from deepep_moe.integrations.deepspeed import convert
 from tests.distributed.cases_dispatcher import raises
 from tests.distributed.deepspeed_util import (
     EXPERTS,
@@ -145,20 +146,32 @@ def tensor_parallel_model_and_experts(group: dist.ProcessGroup) -> None:
 def grouped_gemm(group: dist.ProcessGroup) -> None:
     """The code of the GPU path. On a CPU ``grouped_mm`` is slow, but computes the same."""
     calls = 0
-    real = experts._grouped_mm
+    real = grouped._grouped_mm
 
     def counting(*args: Any, **kwargs: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return real(*args, **kwargs)
 
-    always = mock.patch.object(experts, "_fits_grouped_mm", lambda local, rows: rows.shape[0] > 0)
-    with always, mock.patch.object(experts, "_grouped_mm", counting):
+    always = mock.patch.object(grouped, "_takes", lambda rows, weight: rows.shape[0] > 0)
+    with always, mock.patch.object(grouped, "_grouped_mm", counting):
         parity(Setup(k=2, expert=mlp))
         parity(Setup(k=2, expert=GatedMLP))
         parity(Setup(k=2, expert=mlp, stage=2, bf16=True))
         parity(Setup(k=2, expert=mlp, settings={"capacity_factor": 4.0}))  # with rows that are nobody's
-    assert calls == 2 * 2 * (2 + 3 + 2 + 2)  # steps, layers, linear layers
+    # Steps and layers; a linear layer makes three calls in a step, and one more for the gradient of its biases.
+    assert calls == 2 * 2 * (2 * 4 + 3 * 3 + 2 * 4 + 2 * 4)
+
+
+@case(ranks=(2,))
+def hooks_on_experts_are_called(group: dist.ProcessGroup) -> None:
+    engine = engine_for(Setup(k=2, expert=mlp), ours=True)
+    seen = []
+    for layer in engine.moe_layers:
+        for expert in layer.experts.deepspeed_experts:
+            expert[2].register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    train(engine, Setup(k=2), range(1))
+    assert len(seen) == 2 * EXPERTS // 2
 
 
 @case(ranks=(2,))
@@ -167,7 +180,7 @@ def zero_keeps_weights_where_one_gemm_can_read_them(group: dist.ProcessGroup) ->
     for layer in engine.moe_layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             weights = [expert.get_submodule(name).weight for expert in layer.experts.deepspeed_experts]
-            together = experts._Together.apply(*weights)
+            together = grouped.stacked(weights)
             assert together.data_ptr() == weights[0].data_ptr()
             assert torch.equal(together, torch.stack(weights))
 

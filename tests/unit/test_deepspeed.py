@@ -119,26 +119,6 @@ class TestRecognition:
         assert all(p.grad is None for p in expert.parameters())
 
 
-class TestWeightsTogether:
-    def test_view_at_equal_distances_and_copy_elsewhere(self) -> None:
-        flat = torch.randn(4 * 40)
-        spread = [nn.Parameter(flat[start : start + 32].view(4, 8)) for start in (0, 40, 80, 120)]
-        together = experts._Together.apply(*spread)
-        assert together.data_ptr() == flat.data_ptr()
-        assert torch.equal(together, torch.stack(spread))
-        for others in (spread[:3:2] + spread[1:2], [nn.Parameter(p.clone()) for p in spread]):  # not in order; apart
-            copied = experts._Together.apply(*others)
-            assert copied.data_ptr() != others[0].data_ptr()
-            assert torch.equal(copied, torch.stack(list(others)))
-
-    def test_gradient(self) -> None:
-        flat = torch.randn(2 * 32)
-        weights = [nn.Parameter(part.view(4, 8)) for part in flat.split(32)]
-        factor = torch.randn(2, 4, 8)
-        (experts._Together.apply(*weights) * factor).sum().backward()
-        assert torch.equal(torch.stack([w.grad for w in weights]), factor)
-
-
 class TestRouting:
     @pytest.mark.parametrize("k", [1, 2, 3])
     def test_equals_the_stock_gate(self, k: int) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 
 from deepep_moe.errors import ConfigError, UnsupportedError
 from tests.launch import ROOT, torchrun
@@ -169,25 +168,6 @@ def test_what_the_overlap_may_free(node: str, is_moe: bool, freed: bool) -> None
     arguments = () if registration._check_version().startswith("0.16") else (2,)
     assert should_free(node, is_moe, config(), *arguments) is freed
     assert should_free(node, is_moe, config(dispatcher="alltoall"), *arguments) is (is_moe and node != "")
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0], [8, 0, 0], [0, 0, 1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_linear(counts: list[int], dtype: torch.dtype) -> None:
-    from deepep_moe.integrations.megatron.experts import grouped_linear
-
-    torch.manual_seed(0)
-    rows = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(3, 24, 16, dtype=dtype, requires_grad=True)
-    output = grouped_linear(rows, weight, torch.tensor(counts))
-    owner = torch.arange(3).repeat_interleave(torch.tensor(counts))
-    expected = torch.einsum("moi,mi->mo", weight[owner].float(), rows.float())
-    torch.testing.assert_close(output.float(), expected, rtol=1e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
-    gradient = torch.randn_like(output)
-    actual = torch.autograd.grad(output, (rows, weight), gradient)
-    wanted = torch.autograd.grad(expected, (rows, weight), gradient.float())
-    for one, other in zip(actual, wanted):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize(("name", "value"), [("fp8", "e4m3"), ("add_bias_linear", True), ("delay_wgrad_compute", True)])

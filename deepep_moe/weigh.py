@@ -1,0 +1,156 @@
+"""Rows times weights, with gradients for both: one pass over memory each way on a GPU.
+
+PyTorch takes several passes, most of them over fp32 copies of the rows. Without the CUDA extension, and where
+torch.compile or a dispatch mode watches, the same numbers come from PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepep_moe.errors import InputError
+from deepep_moe.watched import watched
+
+try:
+    from deepep_moe import _C
+except ImportError:  # not built, or for another Python
+    _kernel: Any = None
+else:
+    _kernel = _C.weigh
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType of csrc/kernels/args.h
+_VECTOR_BYTES = 16  # the kernel moves rows in units of this
+
+
+def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """``rows[m] * weights[m]`` in fp32, rounded once to the rows' dtype. Differentiable in both.
+
+    For experts that weigh their own output, as frameworks do that put the routing weights into the experts. Where a
+    combine follows directly, ``TokenDispatcher.combine(weights=...)`` does it on the way.
+
+    Args:
+        rows: [M, H] bf16, fp16 or fp32.
+        weights: [M], any float type, on the rows' device.
+
+    Raises:
+        InputError: another shape, dtype or device.
+    """
+    if rows.dim() != 2 or rows.dtype not in _DTYPE_CODES:
+        raise InputError("rows", f"{rows.dtype} of shape {tuple(rows.shape)}", "must be [M, H] bf16, fp16 or fp32")
+    if weights.shape != rows.shape[:1] or not weights.is_floating_point():
+        raise InputError(
+            "weights",
+            f"{weights.dtype} of shape {tuple(weights.shape)}",
+            f"must be floating point of shape ({rows.shape[0]},), one for each row",
+        )
+    if weights.device != rows.device:
+        raise InputError("weights", weights.device, f"must be on {rows.device}, the device of rows")
+    weights = weights.float()
+    if watched(rows) or watched(weights):
+        return _times(rows, weights)
+    return _Weigh.apply(rows, weights)  # type: ignore[no-any-return]
+
+
+def weigh_gradients(
+    grad: Tensor,
+    rows: Tensor | None,
+    weights: Tensor,
+    row_recv: Tensor | None = None,
+    *,
+    wants_rows: bool = True,
+    reuse: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``weigh_rows(rows, weights)``: of the rows, and of the weights in fp32.
+
+    Args:
+        grad: [M, H], the gradient of the result.
+        rows: [M, H] of the same dtype; None where the weights want no gradient.
+        weights: [M] fp32.
+        row_recv: [M] int32, negative where a row is padding (``Plan.row_recv``): both gradients are 0 there, whatever
+            rows and weights hold. None: no row is.
+        wants_rows: whether the rows want a gradient.
+        reuse: ``grad`` is the caller's own and may be overwritten.
+
+    Returns:
+        [M, H] and [M]; None for what is not wanted.
+    """
+    if rows is None and not wants_rows:
+        return None, None
+    if _on_kernel(grad, weights):
+        x = _aligned(grad)
+        own = reuse or x is not grad
+        out = None if not wants_rows else x if own else torch.empty_like(x)
+        return out, _launch(x, rows, weights, row_recv, out)
+    if row_recv is not None:
+        padding = row_recv < 0
+        weights = weights.masked_fill(padding, 0.0)
+        rows = None if rows is None else rows.masked_fill(padding.unsqueeze(1), 0.0)
+    return (
+        _times(grad, weights) if wants_rows else None,
+        None if rows is None else (grad.float() * rows.float()).sum(1),
+    )
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
+        if not _on_kernel(rows, weights):
+            return _times(rows, weights)
+        x = _aligned(rows)
+        out = torch.empty_like(x)
+        _launch(x, None, weights, None, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weights = ctx.saved_tensors
+        return weigh_gradients(grads[0], rows, weights, wants_rows=ctx.needs_input_grad[0])
+
+
+def _times(rows: Tensor, weights: Tensor) -> Tensor:
+    return (rows.float() * weights.unsqueeze(1)).to(rows.dtype)
+
+
+def _on_kernel(rows: Tensor, weights: Tensor) -> bool:
+    """Whether the kernel serves these rows; it leaves nothing behind that could be differentiated once more."""
+    return (
+        _kernel is not None
+        and rows.is_cuda
+        and rows.dtype in _DTYPE_CODES
+        and rows.shape[1] * rows.element_size() % _VECTOR_BYTES == 0
+        and not (torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad))
+        and not watched(rows)
+    )
+
+
+def _launch(
+    x: Tensor, rows: Tensor | None, weights: Tensor, row_recv: Tensor | None, out: Tensor | None
+) -> Tensor | None:
+    """``out = x * weights``; returns the sums over H of ``x * rows``, [M] fp32. ``x`` and ``out`` are aligned."""
+    rows = None if rows is None else _aligned(rows)
+    weights = weights.contiguous()
+    sums = None if rows is None else torch.empty_like(weights)
+    with torch.cuda.device(x.device):
+        _kernel(
+            x.data_ptr(),
+            0 if rows is None else rows.data_ptr(),
+            weights.data_ptr(),
+            0 if row_recv is None else row_recv.data_ptr(),
+            0 if out is None else out.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            _DTYPE_CODES[x.dtype],
+            x.shape[0],
+            x.shape[1] * x.element_size(),
+            torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    return sums
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Contiguous and starting at a multiple of 16 bytes; a view may start anywhere."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % _VECTOR_BYTES == 0 else rows.clone()
