@@ -8,6 +8,7 @@
 #include "runtime/buffer.h"
 
 namespace py = pybind11;
+using deepep_moe::Address;
 using deepep_moe::Buffer;
 
 PYBIND11_MODULE(_C, m) {
@@ -21,11 +22,17 @@ PYBIND11_MODULE(_C, m) {
     m.attr("SM90_FEATURES") = true;
 #endif
 
-    m.def("routes", [](std::uintptr_t routing_map, int num_tokens, int num_experts, int num_topk,
-                       std::uintptr_t topk_idx, std::uintptr_t stream) {
-        const cudaError_t status =
-            deepep_moe::launch_routes(reinterpret_cast<const bool*>(routing_map), num_tokens, num_experts, num_topk,
-                                      reinterpret_cast<int64_t*>(topk_idx), reinterpret_cast<cudaStream_t>(stream));
+    m.def("routes", [](Address routing_map, Address probs, int dtype, int num_tokens, int num_experts, int num_topk,
+                       Address topk_idx, Address weights, bool backward, Address stream) {
+        const deepep_moe::RoutesArgs args{reinterpret_cast<const bool*>(routing_map),
+                                          reinterpret_cast<void*>(probs),
+                                          num_tokens,
+                                          num_experts,
+                                          num_topk,
+                                          reinterpret_cast<int64_t*>(topk_idx),
+                                          reinterpret_cast<float*>(weights)};
+        const cudaError_t status = deepep_moe::launch_routes(args, static_cast<deepep_moe::DataType>(dtype), backward,
+                                                             reinterpret_cast<cudaStream_t>(stream));
         if (status != cudaSuccess) throw std::runtime_error(std::string("routes: ") + cudaGetErrorString(status));
     });
 

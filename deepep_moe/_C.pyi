@@ -5,8 +5,21 @@ MAX_TOPK: int
 MAX_EXPERTS: int
 SM90_FEATURES: bool
 
-def routes(routing_map: int, num_tokens: int, num_experts: int, num_topk: int, topk_idx: int, stream: int, /) -> None:
-    """Map [T, E] bool -> indices [T, K] int64, ascending, -1 where a row has fewer."""
+def routes(
+    routing_map: int,
+    probs: int,
+    dtype: int,
+    num_tokens: int,
+    num_experts: int,
+    num_topk: int,
+    topk_idx: int,
+    weights: int,
+    backward: bool,
+    stream: int,
+    /,
+) -> None:
+    """Map [T, E] bool and probabilities [T, E] -> indices [T, K] int64, ascending, -1 where a row has fewer, and their
+    weights [T, K] fp32; ``backward``: gradients of the weights -> of the probabilities. ``dtype`` is theirs."""
 
 class Buffer:
     def __init__(self, rank: int, num_ranks: int, device: int, timeout_seconds: float, record_waits: bool) -> None: ...
@@ -54,18 +67,7 @@ class Buffer:
     def copy_expert_counts(self, out_int64: int, count: int, /) -> None: ...
     def place_plan(self, send_slot: int, stream: int, /) -> None: ...
     def collect_plan(
-        self,
-        rank_prefix: int,
-        expert_counts: int,
-        expert_offsets: int,
-        recv_topk_idx: int,
-        recv_src_idx: int,
-        recv_rows: int,
-        row_recv: int,
-        max_recv: int,
-        max_rows: int,
-        stream: int,
-        /,
+        self, counted: int, received: int, row_recv: int, max_recv: int, max_rows: int, stream: int, /
     ) -> None: ...
     def set_route(
         self,
@@ -74,10 +76,8 @@ class Buffer:
         max_recv: int,
         max_rows: int,
         send_slot: int,
-        rank_prefix: int,
-        recv_topk_idx: int,
-        recv_src_idx: int,
-        recv_rows: int,
+        counted: int,
+        received: int,
         row_recv: int,
         grouped: bool,
         /,

@@ -46,10 +46,10 @@ class Handle(tuple):
     def of(cls, plan: Plan, is_token_in_rank: Tensor, owner: object) -> Handle:
         handle = cls(
             (
-                plan.rank_prefix,
+                plan.rank_prefix.to(torch.int32),
                 plan.expert_counts,
                 plan.expert_offsets,
-                plan.recv_src_idx,
+                plan.recv_src_idx.contiguous(),
                 is_token_in_rank,
                 plan.send_slot,
             )

@@ -110,19 +110,10 @@ class TokenDispatcher:
             RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
         """
         plan = topk_idx if isinstance(topk_idx, Plan) else self.plan(topk_idx)
-        alignment = plan.alignment
         if topk_weights is not None:
             topk_weights = topk_weights.float()
-        rows, weights = ops.dispatch(
-            x,
-            topk_weights,
-            plan.tensors(),
-            self._backend_number,
-            self.num_experts,
-            alignment,
-            self.config.fp8_dispatch,
-        )
-        return Dispatched(rows, None if topk_weights is None else weights, plan, self._backend_number)
+        rows, weights = ops.dispatch(x, topk_weights, plan, self._backend_number, self.config.fp8_dispatch)
+        return Dispatched(rows, weights, plan, self._backend_number)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> Tensor:
         """Sum the rows of each token at the rank it came from. Collective; differentiable in rows and weights.
@@ -145,10 +136,8 @@ class TokenDispatcher:
         tokens, _ = ops.combine(
             rows,
             None if weights is None else weights.float(),
-            dispatched.plan.tensors(),
+            dispatched.plan,
             self._backend_number,
-            self.num_experts,
-            self.config.expert_alignment,
             weights is not None,
             self.config.fp8_dispatch_grad,
         )

@@ -303,10 +303,10 @@ class ElasticBuffer:
             num_recv_tokens_per_expert_list=[]
             if host is None
             else [-(-count // plan.alignment) * plan.alignment for count in host.tolist()],
-            psum_num_recv_tokens_per_scaleup_rank=plan.rank_prefix[:, self.rank_idx],
+            psum_num_recv_tokens_per_scaleup_rank=plan.rank_prefix[:, self.rank_idx].to(torch.int32),
             psum_num_recv_tokens_per_expert=plan.expert_offsets[1:].to(torch.int32),
             num_unaligned_recv_tokens_per_expert=plan.expert_counts.to(torch.int32),
-            recv_src_metadata=plan.recv_src_idx,
+            recv_src_metadata=plan.recv_src_idx.contiguous(),
             dst_buffer_slot_idx=plan.send_slot,
             plan=plan,
             owner=self._identity,

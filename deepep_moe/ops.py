@@ -6,12 +6,12 @@ are transposes of each other on the same plan**, so the backward of one is the o
 rows by weights first is ``combine(w * rows)``, and its gradients follow by the product rule.
 
 A plan passes through the ops as its list of tensors. A backend passes as a number from :func:`register_backend`:
-the registry is weak, whoever made the number keeps the backend alive.
+the registry is weak, whoever made the number keeps the backend alive. Where a tensor is absent an output of an
+operator has no rows (``[0]``): operators cannot return None.
 
-Where a tensor is absent an output has no rows (``[0]``): operators cannot return None.
-
-``dispatch`` and ``combine`` register their autograd as a kernel of their own, a plain autograd.Function: per call
-that costs the host a third of what torch.library.register_autograd does, and a layer makes four such calls.
+Operators cost the host more than what they do here, and a layer makes four such calls. So the functions of this module
+take the plan as it is and go straight to a plain autograd.Function; through the operators only where something
+watches (watched.py).
 """
 
 from __future__ import annotations
@@ -58,14 +58,13 @@ def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, 
         topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
         return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
-    with torch.no_grad():
-        return _backend(backend).plan(
-            topk_idx,
-            num_experts,
-            alignment=alignment,
-            max_recv=None if max_recv == NO_LIMIT else max_recv,
-            max_rows=None if max_rows == NO_LIMIT else max_rows,
-        )
+    return _backend(backend).plan(
+        topk_idx,
+        num_experts,
+        alignment=alignment,
+        max_recv=None if max_recv == NO_LIMIT else max_recv,
+        max_rows=None if max_rows == NO_LIMIT else max_rows,
+    )
 
 
 @torch.library.custom_op("deepep_moe::plan", mutates_args=())
@@ -98,13 +97,9 @@ def _(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv
 
     return [
         made(tokens, ranks),
-        made(ranks, ranks),
-        made(received, topk, dtype=torch.int64),
-        made(received),
-        made(received, topk),
+        made(ranks * ranks + 2 * local + 1, dtype=torch.int64),
+        made(received, 1 + 2 * topk),
         made(rows),
-        made(local, dtype=torch.int64),
-        made(local + 1, dtype=torch.int64),
         torch.empty(local if exact else 0, dtype=torch.int64, device="cpu"),
     ]
 
@@ -116,6 +111,120 @@ def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int,
     return Plan.from_tensors(num_experts, alignment, tensors)
 
 
+def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (None without weights).
+
+    ``fp8``: BF16 tokens travel as e4m3.
+    """
+    if watched(x):
+        rows, row_weights = _dispatch_op(x, weights, *_flat(plan, backend), fp8)
+        return rows, None if weights is None else row_weights
+    if _wants_grad(x, weights):
+        return _Dispatch.apply(x, weights, plan, backend, fp8)  # type: ignore[no-any-return]
+    return _run_dispatch(x, weights, plan, backend, fp8)
+
+
+def combine(
+    rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool, fp8_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Expert layout ``[M, H]`` -> ``[T, H]``.
+
+    ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second result is None) or carried
+    back beside them (the second result is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
+    """
+    if watched(rows):
+        tokens, carried = _combine_op(rows, weights, *_flat(plan, backend), apply_weights, fp8_grad)
+        return tokens, None if weights is None or apply_weights else carried
+    if _wants_grad(rows, weights):
+        return _Combine.apply(rows, weights, plan, backend, apply_weights, fp8_grad)  # type: ignore[no-any-return]
+    return _run_combine(rows, weights, plan, backend, apply_weights)
+
+
+def _run_dispatch(
+    x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool
+) -> tuple[Tensor, Tensor | None]:
+    if fp8 and x.dtype == torch.bfloat16:
+        sent = _backend(backend).dispatch(plan, x, weights=weights, quantize=True, grouped=True)
+        assert sent.scales is not None
+        return dequantize_e4m3(sent.x, sent.scales, x.dtype), sent.weights
+    sent = _backend(backend).dispatch(plan, x, weights=weights, grouped=True)
+    return sent.x, sent.weights
+
+
+def _run_combine(
+    rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    back = _backend(backend).combine(plan, rows, weights=weights, apply_weights=apply_weights, grouped=True)
+    return back.x, back.weights
+
+
+def _flat(plan: Plan, backend: int) -> tuple[list[Tensor | None], int, int, int]:
+    """A plan and its backend as operators take them."""
+    return plan.tensors(), backend, plan.num_experts, plan.alignment
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.plan, ctx.backend, ctx.has_weights = plan, backend, weights is not None
+        if not watched(x):
+            return _run_dispatch(x, weights, plan, backend, fp8)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _dispatch_op(x, weights, *_flat(plan, backend), fp8)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_rows, grad_weights = grads
+        carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
+        grad_x, grad_topk = combine(grad_rows, carried, ctx.plan, ctx.backend, False, False)
+        return grad_x, grad_topk, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor | None,
+        plan: Plan,
+        backend: int,
+        apply_weights: bool,
+        fp8_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.plan, ctx.backend, ctx.apply_weights, ctx.fp8_grad = plan, backend, apply_weights, fp8_grad
+        ctx.has_weights = weights is not None
+        if apply_weights:
+            ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
+        if not watched(rows):
+            return _run_combine(rows, weights, plan, backend, apply_weights)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _combine_op(  # type: ignore[no-any-return]
+                rows, weights, *_flat(plan, backend), apply_weights, fp8_grad
+            )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_tokens, grad_topk = grads
+        carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
+        sent, grad_weights = dispatch(grad_tokens, carried, ctx.plan, ctx.backend, ctx.fp8_grad)
+        grad_rows: Tensor | None = sent
+        if ctx.apply_weights:  # of w * rows: the product rule
+            rows, weights = ctx.saved_tensors
+            wants_rows = ctx.needs_input_grad[0]
+            grad_rows, grad_weights = weigh_gradients(
+                sent, rows, weights, ctx.plan.row_recv, wants_rows=wants_rows, reuse=True
+            )
+        return grad_rows, grad_weights, None, None, None, None
+
+
+def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad))
+
+
+# -- the operators: their own plumbing around the same functions -------------------------------------------------------
+
 _PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment"
 torch.library.define("deepep_moe::dispatch", f"(Tensor x, Tensor? weights, {_PLAN}, bool fp8) -> (Tensor, Tensor)")
 torch.library.define(
@@ -125,66 +234,23 @@ torch.library.define(
 _dispatch_op = torch.ops.deepep_moe.dispatch.default
 _combine_op = torch.ops.deepep_moe.combine.default
 
+Flat = list[Tensor | None]
 
-def dispatch(
-    x: Tensor,
-    weights: Tensor | None,
-    plan: list[Tensor | None],
-    backend: int,
-    num_experts: int,
-    alignment: int,
-    fp8: bool,
+
+@torch.library.impl("deepep_moe::dispatch", "default")
+def _(
+    x: Tensor, weights: Tensor | None, plan: Flat, backend: int, num_experts: int, alignment: int, fp8: bool
 ) -> tuple[Tensor, Tensor]:
-    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (``[0]`` without weights).
-
-    ``fp8``: BF16 tokens travel as e4m3.
-    """
-    return _call(_Dispatch, _dispatch_op, _dispatch_kernel, x, weights, plan, backend, num_experts, alignment, fp8)
+    routing = Plan.from_tensors(num_experts, alignment, plan)
+    rows, row_weights = _run_dispatch(x, weights, routing, backend, fp8)
+    return rows, _or_empty(row_weights, x)
 
 
-def combine(
+@torch.library.impl("deepep_moe::combine", "default")
+def _(
     rows: Tensor,
     weights: Tensor | None,
-    plan: list[Tensor | None],
-    backend: int,
-    num_experts: int,
-    alignment: int,
-    apply_weights: bool,
-    fp8_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Expert layout ``[M, H]`` -> ``[T, H]``.
-
-    ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second output is ``[0]``) or
-    carried back beside them (the second output is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
-    """
-    constants = (backend, num_experts, alignment, apply_weights, fp8_grad)
-    return _call(_Combine, _combine_op, _combine_kernel, rows, weights, plan, *constants)
-
-
-def _dispatch_kernel(
-    x: Tensor,
-    weights: Tensor | None,
-    plan: list[Tensor | None],
-    backend: int,
-    num_experts: int,
-    alignment: int,
-    fp8: bool,
-) -> tuple[Tensor, Tensor]:
-    engine, routing = _backend(backend), Plan.from_tensors(num_experts, alignment, plan)
-    if fp8 and x.dtype == torch.bfloat16:
-        sent = engine.dispatch(routing, x, weights=weights, quantize=True, grouped=True)
-        assert sent.scales is not None
-        rows = dequantize_e4m3(sent.x, sent.scales, x.dtype)
-    else:
-        sent = engine.dispatch(routing, x, weights=weights, grouped=True)
-        rows = sent.x
-    return rows, _or_empty(sent.weights, x)
-
-
-def _combine_kernel(
-    rows: Tensor,
-    weights: Tensor | None,
-    plan: list[Tensor | None],
+    plan: Flat,
     backend: int,
     num_experts: int,
     alignment: int,
@@ -192,12 +258,8 @@ def _combine_kernel(
     fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     routing = Plan.from_tensors(num_experts, alignment, plan)
-    back = _backend(backend).combine(routing, rows, weights=weights, apply_weights=apply_weights, grouped=True)
-    return back.x, _or_empty(back.weights, rows)
-
-
-torch.library.impl("deepep_moe::dispatch", "default")(_dispatch_kernel)
-torch.library.impl("deepep_moe::combine", "default")(_combine_kernel)
+    tokens, carried = _run_combine(rows, weights, routing, backend, apply_weights)
+    return tokens, _or_empty(carried, rows)
 
 
 def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
@@ -206,13 +268,7 @@ def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("deepep_moe::dispatch")
 def _(
-    x: Tensor,
-    weights: Tensor | None,
-    plan: list[Tensor | None],
-    backend: int,
-    num_experts: int,
-    alignment: int,
-    fp8: bool,
+    x: Tensor, weights: Tensor | None, plan: Flat, backend: int, num_experts: int, alignment: int, fp8: bool
 ) -> tuple[Tensor, Tensor]:
     count = Plan.from_tensors(num_experts, alignment, plan).num_rows
     return x.new_empty((count, x.shape[1])), x.new_empty(0 if weights is None else count, dtype=torch.float32)
@@ -222,7 +278,7 @@ def _(
 def _(
     rows: Tensor,
     weights: Tensor | None,
-    plan: list[Tensor | None],
+    plan: Flat,
     backend: int,
     num_experts: int,
     alignment: int,
@@ -237,86 +293,24 @@ def _(
     )
 
 
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any
-    ) -> tuple[Tensor, Tensor]:
-        ctx.backend_and_sizes, ctx.has_weights = constants[:3], weights is not None
-        ctx.save_for_backward(*plan)
-        return _below_autograd(_dispatch_op, _dispatch_kernel, x, weights, plan, *constants)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad_rows, grad_weights = grads
-        carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
-        backend, num_experts, alignment = ctx.backend_and_sizes
-        plan = list(ctx.saved_tensors)
-        grad_x, grad_topk = combine(grad_rows, carried, plan, backend, num_experts, alignment, False, False)
-        return grad_x, (None if carried is None else grad_topk), *[None] * 5
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any
-    ) -> tuple[Tensor, Tensor]:
-        *ctx.backend_and_sizes, ctx.apply_weights, ctx.fp8_grad = constants
-        ctx.has_weights = weights is not None
-        keeps_rows = ctx.apply_weights and ctx.needs_input_grad[1]
-        ctx.save_for_backward(rows if keeps_rows else None, weights if ctx.apply_weights else None, *plan)
-        return _below_autograd(_combine_op, _combine_kernel, rows, weights, plan, *constants)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad_tokens, grad_topk = grads
-        rows, weights, *plan = ctx.saved_tensors
-        carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
-        backend, num_experts, alignment = ctx.backend_and_sizes
-        sent, sent_weights = dispatch(grad_tokens, carried, plan, backend, num_experts, alignment, ctx.fp8_grad)
-        grad_rows: Tensor | None = sent
-        grad_weights = None if carried is None else sent_weights
-        if ctx.apply_weights:  # of w * rows: the product rule
-            row_recv = Plan.from_tensors(num_experts, alignment, plan).row_recv
-            wants_rows = ctx.needs_input_grad[0]
-            grad_rows, grad_weights = weigh_gradients(sent, rows, weights, row_recv, wants_rows=wants_rows, reuse=True)
-        return grad_rows, grad_weights, *[None] * 6
-
-
-def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad))
-
-
-def _call(
-    function: type[torch.autograd.Function],
-    operator: Any,
-    kernel: Any,
-    x: Tensor,
-    weights: Tensor | None,
-    plan: list[Tensor | None],
-    *constants: Any,
-) -> tuple[Tensor, Tensor]:
-    """The operator; where nothing watches, without the dispatcher's way there, which costs more than the call."""
-    if watched(x):
-        return operator(x, weights, plan, *constants)
-    if _wants_grad(x, weights):
-        return function.apply(x, weights, plan, *constants)
-    return kernel(x, weights, plan, *constants)
-
-
-def _below_autograd(operator: Any, kernel: Any, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if not watched(x):
-        return kernel(x, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(x, *rest)
-
-
 def _register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
-    def kernel(x: Tensor, weights: Tensor | None, plan: list[Tensor | None], *constants: Any) -> tuple[Tensor, Tensor]:
+    """A kernel that calls the autograd.Function: torch.library.register_autograd costs the host three times as much."""
+
+    def kernel(
+        x: Tensor,
+        weights: Tensor | None,
+        plan: Flat,
+        backend: int,
+        num_experts: int,
+        alignment: int,
+        *switches: bool,
+    ) -> tuple[Tensor, Tensor]:
         if _wants_grad(x, weights):
-            return function.apply(x, weights, plan, *constants)
+            routing = Plan.from_tensors(num_experts, alignment, plan)
+            out, out_weights = function.apply(x, weights, routing, backend, *switches)
+            return out, _or_empty(out_weights, out)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(x, weights, plan, *constants)
+            return operator(x, weights, plan, backend, num_experts, alignment, *switches)
 
     torch.library.impl(name, "Autograd")(kernel)
 

@@ -1,54 +1,89 @@
-"""From a routing map, as Megatron-Core's routers give it, to the expert indices that a plan wants."""
+"""From a routing map, as Megatron-Core's routers give it, to the expert indices and weights that a dispatch takes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepep_moe.ops import watched
+from deepep_moe.watched import watched
+
+try:
+    from deepep_moe import _C
+except ImportError:  # not built, or for another Python: PyTorch's operators do the same
+    _kernel: Any = None
+else:
+    _kernel = _C.routes
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
 
 
-def routes(routing_map: Tensor, topk: int) -> Tensor:
-    """``routing_map [T, E]`` bool -> ``[T, topk]`` int64 experts in ascending order, -1 where a row has fewer.
+def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Indices and weights of every token's routes; differentiable in ``probs``. Never waits for the device.
 
-    Never waits for the device. A row with n > ``topk`` routes gets the index E + n, which a plan refuses by name.
+    Args:
+        routing_map: [T, E] bool.
+        probs: [T, E], any float type.
+        topk: K, most routes of a token. A row with n > K routes gets the index E + n, which a plan refuses by name.
+
+    Returns:
+        [T, K] int64 experts in ascending order, -1 where a row has fewer; [T, K] fp32 probabilities, 0 there.
     """
-    if watched(routing_map):
-        return _routes_op(routing_map, topk)
-    return _by_kernel(routing_map, topk) if routing_map.is_cuda else _by_sorting(routing_map, topk)
+    if _kernel is None or not routing_map.is_cuda or watched(probs) or probs.dtype not in _DTYPE_CODES:
+        return _by_sorting(routing_map, probs, topk)
+    return _Routes.apply(probs, routing_map, topk)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("deepep_moe::routes", mutates_args=())
-def _routes_op(routing_map: Tensor, topk: int) -> Tensor:
-    return _by_sorting(routing_map, topk)
+class _Routes(torch.autograd.Function):
+    """One kernel each way: in front of every dispatch a chain of small operators would be most of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, probs: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        tokens, _ = routing_map.shape
+        index = torch.empty((tokens, topk), dtype=torch.int64, device=probs.device)
+        weights = torch.empty((tokens, topk), dtype=torch.float32, device=probs.device)
+        _launch(routing_map.contiguous(), probs.contiguous(), index, weights, backward=False)
+        ctx.mark_non_differentiable(index)
+        ctx.set_materialize_grads(False)
+        ctx.index, ctx.like = index, (probs.shape, probs.dtype)
+        return index, weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        grad_weights = grads[1]
+        if grad_weights is None:
+            return None, None, None
+        shape, dtype = ctx.like
+        grad_probs = torch.empty(shape, dtype=dtype, device=grad_weights.device)
+        _launch(None, grad_probs, ctx.index, grad_weights.contiguous(), backward=True)
+        return grad_probs, None, None
 
 
-def _by_sorting(routing_map: Tensor, topk: int) -> Tensor:
+def _launch(routing_map: Tensor | None, probs: Tensor, index: Tensor, weights: Tensor, *, backward: bool) -> None:
+    _kernel(
+        0 if routing_map is None else routing_map.data_ptr(),
+        probs.data_ptr(),
+        _DTYPE_CODES[probs.dtype],
+        *probs.shape,
+        index.shape[1],
+        index.data_ptr(),
+        weights.data_ptr(),
+        backward,
+        torch._C._cuda_getCurrentRawStream(probs.device.index),
+    )
+
+
+def _by_sorting(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     experts = routing_map.shape[1]
     # Number the routes so that topk lists them in expert order: its result has a fixed shape, and no ties matter.
     number = torch.arange(experts, 0, -1, dtype=torch.int32, device=routing_map.device)
     width = min(topk, experts)
     found = (routing_map * number).topk(width, dim=1).values
     index = torch.where(found > 0, experts - found, -1).long()
-    count = routing_map.sum(dim=1)
-    index[:, 0] = torch.where(count > topk, experts + count, index[:, 0])
-    return index if width == topk else torch.nn.functional.pad(index, (0, topk - width), value=-1)
-
-
-@_routes_op.register_kernel("cuda")
-def _by_kernel(routing_map: Tensor, topk: int) -> Tensor:
-    try:
-        from deepep_moe import _C
-    except ImportError:
-        return _by_sorting(routing_map, topk)
-    tokens, experts = routing_map.shape
-    index = torch.empty((tokens, topk), dtype=torch.int64, device=routing_map.device)
-    stream = torch.cuda.current_stream(routing_map.device).cuda_stream
-    with torch.cuda.device(routing_map.device):
-        _C.routes(routing_map.contiguous().data_ptr(), tokens, experts, topk, index.data_ptr(), stream)
-    return index
-
-
-@_routes_op.register_fake
-def _(routing_map: Tensor, topk: int) -> Tensor:
-    return routing_map.new_empty((routing_map.shape[0], topk), dtype=torch.int64)
+    count = routing_map.sum(dim=1, keepdim=True)
+    index = torch.where(count > topk, experts + count, index)
+    if width < topk:
+        index = torch.nn.functional.pad(index, (0, topk - width), value=-1)
+    weights = probs.gather(1, index.clamp(0, experts - 1)).float()
+    return index, torch.where(index >= 0, weights, 0.0)

@@ -26,12 +26,12 @@ struct Received {
     int most;          // rows of any peer, at most
     int own_start, own_count;
 
-    __device__ __forceinline__ Received(const Runtime& rt, const int* rank_prefix) {
+    __device__ __forceinline__ Received(const Runtime& rt, const int64_t* rank_prefix) {
         const int lane = threadIdx.x % kWarpSize;
         start = count = 0;
         if (lane < rt.num_ranks) {
-            start = lane > 0 ? rank_prefix[(lane - 1) * rt.num_ranks + rt.rank] : 0;
-            count = rank_prefix[lane * rt.num_ranks + rt.rank] - start;
+            start = lane > 0 ? static_cast<int>(rank_prefix[(lane - 1) * rt.num_ranks + rt.rank]) : 0;
+            count = static_cast<int>(rank_prefix[lane * rt.num_ranks + rt.rank]) - start;
         }
         own_start = __shfl_sync(kFullMask, start, rt.rank);
         own_count = __shfl_sync(kFullMask, count, rt.rank);

@@ -41,10 +41,15 @@ struct Tile {
         __syncthreads();
     }
 
-    // Tokens of the tile that go to any rank in `ranks`.
-    __device__ __forceinline__ int tokens_to(unsigned ranks) const {
+    // Which of the 32 tokens from `begin` on go to any rank in `ranks`, a bit each. The whole warp calls.
+    __device__ __forceinline__ unsigned tokens_to(unsigned ranks, int begin) const {
+        const int t = begin + threadIdx.x % kWarpSize;
+        return __ballot_sync(kFullMask, t < count && (member[t] & ranks) != 0);
+    }
+    // How many tokens of the tile do. The whole warp calls.
+    __device__ __forceinline__ int count_tokens_to(unsigned ranks) const {
         int tokens = 0;
-        for (int t = 0; t < count; ++t) tokens += (member[t] & ranks) != 0;
+        for (int begin = 0; begin < kTileTokens; begin += kWarpSize) tokens += __popc(tokens_to(ranks, begin));
         return tokens;
     }
 };

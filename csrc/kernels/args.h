@@ -98,7 +98,7 @@ struct HostStatus {
 
 // Symmetric memory for rows in flight, grown when a batch needs more (collectively).
 //   arrived [2][R][max_tokens] int: epoch of the row that lies in the slot
-//   places  [R][max_tokens][1 + 2 * K] int: token at its source; local expert per route; expert row per route
+//   places  [R][max_tokens][received_words] int: what the destination is told about each row
 //   data    [2][R - 1][max_tokens] rows of `pitch` bytes: the row, its scales, its weights
 struct Staging {
     char* base[kMaxRanks];  // [rank] as mapped here
@@ -117,12 +117,24 @@ struct Runtime {
     bool record_waits;
 };
 
-// The part of a plan that follows from the counts alone.
-struct CountedPlan {
-    int rank_prefix[kMaxRanks * kMaxRanks];   // [R, R]
-    int64_t expert_counts[kMaxExperts];       // [L]
-    int64_t expert_offsets[kMaxExperts + 1];  // [L + 1]
+// The part of a plan that follows from the counts alone, in one array: rank prefix [R, R], rows of each local expert
+// [L], first row of each local expert and the end of the last [L + 1].
+struct Counted {
+    int64_t* data;
+    int num_ranks, local_experts;
+
+    static constexpr int kMaxSize = kMaxRanks * kMaxRanks + 2 * kMaxExperts + 1;
+    __host__ __device__ int size() const { return num_ranks * num_ranks + 2 * local_experts + 1; }
+    __host__ __device__ int64_t& prefix(int source, int owner) const { return data[source * num_ranks + owner]; }
+    __host__ __device__ int64_t& rows(int expert) const { return data[num_ranks * num_ranks + expert]; }
+    __host__ __device__ int64_t& offset(int expert) const {
+        return data[num_ranks * num_ranks + local_experts + expert];
+    }
 };
+
+// What a rank knows about each row it receives: its token at the source, the local expert of each route, the expert
+// row of each route; -1 for none.
+inline __host__ __device__ int received_words(int num_topk) { return 1 + 2 * num_topk; }
 
 // Where tokens go, counted on this rank.
 struct LayoutArgs {
@@ -150,29 +162,32 @@ struct PlanArgs {
     int* rank_totals;         // [R], zero between plans
     int* expert_totals;       // [E], zero between plans
     int* row_base;            // [E] expert row at its owner of this rank's first route to the expert
-    CountedPlan* counted;     // what follows from the counts, until it is copied to the outputs below
+    Counted counted;          // what follows from the counts, until it is copied to out_counted
     int max_recv, max_rows;   // room in the outputs below
     int* send_slot;           // [T, R]
-    int* rank_prefix;         // [R, R]
-    int64_t* recv_topk_idx;   // [max_recv, K]
-    int* recv_src_idx;        // [max_recv]
-    int* recv_rows;           // [max_recv, K]
+    int64_t* out_counted;     // as Counted
+    int* received;            // [max_recv, received_words]
     int* row_recv;            // [max_rows]
-    int64_t* expert_counts;   // [L]
-    int64_t* expert_offsets;  // [L + 1]
 };
 
 // The part of a plan that moving rows needs.
 struct Route {
     int num_tokens, num_topk;
     int max_recv, max_rows;
-    const int* send_slot;          // [T, R]
-    const int* rank_prefix;        // [R, R]
-    const int64_t* recv_topk_idx;  // [N, K]
-    const int* recv_src_idx;       // [N]
-    const int* recv_rows;          // [N, K]
-    const int* row_recv;           // [M]
-    bool grouped;                  // expert layout, else rank layout
+    const int* send_slot;        // [T, R]
+    const int64_t* rank_prefix;  // [R, R]
+    const int* received;         // [N, received_words]
+    const int* row_recv;         // [M]
+    bool grouped;                // expert layout, else rank layout
+
+    // Of received row n and its route k.
+    __device__ __forceinline__ int source_token(int n) const { return entry(n, 0); }
+    __device__ __forceinline__ int local_expert(int n, int k) const { return entry(n, 1 + k); }
+    __device__ __forceinline__ int expert_row(int n, int k) const { return entry(n, 1 + num_topk + k); }
+
+    __device__ __forceinline__ int entry(int n, int word) const {
+        return received[static_cast<int64_t>(n) * received_words(num_topk) + word];
+    }
 };
 
 // 4-byte scales beside rows, with any strides (in elements).
@@ -226,11 +241,18 @@ struct WeighArgs {
 
 enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
 
+// From a routing map to indices: ascending, -1 where a row has fewer routes. A row with more than K gets the index
+// num_experts + their number, which a plan refuses.
+struct RoutesArgs {
+    const bool* routing_map;  // [T, E]; unused by the backward
+    void* probs;              // [T, E]: read; by the backward written, the gradient
+    int num_tokens, num_experts, num_topk;
+    int64_t* topk_idx;  // [T, K]: written; by the backward read
+    float* weights;     // [T, K]: written, 0 where there is no route; by the backward read, their gradient
+};
+
 // Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
-// Turn a routing map [T, E] of bool into indices [T, K], ascending, -1 where a row has fewer routes. A row with more
-// than K gets the index num_experts + their number, which a plan refuses.
-cudaError_t launch_routes(const bool* routing_map, int num_tokens, int num_experts, int num_topk, int64_t* topk_idx,
-                          cudaStream_t stream);
+cudaError_t launch_routes(const RoutesArgs& args, DataType probs, bool backward, cudaStream_t stream);
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);

@@ -133,7 +133,7 @@ __device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, boo
     weight = 0.0f;
     if (exists && n < args.route.max_recv) {
         if (args.route.grouped) {
-            if (lane < topk) row = args.route.recv_rows[static_cast<int64_t>(n) * topk + lane];
+            if (lane < topk) row = args.route.expert_row(n, lane);
             if (row >= 0 && args.weights) weight = args.weights[row];
             if (args.apply_weights) factor = weight;
         } else {

@@ -191,7 +191,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
 
         int place = -1;  // of this lane's copy
         if (route.grouped) {
-            if (lane < topk) place = route.recv_rows[static_cast<int64_t>(n) * topk + lane];
+            if (lane < topk) place = route.expert_row(n, lane);
         } else if (lane == 0) {
             place = n;
         }
@@ -201,7 +201,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
                              args.out_scales.channel_stride};
         const float* weights;
         if (own) {
-            const int token = route.recv_src_idx[n];
+            const int token = route.source_token(n);
             copy_token<kQuantise>(args, token, to, mask);
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
@@ -216,7 +216,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         }
         if (args.out_weights && lane < topk) {
             if (!route.grouped) {
-                const bool owned = route.recv_topk_idx[static_cast<int64_t>(n) * topk + lane] >= 0;
+                const bool owned = route.local_expert(n, lane) >= 0;
                 args.out_weights[static_cast<int64_t>(n) * topk + lane] = owned ? weights[lane] : 0.0f;
             } else if (place >= 0) {
                 args.out_weights[place] = weights[lane];

@@ -14,12 +14,17 @@ __global__ void __launch_bounds__(kTileEntries) layout_kernel(const __grid_const
 
     for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x)
         if (routes[e]) atomicAdd(&args.num_tokens_per_expert[e], routes[e]);
-    for (int r = threadIdx.x; r < ranks; r += blockDim.x)
-        atomicAdd(&args.num_tokens_per_rank[r], tile.tokens_to(1u << r));
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+    for (int r = warp; r < ranks; r += warps) {
+        const int tokens = tile.count_tokens_to(1u << r);
+        if (lane == 0) atomicAdd(&args.num_tokens_per_rank[r], tokens);
+    }
     if (args.num_tokens_per_node) {
         const unsigned node = args.ranks_per_node < 32 ? (1u << args.ranks_per_node) - 1 : ~0u;
-        for (int n = threadIdx.x; n < ranks / args.ranks_per_node; n += blockDim.x)
-            atomicAdd(&args.num_tokens_per_node[n], tile.tokens_to(node << (n * args.ranks_per_node)));
+        for (int n = warp; n < ranks / args.ranks_per_node; n += warps) {
+            const int tokens = tile.count_tokens_to(node << (n * args.ranks_per_node));
+            if (lane == 0) atomicAdd(&args.num_tokens_per_node[n], tokens);
+        }
     }
     for (int i = threadIdx.x; i < tile.count * ranks; i += blockDim.x)
         args.is_token_in_rank[static_cast<int64_t>(tile.first) * ranks + i] = tile.member[i / ranks] >> (i % ranks) & 1;

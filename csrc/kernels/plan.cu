@@ -100,7 +100,7 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         int rows = 0;
         for (int s = 0; s < ranks; ++s) {
             rows += counts[s].tokens_to_rank[d];
-            args.counted->rank_prefix[s * ranks + d] = rows;
+            args.counted.prefix(s, d) = rows;
         }
         // What does not fit is left out. Every rank learns of it, so that all raise.
         const int room = counts[d].header[PeerCounts::kMaxRecv];
@@ -127,8 +127,8 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         const int offset = start - group_start[owner * experts_per_rank];
         args.row_base[thread] = offset + before;
         if (owner == rt.rank) {
-            args.counted->expert_counts[local] = rows;
-            args.counted->expert_offsets[local] = min(offset, own_room);
+            args.counted.rows(local) = rows;
+            args.counted.offset(local) = min(offset, own_room);
             if (args.ticket) rt.status->expert_counts[local] = rows;
         }
     }
@@ -137,7 +137,7 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         const int room = counts[thread].header[PeerCounts::kMaxRows];
         if (total > room) report_problem(rt, kRowsOverflow, kPlanCounts, thread, 0, room, total);
         if (thread == rt.rank) {
-            args.counted->expert_offsets[experts_per_rank] = min(total, own_room);
+            args.counted.offset(experts_per_rank) = min(total, own_room);
             rt.status->num_rows = min(total, own_room);
         }
     }
@@ -177,10 +177,12 @@ __global__ void __launch_bounds__(kExchangeThreads, 1) count_and_exchange(const 
         args.tile_experts[static_cast<int64_t>(blockIdx.x) * experts + e] = routes[e];
         if (routes[e]) atomicAdd(&args.expert_totals[e], routes[e]);
     }
-    for (int r = threadIdx.x; r < ranks; r += blockDim.x) {
-        const int tokens = tile.tokens_to(1u << r);
-        args.tile_ranks[blockIdx.x * ranks + r] = tokens;
-        atomicAdd(&args.rank_totals[r], tokens);
+    for (int r = threadIdx.x / kWarpSize; r < ranks; r += blockDim.x / kWarpSize) {
+        const int tokens = tile.count_tokens_to(1u << r);
+        if (threadIdx.x % kWarpSize == 0) {
+            args.tile_ranks[blockIdx.x * ranks + r] = tokens;
+            atomicAdd(&args.rank_totals[r], tokens);
+        }
     }
     if (last_block_done<false>(args.runtime.local)) exchange_counts(args, own, routes, warp_sums);
 }
@@ -218,23 +220,23 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     }
     tile.read(rt, args.topk_idx, args.given_membership, args.num_tokens, topk, experts, false);
     const int first = tile.first, count = tile.count, routes = count * topk;
-    for (int i = threadIdx.x; i < count * ranks; i += blockDim.x) {
-        const int t = i / ranks, r = i % ranks;
-        int slot = -1;
-        if (tile.member[t] >> r & 1) {
-            slot = first_slot[r];
-            for (int u = 0; u < t; ++u) slot += tile.member[u] >> r & 1;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
+    for (int r = warp; r < ranks; r += warps) {  // the tokens of one rank are numbered in order
+        int next_slot = first_slot[r];
+        for (int begin = 0; begin < count; begin += kWarpSize) {
+            const unsigned going = tile.tokens_to(1u << r, begin);
+            const int t = begin + lane, slot = next_slot + __popc(going & ((1u << lane) - 1));
+            if (t < count) slots[t * ranks + r] = going >> lane & 1 ? slot : -1;
+            next_slot += __popc(going);
         }
-        slots[i] = slot;
-        args.send_slot[static_cast<int64_t>(first) * ranks + i] = slot;
     }
 
     // A thread per route. The routes of one expert are numbered in order, warp after warp.
     const int e = threadIdx.x < routes ? tile.expert[threadIdx.x] : -1;
     const unsigned same = __match_any_sync(kFullMask, e);
-    const int index = __popc(same & ((1u << threadIdx.x % kWarpSize) - 1));
+    const int index = __popc(same & ((1u << lane) - 1));
     for (int turn = 0; turn * kWarpSize < routes; ++turn) {
-        if (threadIdx.x / kWarpSize == turn) {
+        if (warp == turn) {
             row[threadIdx.x] = e < 0 ? -1 : next_row[e] + index;
             __syncwarp();
             if (e >= 0 && index == 0) next_row[e] += __popc(same);
@@ -243,8 +245,11 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     }
     __syncthreads();
 
+    for (int i = threadIdx.x; i < count * ranks; i += blockDim.x)
+        args.send_slot[static_cast<int64_t>(first) * ranks + i] = slots[i];
+
     // One row of places per (token, rank), written by consecutive threads.
-    const int words = 1 + 2 * topk;
+    const int words = received_words(topk);
     for (int i = threadIdx.x; i < count * ranks * words; i += blockDim.x) {
         const int word = i % words, r = i / words % ranks, t = i / words / ranks;
         const int slot = slots[t * ranks + r];
@@ -266,40 +271,33 @@ constexpr int kCollectThreads = 256;
 __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_constant__ PlanArgs args) {
     const Runtime& rt = args.runtime;
     if (rt.local->failed) return;
-    const int ranks = rt.num_ranks, topk = args.num_topk, words = 1 + 2 * topk;
+    const int ranks = rt.num_ranks, topk = args.num_topk, words = received_words(topk);
     const int experts_per_rank = args.num_experts / ranks;
     if (threadIdx.x < ranks)
         wait_flag(rt, &rt.control[rt.rank]->placed[threadIdx.x], rt.local->plan_epoch, kPlanPlaces, threadIdx.x);
     __syncthreads();
 
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const CountedPlan& counted = *args.counted;
-    if (thread < ranks * ranks) args.rank_prefix[thread] = counted.rank_prefix[thread];
-    if (thread < experts_per_rank) args.expert_counts[thread] = counted.expert_counts[thread];
-    if (thread <= experts_per_rank) args.expert_offsets[thread] = counted.expert_offsets[thread];
+    const Counted& counted = args.counted;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = thread; i < counted.size(); i += threads) args.out_counted[i] = counted.data[i];
     for (int64_t i = thread; i < static_cast<int64_t>(args.max_recv) * words; i += threads) {
         const int n = static_cast<int>(i / words), word = static_cast<int>(i % words);
         int source = 0, start = 0;
-        while (source < ranks && n >= counted.rank_prefix[source * ranks + rt.rank])
-            start = counted.rank_prefix[source++ * ranks + rt.rank];
+        while (source < ranks && n >= counted.prefix(source, rt.rank)) start = counted.prefix(source++, rt.rank);
         int value = -1;  // of a row that is not used
         if (source < ranks)
             value = places_of(args.staging, rt.rank, source, words)[static_cast<int64_t>(n - start) * words + word];
-        if (word == 0) {
-            args.recv_src_idx[n] = value;
-        } else if (word <= topk) {
-            args.recv_topk_idx[static_cast<int64_t>(n) * topk + word - 1] = value;
-        } else {
+        if (word > topk) {  // an expert row
             if (value >= args.max_rows) value = -1;
-            args.recv_rows[static_cast<int64_t>(n) * topk + word - 1 - topk] = value;
             if (value >= 0) args.row_recv[value] = n;
         }
+        args.received[i] = value;
     }
     // Rows that nothing was copied to: the padding of each group, and what lies behind the last one.
     for (int l = blockIdx.x; l <= experts_per_rank; l += gridDim.x) {
-        const int64_t begin = counted.expert_offsets[l] + (l < experts_per_rank ? counted.expert_counts[l] : 0);
-        const int64_t end = l < experts_per_rank ? counted.expert_offsets[l + 1] : args.max_rows;
+        const int64_t begin = counted.offset(l) + (l < experts_per_rank ? counted.rows(l) : 0);
+        const int64_t end = l < experts_per_rank ? counted.offset(l + 1) : args.max_rows;
         for (int64_t m = begin + threadIdx.x; m < end && m < args.max_rows; m += blockDim.x) args.row_recv[m] = -1;
     }
 }
@@ -322,9 +320,9 @@ cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream) {
-    const int64_t entries = static_cast<int64_t>(args.max_recv) * (1 + 2 * args.num_topk);
+    const int64_t entries = static_cast<int64_t>(args.max_recv) * received_words(args.num_topk);
     const int64_t wanted = (entries + kCollectThreads * 4 - 1) / (kCollectThreads * 4);
-    const int blocks = static_cast<int>(max(min(wanted, int64_t{128}), int64_t{8}));  // 8: threads for all of counted
+    const int blocks = static_cast<int>(max(min(wanted, int64_t{128}), int64_t{8}));
     collect_places<<<blocks, kCollectThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }

@@ -36,7 +36,7 @@ Buffer::Buffer(int rank, int num_ranks, int device, double timeout_seconds, bool
     check(cudaSetDevice(device), "cudaSetDevice");
     check(cudaMalloc(&runtime_.local, sizeof(LocalState)), "allocating device state");
     check(cudaMemset(runtime_.local, 0, sizeof(LocalState)), "clearing device state");
-    check(cudaMalloc(&counted_, sizeof(CountedPlan)), "allocating device state");
+    check(cudaMalloc(&counted_, Counted::kMaxSize * sizeof(int64_t)), "allocating device state");
     check(cudaHostAlloc(&runtime_.status, sizeof(HostStatus), cudaHostAllocMapped), "allocating pinned memory");
     *runtime_.status = HostStatus{};
     check(cudaDeviceSynchronize(), "clearing device state");
@@ -63,7 +63,7 @@ void Buffer::reserve_scratch(int64_t ints) {
 std::tuple<int64_t, int64_t> Buffer::staging_bytes(int num_ranks, int max_tokens, int num_topk, int64_t pitch) {
     const int64_t slots = static_cast<int64_t>(num_ranks) * max_tokens;
     const int64_t flags = align(2 * slots * sizeof(int));
-    const int64_t places = align(slots * (1 + 2 * num_topk) * sizeof(int));
+    const int64_t places = align(slots * received_words(num_topk) * sizeof(int));
     const int64_t half = align(static_cast<int64_t>(num_ranks - 1) * max_tokens * pitch);
     return {flags + places + 2 * half, flags + places};
 }
@@ -76,8 +76,7 @@ void Buffer::set_staging(const std::vector<Address>& addresses, int max_tokens, 
     // A plan that waited for more room has it now.
     const int fits = 1;
     check(cudaMemcpy(&runtime_.local->staging_fits, &fits, sizeof(fits), cudaMemcpyHostToDevice), "growing staging");
-    const auto [total, head] = staging_bytes(runtime_.num_ranks, max_tokens, num_topk, 0);
-    (void)total;
+    const int64_t head = std::get<1>(staging_bytes(runtime_.num_ranks, max_tokens, num_topk, 0));
     for (int r = 0; r < runtime_.num_ranks; ++r) staging_.base[r] = at<char>(addresses.at(r));
     staging_.max_tokens = max_tokens;
     staging_.places_offset = align(2 * static_cast<int64_t>(runtime_.num_ranks) * max_tokens * sizeof(int));
@@ -127,7 +126,7 @@ void Buffer::begin_plan(Address topk_idx, Address given_membership, Address give
     plan_.row_base = scratch_ + totals;
     plan_.tile_ranks = plan_.row_base + num_experts;
     plan_.tile_experts = plan_.tile_ranks + tiles * runtime_.num_ranks;
-    plan_.counted = counted_;
+    plan_.counted = {counted_, runtime_.num_ranks, num_experts / runtime_.num_ranks};
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
     check(launch_exchange_counts(plan_, as_stream(stream)), "exchanging counts");
@@ -155,33 +154,26 @@ void Buffer::place_plan(Address send_slot, Address stream) {
     check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
 }
 
-void Buffer::collect_plan(Address rank_prefix, Address expert_counts, Address expert_offsets, Address recv_topk_idx,
-                          Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv, int max_rows,
+void Buffer::collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows,
                           Address stream) {
     plan_.staging = staging_;
-    plan_.rank_prefix = at<int>(rank_prefix);
-    plan_.expert_counts = at<int64_t>(expert_counts);
-    plan_.expert_offsets = at<int64_t>(expert_offsets);
-    plan_.recv_topk_idx = at<int64_t>(recv_topk_idx);
-    plan_.recv_src_idx = at<int>(recv_src_idx);
-    plan_.recv_rows = at<int>(recv_rows);
+    plan_.out_counted = at<int64_t>(counted);
+    plan_.received = at<int>(received);
     plan_.row_recv = at<int>(row_recv);
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
     check(launch_collect_places(plan_, as_stream(stream)), "collecting places");
 }
 
-void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,
-                       Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, bool grouped) {
+void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,
+                       Address received, Address row_recv, bool grouped) {
     route_.num_tokens = num_tokens;
     route_.num_topk = num_topk;
     route_.max_recv = max_recv;
     route_.max_rows = max_rows;
     route_.send_slot = at<int>(send_slot);
-    route_.rank_prefix = at<int>(rank_prefix);
-    route_.recv_topk_idx = at<int64_t>(recv_topk_idx);
-    route_.recv_src_idx = at<int>(recv_src_idx);
-    route_.recv_rows = at<int>(recv_rows);
+    route_.rank_prefix = at<int64_t>(counted);  // which comes first
+    route_.received = at<int>(received);
     route_.row_recv = at<int>(row_recv);
     route_.grouped = grouped;
 }

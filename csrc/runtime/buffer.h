@@ -53,12 +53,10 @@ class Buffer {
     // Write the places of this rank's rows to their destinations. Does nothing where staging is too small, which
     // wait_plan() shows; then it is to be called again with larger staging.
     void place_plan(Address send_slot, Address stream);
-    void collect_plan(Address rank_prefix, Address expert_counts, Address expert_offsets, Address recv_topk_idx,
-                      Address recv_src_idx, Address recv_rows, Address row_recv, int max_recv, int max_rows,
-                      Address stream);
+    void collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows, Address stream);
 
-    void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address rank_prefix,
-                   Address recv_topk_idx, Address recv_src_idx, Address recv_rows, Address row_recv, bool grouped);
+    void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,
+                   Address received, Address row_recv, bool grouped);
     void dispatch(Address x, int row_bytes, int pitch, bool quantise, Address scales, int64_t scale_row_stride,
                   int64_t scale_channel_stride, int num_scales, Address weights, Address out, Address out_scales,
                   int64_t out_scale_row_stride, int64_t out_scale_channel_stride, Address out_weights, int num_blocks,
@@ -80,7 +78,7 @@ class Buffer {
     Staging staging_{};
     PlanArgs plan_{};
     Route route_{};
-    CountedPlan* counted_ = nullptr;
+    int64_t* counted_ = nullptr;
     int* scratch_ = nullptr;  // totals, row bases, tile counts
     int64_t scratch_ints_ = 0;
     int ticket_ = 0;

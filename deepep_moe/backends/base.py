@@ -28,7 +28,7 @@ Both orders are a function of the routing alone, so results are deterministic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -49,26 +49,23 @@ class Layout(NamedTuple):
 class Plan:
     """Routing metadata of one batch. Owns its tensors: it survives later plans of the same backend.
 
-    All tensors live on the backend's device except ``expert_counts_host``. -1 marks "no route" everywhere.
+    What belongs together shares a tensor, because making tensors is most of what a plan costs the host; properties
+    give the parts. All tensors live on the backend's device except ``expert_counts_host``. -1 marks "no route"
+    everywhere.
     """
 
     num_experts: int
     alignment: int  # rows of one expert are padded to a multiple of this
     topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped); may be the caller's own tensor
     send_slot: Tensor  # [T, R] int32: position of the token among those this rank sends to r, or -1
-    rank_prefix: Tensor  # [R, R] int32: [s][d] = rows that rank d receives from ranks 0..s
-    recv_topk_idx: Tensor  # [N, K] int64: local expert of the row's route k, or -1 (owned elsewhere)
-    recv_src_idx: Tensor  # [N] int32: token index at the source rank
-    recv_rows: Tensor  # [N, K] int32: expert row of the route, or -1
+    counted: Tensor  # [R * R + 2 * L + 1] int64: rank_prefix, expert_counts, expert_offsets
+    received: Tensor  # [N, 1 + 2 * K] int32: recv_src_idx, recv_topk_idx, recv_rows
     row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
-    expert_counts: Tensor  # [L] int64: rows of each local expert, padding not counted
-    expert_offsets: Tensor  # [L + 1] int64: first row of each local expert's padded group, then the end of the last
-    # one, which is M, or less where M was fixed beforehand
     expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
 
     @property
     def num_tokens(self) -> int:
-        return self.topk_idx.shape[0] if self.topk_idx.shape[1] else self.send_slot.shape[0]
+        return self.send_slot.shape[0]
 
     @property
     def num_topk(self) -> int:
@@ -77,24 +74,67 @@ class Plan:
     @property
     def num_recv(self) -> int:
         """N: rows in rank layout."""
-        return self.recv_src_idx.shape[0]
+        return self.received.shape[0]
 
     @property
     def num_rows(self) -> int:
         """M: rows in expert layout, padding included."""
         return self.row_recv.shape[0]
 
+    @property
+    def rank_prefix(self) -> Tensor:
+        """[R, R] int64: [s][d] = rows that rank d receives from ranks 0..s."""
+        ranks = self.send_slot.shape[1]
+        return self.counted[: ranks * ranks].view(ranks, ranks)
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """[L] int64: rows of each local expert, padding not counted."""
+        first, local_experts = self._expert_part()
+        return self.counted[first : first + local_experts]
+
+    @property
+    def expert_offsets(self) -> Tensor:
+        """[L + 1] int64: first row of each local expert's padded group, then the end of the last one, which is M, or
+        less where M was fixed beforehand."""
+        first, local_experts = self._expert_part()
+        return self.counted[first + local_experts :]
+
+    @property
+    def recv_src_idx(self) -> Tensor:
+        """[N] int32: token index at the source rank."""
+        return self.received[:, 0]
+
+    @property
+    def recv_topk_idx(self) -> Tensor:
+        """[N, K] int32: local expert of the row's route k, or -1 (owned elsewhere)."""
+        return self.received[:, 1 : 1 + self.num_topk]
+
+    @property
+    def recv_rows(self) -> Tensor:
+        """[N, K] int32: expert row of the route, or -1."""
+        return self.received[:, 1 + self.num_topk :]
+
+    def _expert_part(self) -> tuple[int, int]:
+        """Where ``expert_counts`` begin in ``counted``, and L."""
+        ranks = self.send_slot.shape[1]
+        return ranks * ranks, self.num_experts // ranks
+
     def tensors(self) -> list[Tensor | None]:
-        """The tensor fields in declaration order: what custom ops take and autograd saves."""
-        return [getattr(self, name) for name in _TENSOR_FIELDS]
+        """The tensor fields in declaration order: what custom ops take."""
+        return [
+            self.topk_idx,
+            self.send_slot,
+            self.counted,
+            self.received,
+            self.row_recv,
+            self.expert_counts_host,
+        ]
 
     @classmethod
     def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> Plan:
         """Inverse of :meth:`tensors`."""
         return cls(num_experts, alignment, *tensors)  # type: ignore[arg-type]
-
-
-_TENSOR_FIELDS = [field.name for field in fields(Plan)[2:]]
 
 
 class Rows(NamedTuple):

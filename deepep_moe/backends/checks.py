@@ -153,10 +153,14 @@ def check_shape(
     """Raise :class:`InputError` unless ``tensor`` has ``shape`` (None: any size), ``dtype`` and ``device``."""
     if not isinstance(tensor, Tensor):
         raise InputError(argument, type(tensor).__name__, "must be a torch.Tensor")
-    fits = tensor.dim() == len(shape) and all(n is None or n == m for n, m in zip(shape, tensor.shape, strict=True))
+    given = tensor.shape
+    fits = len(given) == len(shape)
+    if fits:
+        for wanted, size in zip(shape, given):  # a plain loop: this runs several times in every call
+            fits = fits and (wanted is None or wanted == size)
     if not fits:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise InputError(argument, f"shape {tuple(tensor.shape)}", f"must have shape ({wanted})")
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(argument, f"shape {tuple(given)}", f"must have shape ({sizes})")
     if dtype is not None and tensor.dtype != dtype:
         raise InputError(argument, tensor.dtype, f"must be {dtype}")
     if tensor.device != device:

@@ -100,7 +100,7 @@ class CollectiveBackend:
             "expert alignment": alignment,
         }
         counts = exchange.agree("plan", facts, problem, private=in_rank.sum(0).tolist())
-        prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int32)
+        prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int64)
         send_counts, recv_counts = counts[self.rank].tolist(), counts[:, self.rank].tolist()
 
         position = in_rank.cumsum(0, dtype=torch.int32) - 1
@@ -126,13 +126,9 @@ class CollectiveBackend:
             alignment=alignment,
             topk_idx=topk_idx.to(torch.int64, copy=True),
             send_slot=send_slot,
-            rank_prefix=prefix,
-            recv_topk_idx=recv_topk_idx,
-            recv_src_idx=recv_src_idx,
-            recv_rows=placed.recv_rows,
+            counted=torch.cat([prefix.reshape(-1), placed.counts, placed.offsets]),
+            received=torch.cat([recv_src_idx.unsqueeze(1), recv_topk_idx.to(torch.int32), placed.recv_rows], dim=1),
             row_recv=placed.row_recv,
-            expert_counts=placed.counts,
-            expert_offsets=placed.offsets,
             expert_counts_host=placed.counts.to("cpu", copy=True) if exact else None,
         )
 

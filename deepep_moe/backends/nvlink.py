@@ -89,15 +89,17 @@ class NVLinkBackend:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._device_index: int = device.index
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._runtime: _C.Buffer | None = _C.Buffer(
-            self.rank, self.world_size, device.index, config.timeout_seconds, config.debug_waits
+            self.rank, self.world_size, self._device_index, config.timeout_seconds, config.debug_waits
         )
         self._control: PeerMemory | None = PeerMemory(group, device, _C.Buffer.control_bytes())
         self._runtime.set_control(self._control.addresses)
         self._staging: PeerMemory | None = None
         self._staging_tokens = self._staging_topk = self._staging_pitch = 0
         self._last_stream: torch.cuda.Stream | None = None
+        self._last_stream_address = -1
 
     @staticmethod
     def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -162,10 +164,7 @@ class NVLinkBackend:
             )
             self._check_limits(num_experts, 0 if topk_idx is None else topk_idx.shape[1])
         except DeepEPMoEError:
-            # The peers are on their way into the exchange: let them know instead of letting them wait.
-            runtime.begin_plan(0, 0, 0, 0, 0, self.world_size, 1, True, True, 0, 0, self._enter_stream())
-            runtime.wait_plan()
-            runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
+            self._refuse_plan()
             raise
         if topk_idx is not None:
             tokens, topk = topk_idx.shape
@@ -199,12 +198,10 @@ class NVLinkBackend:
         )
         # Everything that does not need the counts is made while they travel.
         send_slot = self._empty(torch.int32, tokens, self.world_size)
-        rank_prefix = self._empty(torch.int32, self.world_size, self.world_size)
-        expert_counts = self._empty(torch.int64, local_experts)
-        expert_offsets = self._empty(torch.int64, local_experts + 1)
         room = topk <= self._staging_topk and self._staging is not None
         if room:
             runtime.place_plan(send_slot.data_ptr(), stream)  # does nothing if a rank has more tokens than fit
+        counted = self._empty(torch.int64, self.world_size * self.world_size + 2 * local_experts + 1)
         counts_host: Tensor | None = None
         if wait:
             counts_host = torch.empty(local_experts, dtype=torch.int64)
@@ -223,35 +220,19 @@ class NVLinkBackend:
         assert max_recv is not None
         max_rows = max_rows or 0
 
-        recv_topk_idx = self._empty(torch.int64, max_recv, topk)
-        recv_src_idx, recv_rows = self._empty(torch.int32, max_recv), self._empty(torch.int32, max_recv, topk)
+        received = self._empty(torch.int32, max_recv, 1 + 2 * topk)
         row_recv = self._empty(torch.int32, max_rows)
-        runtime.collect_plan(
-            rank_prefix.data_ptr(),
-            expert_counts.data_ptr(),
-            expert_offsets.data_ptr(),
-            recv_topk_idx.data_ptr(),
-            recv_src_idx.data_ptr(),
-            recv_rows.data_ptr(),
-            row_recv.data_ptr(),
-            max_recv,
-            max_rows,
-            stream,
-        )
-        return Plan(
-            num_experts,
-            alignment,
-            topk_idx,
-            send_slot,
-            rank_prefix,
-            recv_topk_idx,
-            recv_src_idx,
-            recv_rows,
-            row_recv,
-            expert_counts,
-            expert_offsets,
-            counts_host,
-        )
+        runtime.collect_plan(counted.data_ptr(), received.data_ptr(), row_recv.data_ptr(), max_recv, max_rows, stream)
+        return Plan(num_experts, alignment, topk_idx, send_slot, counted, received, row_recv, counts_host)
+
+    def _refuse_plan(self) -> None:
+        """Tell the peers, who are on their way into the exchange, not to wait for this rank."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # nothing runs: nobody waits
+        runtime = self._open()
+        runtime.begin_plan(0, 0, 0, 0, 0, self.world_size, 1, True, True, 0, 0, self._enter_stream())
+        runtime.wait_plan()
+        runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -368,10 +349,8 @@ class NVLinkBackend:
             plan.num_recv,
             plan.num_rows,
             plan.send_slot.data_ptr(),
-            plan.rank_prefix.data_ptr(),
-            plan.recv_topk_idx.data_ptr(),
-            plan.recv_src_idx.data_ptr(),
-            plan.recv_rows.data_ptr(),
+            plan.counted.data_ptr(),
+            plan.received.data_ptr(),
             plan.row_recv.data_ptr(),
             grouped,
         )
@@ -409,15 +388,16 @@ class NVLinkBackend:
 
     def _enter_stream(self) -> int:
         """The current stream, made to follow the last one used: kernels of one backend share staging."""
-        stream = torch.cuda.current_stream(self.device)
-        if stream != self._last_stream:
+        address: int = torch._C._cuda_getCurrentRawStream(self._device_index)
+        if address != self._last_stream_address:
+            stream = torch.cuda.current_stream(self.device)
             if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
                 stream.wait_stream(self._last_stream)
-            self._last_stream = stream
-        return stream.cuda_stream
+            self._last_stream, self._last_stream_address = stream, address
+        return address
 
     def _empty(self, dtype: torch.dtype, rows: int, columns: int | None = None) -> Tensor:
-        """torch.empty in half its host time, which counts: a plan makes nine tensors."""
+        """torch.empty in half its host time, which counts."""
         if columns is None:
             return torch.empty_strided((rows,), (1,), dtype=dtype, device=self.device)
         return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=self.device)

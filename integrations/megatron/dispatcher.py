@@ -113,9 +113,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             raise InputError(
                 "routing_map", f"{most} routes in a row", f"at most moe_router_topk = {topk} routes per token"
             )
-        index = routes(routing_map, topk)  # on a GPU the plan refuses such a row: nothing here waits for the device
-        weights = probs.gather(1, index.clamp(0, self.num_experts - 1)).float()
-        weights = torch.where(index >= 0, weights, 0.0)
+        # On a GPU the plan refuses such a row: nothing here waits for the device.
+        index, weights = routes(routing_map, probs, topk)
         if self.tp_size == 1:
             return index, weights
         # Ranks of the group: expert-parallel rank major, expert-tensor-parallel rank minor.
