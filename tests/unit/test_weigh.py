@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe import weigh_rows
+from deepep_moe import DispatcherConfig, TokenDispatcher, weigh_rows
 from deepep_moe.errors import InputError
 from deepep_moe.weigh import weigh_gradients
 
@@ -79,6 +82,29 @@ def test_padding_has_no_gradient_whatever_lies_there() -> None:
             assert got is not None and wanted is not None
             assert torch.equal(got[real], wanted[real])
             assert not got[~real].any()
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup | None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_combine_ignores_what_experts_leave_in_padding(group: dist.ProcessGroup) -> None:
+    dispatcher = TokenDispatcher(group, 2, DispatcherConfig(expert_alignment=4))
+    x, weights, grad = make(3, 8)
+    sent = dispatcher.dispatch(x, torch.tensor([[0], [1], [0]]), weights[:, None])
+    assert sent.weights is not None
+    padding = sent.weights == 0
+    assert padding.sum() == 5
+    rows = sent.rows.detach().masked_fill(padding[:, None], torch.nan).requires_grad_()
+    row_weights = sent.weights.detach().requires_grad_()
+    out = dispatcher.combine(rows, sent, weights=row_weights)
+    torch.testing.assert_close(out, x * weights[:, None])
+    grad_rows, grad_weights = torch.autograd.grad(out, (rows, row_weights), grad)
+    assert not grad_rows[padding].any() and not grad_weights[padding].any()
+    torch.testing.assert_close(grad_weights[~padding], (grad * x).sum(1)[[0, 2, 1]].detach())
 
 
 def test_bad_input_is_named() -> None:
