@@ -5,8 +5,8 @@ Importing this package before ``deepspeed.initialize`` teaches DeepSpeed (0.19.8
     import deepep_moe.integrations.deepspeed
     # ds_config: "deepep_moe": {"enabled": true, ...fields of DispatcherConfig}
 
-* Layers of ``deepspeed.moe.layer.MoE`` dispatch their tokens with a :class:`~deepep_moe.TokenDispatcher`. Without an
-  engine, :func:`convert` does the same to a model.
+* Layers of ``deepspeed.moe.layer.MoE`` dispatch their tokens with a :class:`~deepep_moe.TokenDispatcher`. Without the
+  block, :func:`convert` does the same to a model, and :class:`MoE` is such a layer from the start.
 * AutoEP (``expert_parallel`` with ``comm_backend: deepep``) gets this library's ElasticBuffer as its ``deep_ep``.
 
 ``registration.py`` says what is changed in DeepSpeed and what is refused, ``moe.py`` is the layer, ``routing.py`` its
@@ -23,9 +23,9 @@ except ImportError as error:
         "install it with `pip install --no-build-isolation deepspeed==0.19.8`"
     ) from error
 
-from deepep_moe.integrations.deepspeed.moe import convert
+from deepep_moe.integrations.deepspeed.moe import MoE, convert
 from deepep_moe.integrations.deepspeed.registration import register
 
-__all__ = ["convert", "register"]
+__all__ = ["MoE", "convert", "register"]
 
 register()

@@ -5,6 +5,9 @@ linear layers are named as in :data:`GATED`. The second kind has a forward of it
 formula when a model is converted; a module that computes anything else stays in the loop. So does everything under
 autocast, and modules with hooks. How the GEMMs are called is the business of :mod:`deepep_moe.grouped`.
 
+Where a recognised MLP ends with a linear layer that has no bias and is wider than its input, the routing weights are
+multiplied into that input: fewer numbers to weigh, and the backward pass needs no copy of the output.
+
 Parameters stay where they are. Those of one kind are brought into one storage once, expert after expert, and ZeRO keeps
 them at equal distances in its flat buffers: a grouped GEMM then reads them in place. Else it gets a copy.
 """
@@ -12,6 +15,7 @@ them at equal distances in its flat buffers: a grouped GEMM then reads them in p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepep_moe.grouped import Groups, grouped_linear, spacing
+from deepep_moe.weigh import weigh_rows
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Names of the linear layers in ``down(activation(gate(x)) * up(x))``."""
@@ -28,8 +33,15 @@ _PROBES = (0.01, 1.0, 100.0)  # sizes of the inputs that a gated MLP is tried wi
 
 Linear = Callable[[str, Tensor], Tensor]
 """``linear(name, x)``: the linear layer of that name, of each row's own expert."""
-Formula = Callable[[Linear, Tensor], Tensor]
-"""An MLP in terms of its linear layers."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An MLP in terms of its linear layers."""
+
+    compute: Callable[[Linear, Tensor], Tensor]
+    last: str | None
+    """The linear layer whose result is the MLP's; None if something follows it."""
 
 
 class LocalExperts:
@@ -42,27 +54,34 @@ class LocalExperts:
         names = [name for name, _ in _linears(experts[0])]
         self.layers = {name: [_layer(expert, name) for expert in experts] for name in names} if self.formula else {}
         self.modules = [module for expert in experts for module in expert.modules()]
+        last = None if self.formula is None or self.formula.last is None else self.layers[self.formula.last][0]
+        self.weighs_inside = last is not None and last.bias is None and last.in_features < last.out_features
 
-    def __call__(self, rows: Tensor, counts: Tensor, counts_host: Tensor | None) -> Tensor:
+    def __call__(
+        self, rows: Tensor, counts: Tensor, counts_host: Tensor | None, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Each expert on its rows.
 
         Args:
             rows: [M, H], those of expert 0, then of expert 1, ...; rows after the last group are nobody's.
             counts: [L] integers on the rows' device.
             counts_host: the same on the CPU; if None, the loop waits for the device to learn them.
+            weights: [M] fp32, by which the results are to be multiplied.
 
         Returns:
-            [M, H']; nobody's rows are undefined.
+            [M, H'], nobody's rows undefined; and ``weights``, or None if they are in the results already.
         """
         if self.formula is not None and self._nothing_watches(rows):
             groups = Groups(counts, counts_host)
-            return self.formula(lambda name, x: self._linear(name, x, groups), rows)
+            inside = weights if self.weighs_inside else None
+            out = self.formula.compute(lambda name, x: self._linear(name, x, groups, inside), rows)
+            return out, weights if inside is None else None
         sizes = (counts if counts_host is None else counts_host).tolist()
         parts = rows.split([*sizes, rows.shape[0] - sum(sizes)])
         outputs = [_call(expert, part) for expert, part in zip(self.experts, parts)]
         if len(parts[-1]):
             outputs.append(outputs[0].new_zeros(len(parts[-1]), outputs[0].shape[1]))
-        return torch.cat(outputs)
+        return torch.cat(outputs), weights
 
     def pack(self) -> None:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
@@ -73,8 +92,10 @@ class LocalExperts:
             for weight, place in zip(weights, torch.stack([weight.detach() for weight in weights])):
                 weight.data = place
 
-    def _linear(self, name: str, x: Tensor, groups: Groups) -> Tensor:
+    def _linear(self, name: str, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         layers = self.layers[name]
+        if weights is not None and self.formula is not None and name == self.formula.last:
+            x = weigh_rows(x, weights)
         biases = None if layers[0].bias is None else [layer.bias for layer in layers]
         return grouped_linear(x, [layer.weight for layer in layers], groups, biases)
 
@@ -117,12 +138,13 @@ def _sequential(expert: nn.Sequential) -> Formula | None:
     if not linear or any(name not in linear and type(child) not in _ACTIVATIONS for name, child in children):
         return None
 
-    def formula(apply: Linear, x: Tensor) -> Tensor:
+    def compute(apply: Linear, x: Tensor) -> Tensor:
         for name, child in children:
             x = apply(name, x) if name in linear else child(x)
         return x
 
-    return formula
+    last = children[-1][0]
+    return Formula(compute, last if last in linear else None)
 
 
 def _gated(expert: nn.Module) -> Formula | None:
@@ -135,9 +157,10 @@ def _gated(expert: nn.Module) -> Formula | None:
     given = [getattr(expert, name, None) for name in ("act_fn", "act", "activation", "activation_fn")]
     activation = next((function for function in given if callable(function)), F.silu)
 
-    def formula(apply: Linear, x: Tensor) -> Tensor:
+    def compute(apply: Linear, x: Tensor) -> Tensor:
         return apply(down, activation(apply(gate, x)) * apply(up, x))
 
+    formula = Formula(compute, down)
     return formula if _computes(expert, formula) else None
 
 
@@ -150,7 +173,7 @@ def _computes(expert: nn.Module, formula: Formula) -> bool:
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         for size in _PROBES:
             x = (torch.randn(1, 1, 4, width, generator=generator) * size).to(weight.device, weight.dtype)
-            expected = formula(lambda name, value: _layer(expert, name)(value), x)
+            expected = formula.compute(lambda name, value: _layer(expert, name)(value), x)
             try:
                 got = expert(x)
             except (TypeError, RuntimeError):  # wants other arguments or shapes

@@ -2,7 +2,7 @@
 
 :func:`convert` changes the class of every ``MOELayer`` in a model to one with another ``forward``. All else stays: the
 modules, so state-dict keys and parameter tags; the gate; ``MoE`` around it with its residual branch and the tuple it
-returns. Two things differ inside:
+returns. :class:`MoE` is DeepSpeed's, converted when it is made. Two things differ inside:
 
 * Rows arrive grouped by expert and as many as there are. The stock layer pads every expert to one capacity.
 * With ``drop_tokens=False`` nothing is agreed on beforehand (see :mod:`routing`); with capacity the stock gate decides.
@@ -14,11 +14,11 @@ expert-parallel group instead: the slices of an expert then see the same rows, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from deepspeed.moe.layer import MoE
+from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, TOPK_GATE_TIMER, MOELayer
 from torch import Tensor, nn
 
@@ -27,10 +27,32 @@ from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import InputError, UnsupportedError
 from deepep_moe.integrations.deepspeed import tensor_parallel
 from deepep_moe.integrations.deepspeed.experts import LocalExperts
-from deepep_moe.integrations.deepspeed.routing import Routes, dropless_routes
+from deepep_moe.integrations.deepspeed.routing import Load, dropless_routes, load
 from deepep_moe.overlap import Overlap
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class MoE(StockMoE):  # type: ignore[misc]
+    """``deepspeed.moe.layer.MoE`` that dispatches with this library: the same arguments, state-dict keys and results.
+
+    For models where an import is easier to change than ds_config. The block ``deepep_moe`` is not needed; where
+    ds_config has it, it gives the settings of layers that were made without ``deepep_moe``.
+
+    Args:
+        *args, **kwargs: DeepSpeed's.
+        deepep_moe: settings of this layer, as for :func:`convert`.
+
+    Raises:
+        ConfigError, UnsupportedError: as :func:`convert`.
+    """
+
+    def __init__(
+        self, *args: Any, deepep_moe: DispatcherConfig | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        convert(self, deepep_moe)
+        self.deepspeed_moe.has_own_settings = deepep_moe is not None
 
 
 def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = None) -> Model:
@@ -57,23 +79,30 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
             "zero_optimization.stage to 0, 1 or 2, or use AutoEP (expert_parallel), which supports ZeRO-3"
         )
     for layer in layers:
-        layer.__class__ = DispatchedMOELayer
-        layer.settings = settings
-        layer.local_experts = LocalExperts(layer.experts.deepspeed_experts)
-        if layer.ep_group is not None:
-            layer.connect()
+        convert_layer(layer, settings)
     return model
+
+
+def convert_layer(layer: Any, settings: DispatcherConfig) -> None:
+    """:func:`convert` for one ``MOELayer``."""
+    layer.__class__ = DispatchedMOELayer
+    layer.settings = settings
+    layer.local_experts = LocalExperts(layer.experts.deepspeed_experts)
+    if layer.ep_group is not None:
+        layer.connect()
 
 
 def native_layers(model: nn.Module) -> list[Any]:
     """The ``MOELayer`` of each native MoE layer in ``model``."""
-    return [module.deepspeed_moe for module in model.modules() if isinstance(module, MoE)]
+    return [module.deepspeed_moe for module in model.modules() if isinstance(module, StockMoE)]
 
 
 class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
     """``MOELayer`` that dispatches and combines with this library. Made by :func:`convert`."""
 
     settings: DispatcherConfig
+    has_own_settings = False
+    """Whether they were given for this layer: ds_config then leaves them alone."""
     local_experts: LocalExperts
     overlap: Overlap
 
@@ -93,34 +122,38 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
         with self._timed(MOE_TIMER, self, "time_moe"):
             x = hidden.reshape(-1, hidden.shape[-1])
             self._check_tokens(len(x))
-            topk_idx, weights, self.l_aux, self.exp_counts = self._route(x, used_token)
+            topk_idx, weights, find_load = self._route(x, used_token)
             if tensor_parallel.size() == 1 or tensor_parallel.experts_are_sliced():
                 out = self._dispatch_and_compute(x, topk_idx, weights)
             else:
                 own = tensor_parallel.own_share
                 out = self._dispatch_and_compute(own(x), own(topk_idx, fill=-1), own(weights))
                 out = tensor_parallel.gather_shares(out, len(x))
+            self.l_aux, self.exp_counts = find_load()  # now, while the device is busy with the rows
             return out.reshape(*hidden.shape[:-1], out.shape[-1])
 
-    def _route(self, x: Tensor, used_token: Tensor | None) -> Routes:
+    def _route(self, x: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Callable[[], Load]]:
+        """Experts ``[T, K]`` and weights ``[T, K]`` of the tokens; what computes the experts' load."""
         if not self.gate.drop_tokens:
             with self._timed(TOPK_GATE_TIMER, self.gate, "gate_time"):
-                return dropless_routes(self.gate, x, used_token)
+                routes = dropless_routes(self.gate, x, used_token)
+            return routes.topk_idx, routes.weights, lambda: load(self.gate, routes)
         l_aux, _, _, topk_idx, _, weights, exp_counts = self.gate(x, used_token, sparse_routes=True)
-        return Routes(topk_idx.t().contiguous(), weights.t().contiguous(), l_aux, exp_counts)
+        return topk_idx.t().contiguous(), weights.t().contiguous(), lambda: Load(l_aux, exp_counts)
 
     def _dispatch_and_compute(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         if self.settings.num_chunks > 1:
-            return self.overlap.pipeline(self._compute, x, topk_idx, weights)
+            return self.overlap.pipeline(lambda chunk: self._compute(chunk, None)[0], x, topk_idx, weights)
         dispatcher = self.overlap.dispatcher
         with self._timed(FIRST_ALLTOALL_TIMER, self, "time_falltoall"):
             dispatched = dispatcher.dispatch(x, topk_idx, weights)
-        rows = self._compute(dispatched)
+        rows, still_to_weigh = self._compute(dispatched, dispatched.weights)
         with self._timed(SECOND_ALLTOALL_TIMER, self, "time_salltoall"):
-            return dispatcher.combine(rows, dispatched, weights=dispatched.weights)
+            return dispatcher.combine(rows, dispatched, weights=still_to_weigh)
 
-    def _compute(self, dispatched: Dispatched) -> Tensor:
-        return self.local_experts(dispatched.rows, dispatched.tokens_per_expert, dispatched.tokens_per_expert_host)
+    def _compute(self, dispatched: Dispatched, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        counts, counts_host = dispatched.tokens_per_expert, dispatched.tokens_per_expert_host
+        return self.local_experts(dispatched.rows, counts, counts_host, weights)
 
     def _check_tokens(self, count: int) -> None:
         limit = self.settings.max_tokens_per_rank

@@ -25,7 +25,7 @@ from torch import nn
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.integrations.deepspeed import auto_ep
-from deepep_moe.integrations.deepspeed.moe import convert, native_layers
+from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer, convert_layer, native_layers
 
 BLOCK = "deepep_moe"
 SUPPORTED = "0.19.8 or a later 0.19"
@@ -57,6 +57,9 @@ def register() -> None:
         settings = read_block(engine._config._param_dict)
         if settings is not None:
             switch_on(engine, model, settings)
+        for layer in native_layers(model):
+            if isinstance(layer, DispatchedMOELayer):  # by the block, by convert, or by our MoE
+                check_native(engine, layer.settings)
         return original(engine, model, *args, **kwargs)
 
     setattr(configure, _MARK, original)
@@ -102,8 +105,10 @@ def switch_on(engine: DeepSpeedEngine, model: nn.Module, settings: DispatcherCon
     expert_parallel = engine._config.expert_parallel_config
     autoep = expert_parallel is not None and expert_parallel.enabled
     if native:
-        _check_native(engine, settings)
-        convert(model, settings)
+        check_native(engine, settings)
+        for layer in native:
+            if not getattr(layer, "has_own_settings", False):
+                convert_layer(layer, settings)
         _log.info("deepep_moe: %d native MoE layers converted", len(native))
     if autoep and expert_parallel.comm_backend != "deepep":
         raise ConfigError(
@@ -117,7 +122,8 @@ def switch_on(engine: DeepSpeedEngine, model: nn.Module, settings: DispatcherCon
         _log.warning("%s is enabled in ds_config, but the model has no MoE layer and AutoEP is off", BLOCK)
 
 
-def _check_native(engine: DeepSpeedEngine, settings: DispatcherConfig) -> None:
+def check_native(engine: DeepSpeedEngine, settings: DispatcherConfig) -> None:
+    """Refuse what native MoE with these settings cannot do in this engine."""
     if engine.zero_optimization_stage() >= 3:
         raise UnsupportedError(
             "zero_optimization.stage = 3 (ds_config): DeepSpeed's native MoE does not work with ZeRO-3, with or "

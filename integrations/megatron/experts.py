@@ -33,6 +33,7 @@ from torch.nn import Parameter
 
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.grouped import Groups, grouped_linear, input_gradient, project, weight_gradients
+from deepep_moe.weigh import weigh_rows
 
 _EXTRA_STATE = "_extra_state"
 
@@ -119,7 +120,7 @@ class GroupedExperts(MegatronModule):
             ``[M, H]``, and None for the bias that there is not.
         """
         if self.config.moe_apply_probs_on_input:
-            rows = (probs[:, None] * rows).to(rows.dtype)
+            rows = weigh_rows(rows, probs)
             probs = torch.ones_like(probs)
         groups = Groups(tokens_per_expert)
         hidden = grouped_linear(rows, self.weight1, groups)
@@ -129,7 +130,7 @@ class GroupedExperts(MegatronModule):
         return grouped_linear(self._activate(hidden, probs), self.weight2, groups), None
 
     def _activate(self, hidden: Tensor, probs: Tensor) -> Tensor:
-        """Activation, gate and routing probability; in the probabilities' precision, rounded once."""
+        """Activation, gate and routing probability."""
         config = self.config
         if config.bias_activation_fusion and config.gated_linear_unit and config.activation_func is F.silu:
             return weighted_bias_swiglu_impl(hidden, None, probs[:, None], config.activation_func_fp8_input_store)
@@ -141,7 +142,7 @@ class GroupedExperts(MegatronModule):
             activated = config.activation_func(gate) * (value + config.glu_linear_offset)
         else:
             activated = config.activation_func(hidden)
-        return (activated * probs[:, None]).to(hidden.dtype)
+        return weigh_rows(activated, probs)
 
     def backward_dw(self) -> None:
         """Nothing is delayed: weight gradients come with the backward (``delay_wgrad_compute`` is refused)."""

@@ -6,7 +6,7 @@ import importlib.util
 
 import torch.distributed as dist
 
-from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, parity
+from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, narrow_mlp, parity
 from tests.launch import case, include
 
 MATRIX = {
@@ -27,6 +27,11 @@ MATRIX = {
     "checkpointed": Setup(k=2, reentrant=False),
     "checkpointed_reentrant": Setup(k=2, reentrant=True, stage=1),
     "gated_experts": Setup(k=2, expert=GatedMLP),
+    "narrow_experts": Setup(k=2, expert=narrow_mlp),
+    "narrow_experts_capacity": Setup(k=3, expert=narrow_mlp, drop=True, stage=1),
+    "narrow_experts_bf16": Setup(k=2, expert=narrow_mlp, stage=2, bf16=True),
+    "narrow_experts_in_chunks": Setup(k=2, expert=narrow_mlp, settings={"num_chunks": 2}),
+    "narrow_experts_fixed_sizes": Setup(k=2, expert=narrow_mlp, settings={"capacity_factor": 4.0}),
     "experts_that_return_a_tuple": Setup(k=2, expert=WithBiasBeside),
     "used_token": Setup(k=1, used_token=True),
     "used_token_capacity": Setup(k=1, drop=True, used_token=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from deepep_moe import grouped
 from deepep_moe.errors import ConfigError, DeepEPMoEError, InputError, UnsupportedError
-from deepep_moe.integrations.deepspeed import convert
+from deepep_moe.integrations.deepspeed import MoE, convert
 from tests.distributed.cases_dispatcher import raises
 from tests.distributed.deepspeed_util import (
     EXPERTS,
@@ -213,6 +214,27 @@ def keys_tags_and_returned_tuple_stay(group: dist.ProcessGroup) -> None:
 
 
 @case(ranks=(2,))
+def drop_in_layer(group: dist.ProcessGroup) -> None:
+    """``MoE`` from this library, without the block: the same arguments, keys and training."""
+    for setup in (Setup(k=2, residual=True), Setup(k=1, drop=True, stage=2)):
+        ours = replace(setup, layer=MoE)
+        stock_engine, engine = engine_for(setup, ours=False), engine_for(ours, ours=False)
+        assert {type(layer).__name__ for layer in engine.moe_layers} == {"DispatchedMOELayer"}
+        assert list(engine.module.state_dict()) == list(stock_engine.module.state_dict())
+        compare(train(engine, ours), train(stock_engine, setup), setup.tolerance)
+
+
+@case(ranks=(2,))
+def whose_settings_a_layer_has(group: dist.ProcessGroup) -> None:
+    given = partial(MoE, deepep_moe={"num_chunks": 3})
+    for layer, ours, chunks in ((given, False, 3), (given, True, 3), (MoE, False, 1), (MoE, True, 2)):
+        engine = engine_for(Setup(k=2, layer=layer, settings={"num_chunks": 2}), ours)
+        assert {one.settings.num_chunks for one in engine.moe_layers} == {chunks}
+    with raises(ConfigError, "'num_chunk'", "did you mean num_chunks?"):
+        MoE(HIDDEN, mlp(), EXPERTS, deepep_moe={"num_chunk": 3})
+
+
+@case(ranks=(2,))
 def dropless_routing_agrees_on_nothing(group: dist.ProcessGroup) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an all-reduce in the forward pass")
@@ -320,6 +342,14 @@ def errors_at_initialisation(group: dist.ProcessGroup) -> None:
     for kind, changes, texts in refused:
         with raises(kind, *texts):
             initialize(Setup(k=2), optimizer=ADAM, **changes)
+    off = {"deepep_moe": {"enabled": False}}
+    for layer, changes, text in (
+        (MoE, {"zero_optimization": {"stage": 3}}, "stage = 3"),
+        (MoE, {"fp16": {"enabled": True}}, "fp16.enabled = true"),
+        (partial(MoE, deepep_moe={"fp8_dispatch": True}), {}, "fp8_dispatch"),
+    ):
+        with raises(DeepEPMoEError, text):
+            initialize(Setup(k=2, layer=layer), optimizer=ADAM, **off, **changes)
 
 
 @case(ranks=(2,))

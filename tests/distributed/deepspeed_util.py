@@ -31,6 +31,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(HIDDEN, INNER), nn.GELU(), nn.Linear(INNER, HIDDEN))
 
 
+def narrow_mlp() -> nn.Module:
+    """Narrower inside than outside, as DeepSeek's experts are: routing weights are applied inside."""
+    return nn.Sequential(nn.Linear(HIDDEN, 8), nn.GELU(), nn.Linear(8, HIDDEN, bias=False))
+
+
 class GatedMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +73,7 @@ class Setup:
     bf16: bool = False
     reentrant: bool | None = None  # activation checkpointing, of either kind
     expert: Callable[[], nn.Module] = mlp
+    layer: Callable[..., MoE] = MoE
     used_token: bool = False
     expert_tp: bool = False
     mpu: Any = None
@@ -86,7 +92,7 @@ class Model(nn.Module):
         self.setup = setup
         self.first = nn.Linear(HIDDEN, HIDDEN)
         self.layers = nn.ModuleList(
-            MoE(
+            setup.layer(
                 HIDDEN,
                 setup.expert(),
                 EXPERTS,

@@ -17,7 +17,7 @@ if importlib.util.find_spec("deepspeed") is None:
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.integrations.deepspeed import experts, register, registration
-from deepep_moe.integrations.deepspeed.routing import dropless_routes
+from deepep_moe.integrations.deepspeed.routing import dropless_routes, load
 
 
 class Gated(nn.Module):
@@ -92,7 +92,7 @@ class TestRecognition:
         formula = experts.recognise(expert)
         assert formula is not None
         x = torch.randn(5, 8)
-        assert torch.equal(formula(lambda name, value: expert.get_submodule(name)(value), x), expert(x))
+        assert torch.equal(formula.compute(lambda name, value: expert.get_submodule(name)(value), x), expert(x))
 
     @pytest.mark.parametrize(
         "expert",
@@ -131,8 +131,28 @@ class TestRouting:
         routes = dropless_routes(gate, x)
         assert torch.equal(routes.topk_idx, topk_idx.t().long())
         torch.testing.assert_close(routes.weights, weights.t())
-        torch.testing.assert_close(routes.aux_loss, aux_loss)
-        assert torch.equal(routes.expert_counts, counts)
+        ours = load(gate, routes)
+        torch.testing.assert_close(ours.aux_loss, aux_loss)
+        assert torch.equal(ours.expert_counts, counts)
+
+    @pytest.mark.parametrize("k", [1, 2, 3])
+    def test_gradients_in_bf16_equal_the_stock_gates(self, k: int) -> None:
+        """DeepSpeed converts tokens and weights to fp32; ours stay as they are, and lose nothing by it."""
+        from deepspeed.moe.sharded_moe import TopKGate
+
+        torch.manual_seed(k)
+        gate = TopKGate(64, 6, k, drop_tokens=False, min_capacity=0, use_rts=False, top2_2nd_expert_sampling=False)
+        gate = gate.bfloat16()
+        x = torch.randn(200, 64).bfloat16().requires_grad_()
+        aux_loss, _, _, topk_idx, _, weights, _ = gate(x, sparse_routes=True)
+        routes = dropless_routes(gate, x)
+        assert torch.equal(routes.topk_idx, topk_idx.t().long())
+        factors = torch.randn(200, k)
+        stock = torch.autograd.grad((weights.t() * factors).sum() + aux_loss, (x, gate.wg.weight))
+        loss = (routes.weights * factors).sum() + load(gate, routes).aux_loss
+        for got, expected in zip(torch.autograd.grad(loss, (x, gate.wg.weight)), stock, strict=True):
+            assert got.dtype == torch.bfloat16
+            assert (got - expected).norm() < 1e-3 * expected.norm()  # one rounding in the last of 8 bits is 4e-3
 
     @pytest.mark.parametrize(
         ("k", "options"),
@@ -155,10 +175,11 @@ class TestRouting:
     def test_no_tokens(self) -> None:
         from deepspeed.moe.sharded_moe import TopKGate
 
-        routes = dropless_routes(TopKGate(8, 6, 2, drop_tokens=False), torch.zeros(0, 8))
+        gate = TopKGate(8, 6, 2, drop_tokens=False)
+        routes = dropless_routes(gate, torch.zeros(0, 8))
         assert routes.topk_idx.shape == routes.weights.shape == (0, 2)
-        assert routes.aux_loss == 0
-        assert not routes.expert_counts.any()
+        assert load(gate, routes).aux_loss == 0
+        assert not load(gate, routes).expert_counts.any()
 
 
 class TestLauncher:
