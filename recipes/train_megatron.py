@@ -78,12 +78,15 @@ class Train:
     save_every: int = 100  # and at the end; 0: never
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
+    precision: str = "auto"  # of weights and activations: bf16 or fp32; auto: bf16 on GPUs, fp32 on CPUs
 
 
 # ------------------------------------------------------------------------------------------------- model
 
 
-def transformer_config(section: Mapping[str, Any], world: World, expert_parallel: int) -> TransformerConfig:
+def transformer_config(
+    section: Mapping[str, Any], world: World, expert_parallel: int, precision: str = "auto"
+) -> TransformerConfig:
     """Section ``model``: fields of Megatron-Core's TransformerConfig, by their own names."""
     allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
     for key in section:
@@ -95,9 +98,11 @@ def transformer_config(section: Mapping[str, Any], world: World, expert_parallel
         "attention_dropout": 0.0,
         "add_bias_linear": False,
     }
-    if world.device.type == "cuda":
+    if precision not in ("auto", "bf16", "fp32"):
+        raise RecipeError(f"train.precision = {precision}: allowed are auto, bf16, fp32")
+    if precision == "bf16" or (precision == "auto" and world.device.type == "cuda"):
         values.update(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
-    else:
+    if world.device.type == "cpu":
         values.update(cpu.CONFIG)
     if section.get("gated_linear_unit"):
         values["activation_func"] = torch.nn.functional.silu
@@ -294,7 +299,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(train.seed)
-    config = transformer_config(settings["model"], world, expert_parallel)
+    config = transformer_config(settings["model"], world, expert_parallel, train.precision)
     model = build_model(config, gpt, data.sequence_length, world)
     optimizer = common.Adam(
         list(model.parameters()), train.learning_rate, train.weight_decay, train.warmup_steps, train.steps

@@ -99,6 +99,7 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, config: Path) -> N
     [
         ("model.num_expert=4", "unknown key model.num_expert"),
         ("train.expert_parallel=3", "train.expert_parallel = 3 does not divide the 1 processes"),
+        ("train.precision=fp16", "train.precision = fp16: allowed are auto, bf16, fp32"),
     ],
 )
 def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, message: str) -> None:
