@@ -232,6 +232,7 @@ def overlap(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
     chunks: Annotated[str, typer.Option(help="Numbers of chunks to cut the tokens in, comma-separated.")] = "2,4",
     num_sms: Budgets = "0,24,48",
+    megatron: Annotated[bool, typer.Option(help="Megatron-Core's layer too, where it is installed.")] = True,
     repeats: Repeats = 20,
     trace: Annotated[
         Path | None, typer.Option(help="Folder for a Chrome trace of one step of each (chrome://tracing, Perfetto).")
@@ -253,9 +254,19 @@ def overlap(
             need_matplotlib("--timeline")
             if not world.on_gpu:
                 raise UnsupportedError("--timeline shows kernels, and there is no GPU; --plot draws the step times")
-        done = run.steps(len(bench_overlap.orders(counts)) * len(bench_megatron.by_budget(world, budgets)))
-        table, timelines = bench_overlap.overlap_table(world, shape, tokens, budgets, counts, repeats, trace, done)
-        run.report.add(table)
+        case = f"{shape}, {tokens} tokens per rank, {world.size} ranks"
+        values = {**shape._asdict(), "tokens": tokens, "ranks": world.size}
+        ways = bench_overlap.layer_ways(world, shape, tokens, budgets, counts)
+        tables = [(f"Overlap: {case}", bench_overlap.LAYER_NOTE, ways)]
+        if megatron and bench_megatron.megatron_missing(world) is None:
+            ways = bench_overlap.megatron_ways(world, shape, tokens, budgets)
+            tables.append((f"Overlap in Megatron-Core: {case}", bench_overlap.MEGATRON_NOTE, ways))
+        done = run.steps(sum(len(ways) for _, _, ways in tables))
+        timelines = []
+        for title, note, ways in tables:
+            table, spans = bench_overlap.overlap_table(world, title, note, values, ways, repeats, trace, done)
+            run.report.add(table)
+            timelines += spans
         if timeline and world.rank == 0:
             bench_overlap.draw(timelines, f"{run.report.command}\n{run.report.heading()}", timeline)
 

@@ -1,8 +1,8 @@
 """``bench overlap``: how much of dispatch and combine hides behind GEMMs, and what a step gains by it.
 
 One MoE layer with a shared expert, forward and backward with the gradients of all weights, uncached, in several
-orders (:data:`ORDERS`). The step is timed without a profiler; then a profiled step tells when each kernel ran, and the
-time in which kernels of communication ran beside others is what was hidden.
+orders; and Megatron-Core's, with its own overlap of the shared expert. Steps are timed without a profiler; then a
+profiled step tells when each kernel ran: the time in which communication ran beside other kernels was hidden.
 """
 
 from __future__ import annotations
@@ -26,18 +26,33 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.grouped import Groups, grouped_linear
 from deepep_moe.overlap import Overlap
-from deepep_moe.tools.bench_megatron import AGREEMENT, SEED, Layer, by_budget
+from deepep_moe.tools.bench_megatron import (
+    AGREEMENT,
+    SEED,
+    Layer,
+    Step,
+    by_budget,
+    megatron_modules,
+    transformer_config,
+    with_budget,
+)
 from deepep_moe.tools.bench_ops import Shape, routing
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import Phases, World, step_samples
 
 IN_TURN, BESIDE = "in turn", "shared expert beside"
-NOTES = [
-    "One layer, forward and backward with weight gradients, bf16, uncached, host waits included. The shared expert is "
-    f"a gated MLP with the FFN size of one expert. {IN_TURN}: plan, dispatch, experts, combine, shared expert. "
-    f"{BESIDE}: its first GEMM while tokens travel to the experts, the second while they travel back. N chunks: "
-    "Overlap.pipeline, then the shared expert.",
-]
+
+Order = Callable[["MoELayer"], Tensor]
+LAYER_NOTE = (
+    "Forward and backward with weight gradients, bf16, uncached, host waits included. The shared expert is a gated MLP "
+    f"with the FFN size of one expert. {IN_TURN}: plan, dispatch, experts, combine, shared expert. {BESIDE}: its first "
+    "GEMM while tokens travel to the experts, its second while they travel back. N chunks: Overlap.pipeline, then the "
+    "shared expert."
+)
+MEGATRON_NOTE = (
+    "Megatron-Core's MoELayer from its local specification with GroupedExperts, router included, forward and backward. "
+    f"{BESIDE}: moe_shared_expert_overlap."
+)
 GPU_NOTE = (
     "Of one profiled step, mean over the ranks: communication is the time in which a kernel of ours that moves rows or "
     "exchanges counts ran, its waits for the other ranks included; hidden the part of it in which another kernel ran "
@@ -75,7 +90,7 @@ class MoELayer:
         weights = torch.rand(tokens, shape.topk, generator=generator, device=world.device)
         self.weights = weights.softmax(1).requires_grad_()
 
-    def step(self, order: Callable[[MoELayer], Tensor], phase: Phases) -> Tensor:
+    def step(self, order: Order, phase: Phases) -> Tensor:
         """Forward and backward; returns the output."""
         for leaf in (value for value in vars(self).values() if isinstance(value, Tensor)):
             leaf.grad = None
@@ -119,10 +134,87 @@ def in_chunks(layer: MoELayer) -> Tensor:
     return routed + layer.shared_second(layer.shared_first())
 
 
-def orders(chunks: Iterable[int]) -> dict[str, tuple[Callable[[MoELayer], Tensor], int]]:
-    """Name, and function with its number of chunks, of each way to run the layer."""
-    ways = {IN_TURN: (in_turn, 1), BESIDE: (shared_beside, 1)}
-    return {**ways, **{f"{n} chunks": (in_chunks, n) for n in chunks}}
+class Way(NamedTuple):
+    """One way to run a layer: its places in the table, and what makes its step."""
+
+    row: str
+    setting: str
+    build: Callable[[], Step]
+
+
+def layer_ways(world: World, shape: Layer, tokens: int, budgets: list[int], chunks: Iterable[int]) -> list[Way]:
+    """:class:`MoELayer` in every order, with every SM budget. Collective."""
+    orders: dict[str, tuple[Order, int]] = {IN_TURN: (in_turn, 1), BESIDE: (shared_beside, 1)}
+    orders.update({f"{count} chunks": (in_chunks, count) for count in chunks})
+
+    def builder(order: Order, budget: int, count: int) -> Callable[[], Step]:
+        def build() -> Step:
+            config = dataclasses.replace(DispatcherConfig.load(), num_sms=budget, num_chunks=count)
+            layer = MoELayer(world, shape, tokens, config)
+            return lambda phase: layer.step(order, phase)
+
+        return build
+
+    return [
+        Way(label, name, builder(order, budget, count))
+        for label, budget in by_budget(world, budgets)
+        for name, (order, count) in orders.items()
+    ]
+
+
+def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -> list[Way]:
+    """Megatron-Core's MoELayer with its own ``moe_shared_expert_overlap`` off and on. Collective."""
+
+    def builder(kind: str, beside: bool) -> Callable[[], Step]:
+        def build() -> Step:
+            layer = megatron_layer(world, shape, kind, beside)
+            generator = torch.Generator(world.device).manual_seed(world.rank)
+            size = (tokens, 1, shape.hidden)
+            x, gradient = torch.randn(2, *size, generator=generator, device=world.device, dtype=torch.bfloat16)
+            x.requires_grad_()
+
+            def step(phase: Phases) -> Tensor:
+                layer.zero_grad(set_to_none=True)
+                x.grad = None
+                out: Tensor = layer(x)[0]
+                phase("forward")
+                out.backward(gradient)
+                phase("backward")
+                return out
+
+            return step
+
+        return build
+
+    settings = {IN_TURN: False, BESIDE: True}
+    ways = [Way("alltoall", name, builder("alltoall", beside)) for name, beside in settings.items()]
+    for label, budget in by_budget(world, budgets):
+        for name, beside in settings.items():
+            ways.append(Way(f"deepep, {label}", name, with_budget(budget, builder("deepep", beside))))
+    return ways
+
+
+def megatron_layer(world: World, shape: Layer, kind: str, beside: bool) -> Any:
+    """A Megatron-Core ``MoELayer`` with a shared expert and grouped experts; the same weights for every kind."""
+    megatron = megatron_modules(world)
+    from deepep_moe.integrations.megatron.experts import GroupedExperts
+
+    config = transformer_config(
+        world,
+        kind,
+        hidden_size=shape.hidden,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
+        moe_ffn_hidden_size=shape.ffn,
+        moe_shared_expert_intermediate_size=shape.ffn,
+        moe_shared_expert_overlap=beside,
+    )
+    torch.manual_seed(SEED + world.rank)
+    megatron.random.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+    spec = megatron.specs.get_gpt_layer_local_spec(num_experts=shape.experts, moe_grouped_gemm=False).submodules.mlp
+    submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]  # a functools.partial from 0.18
+    submodules = dataclasses.replace(submodules, experts=GroupedExperts)
+    return megatron.moe_layer.MoELayer(config, submodules, layer_number=1).to(world.device)
 
 
 # ----------------------------------------------------------------------------------------------- the profile
@@ -224,54 +316,44 @@ class Timeline(NamedTuple):
 
 def overlap_table(
     world: World,
-    shape: Layer,
-    tokens: int,
-    budgets: list[int],
-    chunks: list[int],
+    title: str,
+    note: str,
+    case: dict[str, Any],
+    ways: list[Way],
     repeats: int,
     trace: Path | None,
     done: Callable[[str], None],
 ) -> tuple[Table, list[Timeline]]:
-    """Every order with every SM budget. Collective. Rank 0 writes a Chrome trace of each into the folder ``trace``."""
-    title = f"Overlap: {shape}, {tokens} tokens per rank, {world.size} ranks"
-    table = Table(title, {**shape._asdict(), "tokens": tokens, "ranks": world.size}, list(NOTES), reference=IN_TURN)
+    """Step times of ``ways``, and what hides. Collective. The folder ``trace`` gets a Chrome trace of rank 0 for each."""
+    table = Table(title, case, [note], reference=IN_TURN)
     if world.on_gpu:
         table.notes.append(GPU_NOTE)
     timelines = []
     reference: Tensor | None = None
-    for label, budget in by_budget(world, budgets):
-        for name, (order, count) in orders(chunks).items():
-            config = dataclasses.replace(DispatcherConfig.load(), num_sms=budget, num_chunks=count)
-            file = trace / f"{label}-{name}.json".replace(" ", "_") if trace and world.rank == 0 else None
-            samples, spans, output = measure(world, MoELayer(world, shape, tokens, config), order, repeats, file)
-            details = mean_over_ranks(world, hidden_time(spans)) if world.on_gpu else {}
-            table.rows.append(Measurement(label, samples, name, details=details))
-            timelines.append(Timeline(f"{label}, {name}", spans))
-            reference = output if reference is None else reference
-            error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
-            error = world.largest([error])[0]
-            if error > AGREEMENT:
-                table.notes.append(
-                    f"Not the same work: outputs of {label}, {name} differ by {error:.1%} of the largest."
-                )
-            gc.collect()
-            done(f"{label}, {name}")
+    for row, setting, build in ways:
+        name = f"{row}, {setting}"
+        file = trace / f"{row}-{setting}.json".replace(", ", "-").replace(" ", "_") if trace else None
+        samples, spans, output = measure(world, build(), repeats, file if world.rank == 0 else None)
+        details = mean_over_ranks(world, hidden_time(spans)) if world.on_gpu else {}
+        table.rows.append(Measurement(row, samples, setting, details=details))
+        timelines.append(Timeline(name, spans))
+        reference = output if reference is None else reference
+        error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
+        error = world.largest([error])[0]
+        if error > AGREEMENT:
+            table.notes.append(
+                f"Not the same work: outputs of {name} and the first differ by {error:.1%} of the largest."
+            )
+        gc.collect()
+        done(name)
     return table, timelines
 
 
-def measure(
-    world: World, layer: MoELayer, order: Callable[[MoELayer], Tensor], repeats: int, save_as: Path | None
-) -> tuple[list[float], list[Span], Tensor]:
-    """Step times, the spans of a profiled step, and the output; the layer cannot be used afterwards."""
-
-    def step(phase: Phases) -> Tensor:
-        return layer.step(order, phase)
-
+def measure(world: World, step: Step, repeats: int, save_as: Path | None) -> tuple[list[float], list[Span], Tensor]:
+    """Step times, the spans of a profiled step, and the output."""
     samples = step_samples(world, step, repeats)["total"]
     spans = profiled(world, lambda: step(Phases(world)), save_as)
-    output = step(Phases(world)).detach().float()
-    layer.dispatcher.backend.close()
-    return samples, spans, output
+    return samples, spans, step(Phases(world)).detach().float()
 
 
 def mean_over_ranks(world: World, values: dict[str, float]) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 from tests.launch import torchrun
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+WITH_MEGATRON = importlib.util.find_spec("megatron") is not None
 SMALL = ("bench", "overlap", "--layer", "64,32,4,2", "--tokens", "24")
 
 
@@ -26,12 +28,18 @@ def test_overlap(tmp_path: Path) -> None:
     assert saved["command"] == "torchrun --nproc-per-node 2 -m deepep_moe bench overlap " + " ".join(
         [*SMALL[2:], "--chunks", "3", "--repeats", "2"]
     )
-    (table,) = saved["tables"]
-    assert [row["setting"] for row in table["measurements"]] == ["in turn", "shared expert beside", "3 chunks"]
-    assert not [note for note in table["notes"] if "Not the same work" in note]
+    assert len(saved["tables"]) == 1 + WITH_MEGATRON
+    ways = [(row["name"], row["setting"]) for table in saved["tables"] for row in table["measurements"]]
+    assert ways == [("collective", "in turn"), ("collective", "shared expert beside"), ("collective", "3 chunks")] + [
+        (name, setting)
+        for name in ("alltoall", "deepep, collective")
+        for setting in ("in turn", "shared expert beside")
+        if WITH_MEGATRON
+    ]
+    assert not [note for table in saved["tables"] for note in table["notes"] if "Not the same work" in note]
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (tmp_path / "traces").iterdir()}
-    assert names == {f"collective-{order}.json" for order in ("in_turn", "shared_expert_beside", "3_chunks")}
+    assert names == {f"{row}-{setting}.json".replace(", ", "-").replace(" ", "_") for row, setting in ways}
     assert json.loads((tmp_path / "traces" / "collective-in_turn.json").read_text())["traceEvents"]
 
 
