@@ -324,7 +324,7 @@ def overlap_table(
     trace: Path | None,
     done: Callable[[str], None],
 ) -> tuple[Table, list[Timeline]]:
-    """Step times of ``ways``, and what hides. Collective. The folder ``trace`` gets a Chrome trace of rank 0 for each."""
+    """Step times of ``ways``, and what hides. Collective. Rank 0 writes a Chrome trace of each into ``trace``."""
     table = Table(title, case, [note], reference=IN_TURN)
     if world.on_gpu:
         table.notes.append(GPU_NOTE)
