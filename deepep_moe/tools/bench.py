@@ -205,15 +205,16 @@ def deepspeed(
     plot: PlotFile = None,
     commit: Commit = None,
 ) -> None:
-    """DeepSpeed's native MoE layer without capacity, forward and backward, as it is and converted to this library."""
+    """DeepSpeed's MoE layers (native without capacity, and AutoEP's), forward and backward, with and without us."""
     with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
         layers, budgets = [bench_megatron.Layer.parse(text) for text in layer], parse_budgets(num_sms)
         for one in layers:
             one.check(run.world.size)
         bench_deepspeed.start(run.world)
-        done = run.steps(len(layers) * (1 + len(bench_megatron.by_budget(run.world, budgets))))
-        for one in layers:
-            run.report.add(bench_deepspeed.layer_table(run.world, one, tokens, budgets, repeats, done))
+        done = run.steps(len(layers) * 2 * (1 + len(bench_megatron.by_budget(run.world, budgets))))
+        for table in (bench_deepspeed.layer_table, bench_deepspeed.autoep_table):
+            for one in layers:
+                run.report.add(table(run.world, one, tokens, budgets, repeats, done))
 
 
 OVERLAP_EXAMPLES = """[bold]Examples[/bold]

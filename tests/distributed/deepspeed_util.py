@@ -82,8 +82,8 @@ class Setup:
 
     @property
     def clear(self) -> bool:
-        """In BF16 a token near a border goes either way with the order of sums, in stock DeepSpeed too, and one token is
-        a tenth of an expert's gradient. Away from borders, what is left to compare is continuous."""
+        """In BF16 a token near a border goes either way with the order of sums, also in stock DeepSpeed, and one token
+        is a tenth of an expert's gradient. Away from borders, what is left to compare is continuous."""
         return self.bf16 or self.clear_routes
 
     @property

@@ -99,13 +99,20 @@ def test_megatron(tmp_path: Path) -> None:
 def test_deepspeed(tmp_path: Path) -> None:
     layers = ("--layer", "64,32,4,2", "--layer", "64,32,8,3")  # DeepSpeed has a gate for two experts, one for more
     _, tables = bench(tmp_path, "deepspeed", *layers, "--tokens", "16")
-    settings = ["DeepSpeed", "deepep, collective"]
-    for table, experts, topk in zip(tables, (4, 8), (2, 3), strict=True):
+    # First the native layer, then AutoEP's, each in both shapes.
+    expected = [
+        (name, dtype, *shape)
+        for name, dtype in (("DeepSpeed", "float32"), ("comm", "bfloat16"))
+        for shape in ((4, 2), (8, 3))
+    ]
+    for table, (reference, dtype, experts, topk) in zip(tables, expected, strict=True):
         shown = [(row["name"], row["setting"]) for row in table["measurements"]]
+        settings = [reference, "deepep, collective"]
         assert shown == [(phase, setting) for phase in ("forward", "backward", "total") for setting in settings]
         case = {"hidden": 64, "ffn": 32, "experts": experts, "topk": topk, "tokens": 16, "ranks": 2}
-        assert table["case"] == {**case, "dtype": "float32"}
-        assert table["reference"] == "DeepSpeed"
+        assert table["case"] == {**case, "dtype": dtype}
+        assert table["reference"] == reference
+        assert not any("Not the same work" in note for note in table["notes"])
 
 
 def test_a_shape_that_cannot_work_is_told_in_a_line() -> None:
