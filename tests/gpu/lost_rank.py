@@ -2,7 +2,8 @@
 
     python -m tests.gpu.lost_rank PORT RANK HOW
 
-PORT is that of a TCPStore; HOW is an entry of :data:`WAYS`. Rank 0 prints what it got to know as one line of JSON.
+PORT is that of a TCPStore; HOW is an entry of :data:`WAYS`, and rank 0 prints what it got to know as one line of JSON; or
+:data:`UNCAUGHT`: then rank 0 is a program that catches nothing and cleans nothing up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import PeerError
 
 WAYS = ("killed between steps", "killed inside a step", "failed inside a step")
+UNCAUGHT = "killed inside a step, nothing caught"
 TIMEOUT_SECONDS = 3.0
 LAST_STEP = 5
 TOKENS, HIDDEN, TOPK, EXPERTS = 256, 256, 2, 8
@@ -40,6 +42,8 @@ def main(port: int, rank: int, how: str) -> None:
         timeout=timedelta(seconds=30),
     )
     dispatcher = TokenDispatcher(None, EXPERTS, DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS), device=device)
+    if how == UNCAUGHT:
+        train(dispatcher, rank, how, {})
     progress = {"steps": 0, "since": time.monotonic()}
     try:
         train(dispatcher, rank, how, progress)
@@ -68,7 +72,7 @@ def train(dispatcher: TokenDispatcher, rank: int, how: str, progress: dict[str, 
         routes = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOPK, dim=1).indices.to(device)
         weights = torch.rand(TOKENS, TOPK, generator=generator).to(device)
         dispatched = dispatcher.dispatch(x, routes, weights)
-        if lost and how == "killed inside a step":
+        if lost and how.startswith("killed inside a step"):
             os.kill(os.getpid(), signal.SIGKILL)
         if lost and how == "failed inside a step":
             raise RuntimeError("the user's own mistake")

@@ -165,15 +165,21 @@ def mps_is_running() -> bool:
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 
 
-@pytest.mark.timeout(END_SECONDS + 40)
-@pytest.mark.parametrize("how", lost_rank.WAYS)
-def test_a_lost_rank_is_named_and_the_other_exits(ranks: Ranks, how: str) -> None:
-    """The survivor hears of it within its timeout, in an error that names the rank; it still computes, and it ends."""
+@pytest.fixture
+def own_processes(ranks: Ranks) -> Callable[[str], list[Ended]]:
+    """:func:`run_two_ranks`, where that is safe; called on all ranks."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if mps_is_running():
         pytest.skip("must not run under CUDA MPS: a killed client can take the server's other clients with it")
-    survivor, lost = on_first_rank(ranks, lambda: run_two_ranks(how))
+    return lambda how: on_first_rank(ranks, lambda: run_two_ranks(how))
+
+
+@pytest.mark.timeout(END_SECONDS + 40)
+@pytest.mark.parametrize("how", lost_rank.WAYS)
+def test_a_lost_rank_is_named_and_the_other_goes_on(own_processes: Callable[[str], list[Ended]], how: str) -> None:
+    """The survivor hears of it within its timeout, in an error that names the rank; it still computes, and it ends."""
+    survivor, lost = own_processes(how)
     if how.startswith("killed"):
         assert lost.status == -signal.SIGKILL, lost.output
     else:
@@ -187,3 +193,10 @@ def test_a_lost_rank_is_named_and_the_other_exits(ranks: Ranks, how: str) -> Non
     assert told["steps"] == lost_rank.LAST_STEP
     assert told["seconds"] < lost_rank.TIMEOUT_SECONDS + 5
     assert told["still computes"]
+
+
+@pytest.mark.timeout(END_SECONDS + 40)
+def test_a_program_that_catches_nothing_ends(own_processes: Callable[[str], list[Ended]]) -> None:
+    survivor, _ = own_processes(lost_rank.UNCAUGHT)
+    assert survivor.status == 1, survivor.output
+    assert "PeerTimeoutError: rank 0 waited 3 s for rank 1 in" in survivor.output
