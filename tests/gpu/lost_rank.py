@@ -2,8 +2,8 @@
 
     python -m tests.gpu.lost_rank PORT RANK HOW
 
-PORT is that of a TCPStore; HOW is an entry of :data:`WAYS`, and rank 0 prints what it got to know as one line of JSON; or
-:data:`UNCAUGHT`: then rank 0 is a program that catches nothing and cleans nothing up.
+PORT is that of a TCPStore. HOW is an entry of :data:`WAYS`, and rank 0 prints what it got to know as one line of JSON;
+or it is :data:`UNCAUGHT`, and rank 0 is a program that catches nothing and cleans nothing up.
 """
 
 from __future__ import annotations
