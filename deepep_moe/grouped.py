@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 _grouped_mm: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 _LARGE = 4e10
-"""FLOPs from which a GEMM of its own is the faster way. On an H200, ``grouped_mm`` was faster by 23 % at 1.5e10 FLOPs per
-expert and by 4 % at 3e10; one GEMM each by 1 % at 6e10 and by 9 % at 2.4e11."""
+"""FLOPs from which a GEMM of its own is the faster way. On an H200, ``grouped_mm`` was faster by 23 % at 1.5e10 FLOPs
+per expert and by 4 % at 3e10; one GEMM each by 1 % at 6e10 and by 9 % at 2.4e11."""
 
 
 class Groups:
