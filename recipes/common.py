@@ -209,14 +209,14 @@ class Adam:
         for group in self.inner.param_groups:
             group["lr"] = rate
         for parameter, master in zip(self.parameters, self.masters):
-            gradient = parameter.grad
+            gradient, parameter.grad = parameter.grad, None  # freed one by one, as their fp32 copies appear
             master.grad = None if gradient is None else gradient.float().mul_(gradient_scale)
         self.inner.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters):
                 if parameter is not master:
                     parameter.copy_(master)
-                parameter.grad = master.grad = None
+                master.grad = None
         return rate
 
     def _schedule(self, step: int) -> float:
