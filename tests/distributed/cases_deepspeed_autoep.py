@@ -6,6 +6,8 @@ plain PyTorch choices of its options. Everything else is AutoEP as it is.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -109,6 +111,11 @@ def trains_as_with_collectives(stage: int, **options: Any) -> None:
 
 
 @case(ranks=(2,))
+def zero0(group: dist.ProcessGroup) -> None:
+    trains_as_with_collectives(0)
+
+
+@case(ranks=(2,))
 def zero1(group: dist.ProcessGroup) -> None:
     trains_as_with_collectives(1)
 
@@ -127,6 +134,39 @@ def zero3(group: dist.ProcessGroup) -> None:
 def checkpointed(group: dist.ProcessGroup) -> None:
     for reentrant in (False, True):
         trains_as_with_collectives(2, checkpointing=True, reentrant=reentrant)
+
+
+@case(ranks=(2,))
+def checkpointed_zero3(group: dist.ProcessGroup) -> None:
+    trains_as_with_collectives(3, checkpointing=True, reentrant=False)
+
+
+@case(ranks=(2,))
+def saved_with_one_backend_and_resumed_with_the_other(group: dist.ProcessGroup) -> None:
+    folders = [tempfile.mkdtemp() if group.rank() == 0 else None]
+    dist.broadcast_object_list(folders, src=0)
+    losses = {}
+    with on_gloo():
+        for writer in (False, True):
+            engine = engine_for(ds_config(writer))
+            train(engine, range(2))
+            engine.save_checkpoint(folders[0], tag=f"ours-{writer}")
+            losses[writer, writer] = train(engine, range(2, 4))
+            auto_ep_comm.destroy_exchanges(engine.module)
+        for reader in (False, True):
+            engine = engine_for(ds_config(reader))
+            with torch.no_grad():
+                for parameter in engine.module.parameters():
+                    parameter.fill_(0.5)
+            path, _ = engine.load_checkpoint(folders[0], tag=f"ours-{not reader}")
+            assert path is not None
+            losses[not reader, reader] = train(engine, range(2, 4))
+            auto_ep_comm.destroy_exchanges(engine.module)
+    for pair, result in losses.items():
+        near(result, losses[False, False], 2e-2, f"losses, (saved, resumed) with deepep_moe = {pair}")
+    dist.barrier()
+    if group.rank() == 0:
+        shutil.rmtree(folders[0])
 
 
 @case(ranks=(2,))
