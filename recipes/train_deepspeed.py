@@ -90,7 +90,7 @@ class Train:
 
 
 class GatedMLP(nn.Module):
-    """The expert. deepep_moe recognises it, and runs all experts of a layer as one grouped GEMM on a GPU."""
+    """The expert. deepep_moe recognises it, and computes all experts of a layer at once."""
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ class Gpt:
     vocab_size: int = 256  # at least the 256 bytes; larger only to give the layers their real shape
     rotary_base: int = 10000
     share_embeddings_and_output_weights: bool = False
-    grouped_experts: bool = False  # one grouped GEMM for all local experts; with dispatcher type deepep only
+    grouped_experts: bool = False  # all local experts in one module; with dispatcher type deepep only
 
 
 @dataclass(frozen=True)
