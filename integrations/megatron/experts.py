@@ -139,7 +139,9 @@ class GroupedExperts(MegatronModule):
             if config.activation_func_clamp_value is not None:
                 gate = gate.clamp(max=config.activation_func_clamp_value)
                 value = value.clamp(-config.activation_func_clamp_value, config.activation_func_clamp_value)
-            activated = config.activation_func(gate) * (value + config.glu_linear_offset)
+            if config.glu_linear_offset != 0:  # adding nothing is a pass over all of it, too
+                value = value + config.glu_linear_offset
+            activated = config.activation_func(gate) * value
         else:
             activated = config.activation_func(hidden)
         return weigh_rows(activated, probs)
