@@ -15,6 +15,7 @@ constexpr int kMaxTopk = 32;   // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;
 constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
 constexpr int kTileTokens = 64;    // and tokens at most
+constexpr int kFlagsPerRow = 2;    // combine sends long rows in halves
 
 // Tokens of one tile: blocks of the plan kernels cut the batch alike.
 inline __host__ __device__ int tile_tokens(int num_topk) {
@@ -97,7 +98,8 @@ struct HostStatus {
 };
 
 // Symmetric memory for rows in flight, grown when a batch needs more (collectively).
-//   arrived [2][R][max_tokens] int: epoch of the row that lies in the slot
+//   arrived [2][R][max_tokens][kFlagsPerRow] int: epoch of the row that lies in the slot, or of each of its halves;
+//           rows that come whole use the first
 //   places  [R][max_tokens][received_words] int: what the destination is told about each row
 //   data    [2][R - 1][max_tokens] rows of `pitch` bytes: the row, its scales, its weights
 struct Staging {
@@ -155,19 +157,19 @@ struct PlanArgs {
     const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
     const int* given_expert_counts;  // [E] or null: used when K = 0
     int num_tokens, num_topk, num_experts, alignment;
-    int ticket;               // not 0: publish the counts to the host under this number
-    bool refused;             // this rank's input is bad: it takes part only to say so
-    int* tile_ranks;          // [tiles, R]
-    int* tile_experts;        // [tiles, E]
-    int* rank_totals;         // [R], zero between plans
-    int* expert_totals;       // [E], zero between plans
-    int* row_base;            // [E] expert row at its owner of this rank's first route to the expert
-    Counted counted;          // what follows from the counts, until it is copied to out_counted
-    int max_recv, max_rows;   // room in the outputs below
-    int* send_slot;           // [T, R]
-    int64_t* out_counted;     // as Counted
-    int* received;            // [max_recv, received_words]
-    int* row_recv;            // [max_rows]
+    int ticket;              // not 0: publish the counts to the host under this number
+    bool refused;            // this rank's input is bad: it takes part only to say so
+    int* tile_ranks;         // [tiles, R]
+    int* tile_experts;       // [tiles, E]
+    int* rank_totals;        // [R], zero between plans
+    int* expert_totals;      // [E], zero between plans
+    int* row_base;           // [E] expert row at its owner of this rank's first route to the expert
+    Counted counted;         // what follows from the counts, until it is copied to out_counted
+    int max_recv, max_rows;  // room in the outputs below
+    int* send_slot;          // [T, R]
+    int64_t* out_counted;    // as Counted
+    int* received;           // [max_recv, received_words]
+    int* row_recv;           // [max_rows]
 };
 
 // The part of a plan that moving rows needs.

@@ -5,6 +5,8 @@
 //   gather    a warp per own token: once the flags of its ranks are up, sum their rows in rank order; the rows of
 //             this rank are summed on the spot and never staged
 //
+// Long rows of the expert layout are sent and gathered in halves, each with a flag and a warp of its own.
+//
 // Sums are fp32 in a fixed order; only what crosses between ranks is rounded to the rows' type.
 #include "device/flags.cuh"
 #include "device/staging.cuh"
@@ -16,6 +18,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kWholeRowBytes = 8192;  // longer rows of the expert layout are halved
 
 // The rows that make up one result, in the order they are added: rows of lower ranks, then the parts on this rank,
 // then rows of higher ranks. One list per warp, in shared memory.
@@ -40,6 +43,26 @@ __device__ __forceinline__ void append(RowList& list, int& count, const LaneRows
         list.factor[index] = from.factor;
     }
     count += __popc(mask);
+}
+
+// Whether rows are cut in two (1) or not (0). Summing the expert rows behind a long row holds a warp for tens of
+// microseconds, a good part of the whole kernel: halves spread the work more evenly, and the home starts on the first
+// while the second is on its way. Smaller pieces, and halves of rows that are only copied, cost more than they
+// bring (docs/benchmarks.md). Ranks agree on it: it follows from what an Operation says, which they compare.
+__device__ __forceinline__ int rows_halved(const CombineArgs& args) {
+    return args.route.grouped && args.pitch > kWholeRowBytes ? 1 : 0;
+}
+
+// The vectors of a row from first up to end.
+struct Span {
+    int first, end;
+};
+
+__device__ __forceinline__ Span half_of_row(const CombineArgs& args, int halved, int half) {
+    const int vectors = args.row_bytes / static_cast<int>(sizeof(int4));
+    if (!halved) return {0, vectors};
+    const int middle = (vectors / 2 + kWarpSize - 1) / kWarpSize * kWarpSize;
+    return half == 0 ? Span{0, middle} : Span{middle, vectors};
 }
 
 struct Output {
@@ -77,21 +100,20 @@ __device__ __forceinline__ void sum_vectors(const RowList& list, int first, cons
 
 // Sum exactly kRows rows, about eight loads at a time.
 template <typename T, int kRows>
-__device__ __forceinline__ void sum_few(const RowList& list, int vectors, const Output& out) {
+__device__ __forceinline__ void sum_few(const RowList& list, Span span, const Output& out) {
     constexpr int kVectors = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
     const int lane = threadIdx.x % kWarpSize;
-    int base = 0;
-    for (; base + kVectors * kWarpSize <= vectors; base += kVectors * kWarpSize)
+    int base = span.first;
+    for (; base + kVectors * kWarpSize <= span.end; base += kVectors * kWarpSize)
         sum_vectors<T, kRows, kVectors>(list, base + lane, out);
-    for (; base < vectors; base += kWarpSize)
-        if (base + lane < vectors) sum_vectors<T, kRows, 1>(list, base + lane, out);
+    for (base += lane; base < span.end; base += kWarpSize) sum_vectors<T, kRows, 1>(list, base, out);
 }
 
 // Sum any number of rows, four at a time.
 template <typename T>
-__device__ __forceinline__ void sum_many(const RowList& list, int vectors, const Output& out) {
+__device__ __forceinline__ void sum_many(const RowList& list, Span span, const Output& out) {
     constexpr int kRows = 4;
-    for (int i = threadIdx.x % kWarpSize; i < vectors; i += kWarpSize) {
+    for (int i = span.first + threadIdx.x % kWarpSize; i < span.end; i += kWarpSize) {
         Vector<T> total;
         total.clear();
         int row = 0;
@@ -108,19 +130,19 @@ __device__ __forceinline__ void sum_many(const RowList& list, int vectors, const
     }
 }
 
-// Sum the rows of the list, in order. The whole warp calls.
+// Sum the rows of the list over the span, in order. The whole warp calls.
 template <typename T>
-__device__ __forceinline__ void sum_rows(const RowList& list, int vectors, const Output& out) {
+__device__ __forceinline__ void sum_rows(const RowList& list, Span span, const Output& out) {
     switch (list.count) {
-        case 1: return sum_few<T, 1>(list, vectors, out);
-        case 2: return sum_few<T, 2>(list, vectors, out);
-        case 3: return sum_few<T, 3>(list, vectors, out);
-        case 4: return sum_few<T, 4>(list, vectors, out);
-        case 5: return sum_few<T, 5>(list, vectors, out);
-        case 6: return sum_few<T, 6>(list, vectors, out);
-        case 7: return sum_few<T, 7>(list, vectors, out);
-        case 8: return sum_few<T, 8>(list, vectors, out);
-        default: return sum_many<T>(list, vectors, out);
+        case 1: return sum_few<T, 1>(list, span, out);
+        case 2: return sum_few<T, 2>(list, span, out);
+        case 3: return sum_few<T, 3>(list, span, out);
+        case 4: return sum_few<T, 4>(list, span, out);
+        case 5: return sum_few<T, 5>(list, span, out);
+        case 6: return sum_few<T, 6>(list, span, out);
+        case 7: return sum_few<T, 7>(list, span, out);
+        case 8: return sum_few<T, 8>(list, span, out);
+        default: return sum_many<T>(list, span, out);
     }
 }
 
@@ -150,8 +172,10 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
     const int lane = threadIdx.x % kWarpSize;
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
     const Received received(rt, args.route.rank_prefix);
-    for (int item = warp; item < received.items(rt); item += warps) {
-        const Received::Row row = received.at(rt, item);
+    const int halved = rows_halved(args);
+    for (int item = warp; item < (received.items(rt) << halved); item += warps) {
+        const int half = item & halved;
+        const Received::Row row = received.at(rt, item >> halved);
         if (row.index < 0) continue;
         float weight;
         const LaneRows parts = parts_of(args, row.index, true, weight);
@@ -163,12 +187,12 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         __syncwarp();
 
         char* staged = staged_row(rt, args.staging, epoch, row.source, rt.rank, row.slot, args.pitch);
-        sum_rows<T>(list, args.row_bytes / static_cast<int>(sizeof(int4)), {staged, {nullptr, nullptr}});
-        if (args.carry_weights && lane < args.route.num_topk)
+        sum_rows<T>(list, half_of_row(args, halved, half), {staged, {nullptr, nullptr}});
+        if (args.carry_weights && half == 0 && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
-        __syncwarp();  // the whole row is written before lane 0 says so
+        __syncwarp();  // everything is written before lane 0 says so
         if (lane == 0)
-            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.rank, row.slot), epoch);
+            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.rank, row.slot, half), epoch);
     }
 }
 
@@ -179,8 +203,10 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     const int lane = threadIdx.x % kWarpSize;
     const Received received(rt, route.rank_prefix);
 
+    const int halved = rows_halved(args);
     WorkQueue queue(&rt.local->next_item);
-    for (int token = queue.take(); token < route.num_tokens; token = queue.take()) {
+    for (int item = queue.take(); item < (route.num_tokens << halved); item = queue.take()) {
+        const int token = item >> halved, half = item & halved;
         int slot = -1;  // of the token at rank `lane`
         if (lane < rt.num_ranks) slot = route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
         const int own_slot = __shfl_sync(kFullMask, slot, rt.rank);
@@ -189,7 +215,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
 
         LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.rank)};
         if (ranks.mask >> lane & 1) {
-            wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot), epoch, kCombineRows, lane);
+            wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot, half), epoch, kCombineRows, lane);
             ranks.row = staged_row(rt, args.staging, epoch, rt.rank, lane, slot, args.pitch);
         }
         const unsigned before = ranks.mask & ((1u << rt.rank) - 1), after = ranks.mask & ~before;
@@ -204,10 +230,10 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
         __syncwarp();
 
         const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
-        sum_rows<T>(list, args.row_bytes / static_cast<int>(sizeof(int4)),
+        sum_rows<T>(list, half_of_row(args, halved, half),
                     {args.out + offset,
                      {args.bias[0] ? args.bias[0] + offset : nullptr, args.bias[1] ? args.bias[1] + offset : nullptr}});
-        if (args.carry_weights && lane < route.num_topk) {
+        if (args.carry_weights && half == 0 && lane < route.num_topk) {  // they came with the first half
             const auto carried = [&](int i) {
                 return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
             };

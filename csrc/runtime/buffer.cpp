@@ -23,6 +23,10 @@ cudaStream_t as_stream(Address stream) { return at<CUstream_st>(stream); }
 
 int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
+int64_t flag_bytes(int num_ranks, int max_tokens) {
+    return align(2 * static_cast<int64_t>(num_ranks) * max_tokens * kFlagsPerRow * sizeof(int));
+}
+
 }  // namespace
 
 Buffer::Buffer(int rank, int num_ranks, int device, double timeout_seconds, bool record_waits) : device_(device) {
@@ -62,7 +66,7 @@ void Buffer::reserve_scratch(int64_t ints) {
 
 std::tuple<int64_t, int64_t> Buffer::staging_bytes(int num_ranks, int max_tokens, int num_topk, int64_t pitch) {
     const int64_t slots = static_cast<int64_t>(num_ranks) * max_tokens;
-    const int64_t flags = align(2 * slots * sizeof(int));
+    const int64_t flags = flag_bytes(num_ranks, max_tokens);
     const int64_t places = align(slots * received_words(num_topk) * sizeof(int));
     const int64_t half = align(static_cast<int64_t>(num_ranks - 1) * max_tokens * pitch);
     return {flags + places + 2 * half, flags + places};
@@ -79,7 +83,7 @@ void Buffer::set_staging(const std::vector<Address>& addresses, int max_tokens, 
     const int64_t head = std::get<1>(staging_bytes(runtime_.num_ranks, max_tokens, num_topk, 0));
     for (int r = 0; r < runtime_.num_ranks; ++r) staging_.base[r] = at<char>(addresses.at(r));
     staging_.max_tokens = max_tokens;
-    staging_.places_offset = align(2 * static_cast<int64_t>(runtime_.num_ranks) * max_tokens * sizeof(int));
+    staging_.places_offset = flag_bytes(runtime_.num_ranks, max_tokens);
     staging_.data_offset = head;
     staging_.data_bytes = (bytes - head) / 2 / 128 * 128;
 }

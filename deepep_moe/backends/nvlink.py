@@ -337,7 +337,7 @@ class NVLinkBackend:
             out.data_ptr(),
             0 if out_weights is None else out_weights.data_ptr(),
             blocks,
-            _combine_send_blocks(blocks, self.world_size),
+            _combine_send_blocks(blocks, self.world_size, grouped),
             stream,
         )
         return Tokens(out, out_weights)
@@ -492,9 +492,11 @@ def _dispatch_send_blocks(blocks: int, ranks: int) -> int:
     return 0 if ranks == 1 else max(1, min(24, blocks // 3))
 
 
-def _combine_send_blocks(blocks: int, ranks: int) -> int:
-    """Blocks that send first. Sending sums rows too: half of few blocks, a quarter of many, which fills the link."""
-    return 0 if ranks == 1 else max(1, min(blocks // 2, max(24, blocks // 4)))
+def _combine_send_blocks(blocks: int, ranks: int, grouped: bool) -> int:
+    """Blocks that send first: half, as sending sums rows too. Whole rows fill the link with a quarter of many."""
+    if ranks == 1:
+        return 0
+    return max(1, blocks // 2 if grouped else min(blocks // 2, max(24, blocks // 4)))
 
 
 def _host_id() -> str:

@@ -155,6 +155,19 @@ def test_random_shapes(ranks: Ranks, nvlink: NVLinkBackend, reference: Collectiv
         compare(ranks, nvlink, reference, Case.draw(ranks, seed))
 
 
+@pytest.mark.parametrize("hidden_vectors", [512, 513, 896])
+@pytest.mark.parametrize("dtype", [0, 1, 2])
+def test_long_rows(
+    ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend, dtype: int, hidden_vectors: int
+) -> None:
+    """From 8 KiB on, weights carried along included, rows of the expert layout come home in two halves."""
+    for topk in (2, 17):
+        case = Case.draw(
+            ranks, 43, tokens=129, topk=topk, local_experts=8, dtype=dtype, hidden_vectors=hidden_vectors, biases=2
+        )
+        compare(ranks, nvlink, reference, case)
+
+
 def test_many_experts(ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend) -> None:
     compare(ranks, nvlink, reference, Case.draw(ranks, 7, local_experts=1024 // ranks.size, tokens=1500, topk=8))
 
