@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels/args.h"
+
 namespace deepep_moe {
 
 constexpr int kWarpSize = 32;
@@ -58,6 +60,12 @@ __device__ __forceinline__ int load_relaxed_system(const int* p) {
     int v;
     asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
     return v;
+}
+
+// A value and its tag in one store: whoever sees the tag sees the value.
+__device__ __forceinline__ void store_tagged_system(Tagged* p, int value, int tag) {
+    const uint64_t both = static_cast<uint64_t>(static_cast<uint32_t>(tag)) << 32 | static_cast<uint32_t>(value);
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(both) : "memory");
 }
 
 // Nanoseconds of a clock that all multiprocessors share.

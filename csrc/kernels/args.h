@@ -37,6 +37,12 @@ enum Failure : int {
     kBadPeerInput,  // peer: what it was given is bad; its own error says why
 };
 
+// A number and the epoch (or ticket) it belongs to, written at once: whoever waits for the tag has the number, and
+// nobody has to order one write before another.
+struct alignas(8) Tagged {
+    int value, tag;
+};
+
 // What ranks tell each other about one batch before any row moves.
 struct PeerCounts {
     // What ranks must agree on, then what they may differ in.
@@ -51,9 +57,11 @@ struct PeerCounts {
         kMaxRows,
         kNumFields
     };
-    int header[8];
+    int header[kNumFields];
     int tokens_to_rank[kMaxRanks];
     int routes_to_expert[kMaxExperts];
+
+    static constexpr int kHeadWords = kNumFields + kMaxRanks;
 };
 
 // What ranks must agree on in every dispatch and combine.
@@ -66,11 +74,11 @@ struct Operation {
 // Symmetric memory that never grows: written by peers, read by its owner.
 struct Control {
     int entered[kMaxRanks];             // [source] epoch of the last dispatch or combine that the peer has started
-    int counted[kMaxRanks];             // [source] epoch of the last plan whose counts below are complete
     int placed[kMaxRanks];              // [source] epoch of the last plan whose places in staging are complete
     int failed[kMaxRanks];              // [source] not 0: the peer gave up
     Operation operation[2][kMaxRanks];  // [data epoch % 2][source]
-    PeerCounts counts[2][kMaxRanks];    // [plan epoch % 2][source]
+    // [plan epoch % 2][source] words of PeerCounts, tagged with the plan epoch
+    Tagged counts[2][kMaxRanks][sizeof(PeerCounts) / sizeof(int)];
 };
 
 // Device memory of this rank alone. Counters live here, not in launch arguments, so that a captured graph can be
@@ -88,12 +96,12 @@ struct LocalState {
 
 // Pinned host memory, written by the device.
 struct HostStatus {
-    int plan_ticket;                 // ticket of the last plan whose numbers below are complete
-    int num_recv;                    // N
-    int num_rows;                    // M
-    int max_tokens;                  // most tokens of any rank
-    int expert_counts[kMaxExperts];  // [L]
-    int failure;                     // enum Failure; the rest says more
+    // Of the last plan that the host waits for, tagged with its ticket.
+    Tagged num_recv;                    // N
+    Tagged num_rows;                    // M
+    Tagged max_tokens;                  // most tokens of any rank; comes after any failure
+    Tagged expert_counts[kMaxExperts];  // [L]
+    int failure;                        // enum Failure; the rest says more
     int phase, peer, field, expected, seen;
 };
 
@@ -258,7 +266,8 @@ cudaError_t launch_routes(const RoutesArgs& args, DataType probs, bool backward,
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
-cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream);
+// At most num_blocks: they wait for the peers, whose kernels may need room on the same GPU.
+cudaError_t launch_collect_places(const PlanArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
 cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream);

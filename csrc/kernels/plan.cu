@@ -38,6 +38,29 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
     return before + sum - value;
 }
 
+// The counts of one rank, as they arrive.
+struct ArrivedCounts {
+    const Tagged* words;
+    __device__ __forceinline__ int header(int field) const { return load_relaxed_system(&words[field].value); }
+    __device__ __forceinline__ int tokens_to(int rank) const {
+        return load_relaxed_system(&words[PeerCounts::kNumFields + rank].value);
+    }
+    __device__ __forceinline__ int routes_to(int expert) const {
+        return load_relaxed_system(&words[PeerCounts::kHeadWords + expert].value);
+    }
+};
+
+// Wait for words `begin` to `end` of the counts of every rank. All threads call; false for all if some did not come.
+__device__ __forceinline__ bool await_counts(const Runtime& rt, int epoch, int begin, int end) {
+    bool arrived = true;
+    for (int i = threadIdx.x; i < rt.num_ranks * (end - begin); i += blockDim.x) {
+        const int source = i / (end - begin), word = begin + i % (end - begin);
+        const Tagged* counts = rt.control[rt.rank]->counts[epoch & 1][source];
+        arrived = arrived && wait_flag(rt, &counts[word].tag, epoch, kPlanCounts, source);
+    }
+    return __syncthreads_and(arrived);
+}
+
 // Send the totals of this rank to every peer, wait for theirs, and work out where everything lies.
 __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* group_start, int* warp_sums) {
     __shared__ int max_tokens, disagree;
@@ -57,61 +80,65 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         own.tokens_to_rank[thread] = load_relaxed_system(&args.rank_totals[thread]);
         args.rank_totals[thread] = 0;
     }
+    const int bad_input = rt.local->bad_input;
     if (thread == 0) {
         own.header[PeerCounts::kNumExperts] = experts;
         own.header[PeerCounts::kNumTopk] = args.num_topk;
         own.header[PeerCounts::kAlignment] = args.alignment;
         own.header[PeerCounts::kNumTokens] = args.num_tokens;
-        own.header[PeerCounts::kBadInput] = args.refused ? 2 : rt.local->bad_input;
+        own.header[PeerCounts::kBadInput] = args.refused ? 2 : bad_input;
         own.header[PeerCounts::kMaxRecv] = args.ticket ? INT_MAX : args.max_recv;
         own.header[PeerCounts::kMaxRows] = args.ticket || args.num_topk == 0 ? INT_MAX : args.max_rows;
         max_tokens = disagree = 0;
     }
     __syncthreads();
 
-    constexpr int kHead = sizeof(own.header) / sizeof(int) + kMaxRanks;
-    const int words = kHead + experts;
+    const int words = PeerCounts::kHeadWords + experts;
     for (int i = thread; i < ranks * words; i += blockDim.x) {
-        PeerCounts* theirs = &rt.control[i / words]->counts[epoch & 1][rt.rank];
-        reinterpret_cast<int*>(theirs)[i % words] = reinterpret_cast<const int*>(&own)[i % words];
+        const int word = i % words;
+        store_tagged_system(&rt.control[i / words]->counts[epoch & 1][rt.rank][word],
+                            reinterpret_cast<const int*>(&own)[word], epoch);
     }
-    __syncthreads();
-    const Control* control = rt.control[rt.rank];
-    const PeerCounts* counts = control->counts[epoch & 1];
-    if (thread < ranks) {
-        store_release_system(&rt.control[thread]->counted[rt.rank], epoch);
-        if (wait_flag(rt, &control->counted[thread], epoch, kPlanCounts, thread)) {
-            const int* header = counts[thread].header;
-            const int bad = header[PeerCounts::kBadInput];
-            if (bad && thread != rt.rank) report_problem(rt, kBadPeerInput, kPlanCounts, thread, 0, 0, 0);
-            if (bad == 2) disagree = 1;
-            for (int field = 0; field < PeerCounts::kNumAgreed && bad != 2 && !args.refused; ++field) {
-                if (header[field] == own.header[field]) continue;
-                disagree = 1;
-                report_problem(rt, kMismatch, kPlanCounts, thread, field, own.header[field], header[field]);
-            }
-            atomicMax(&max_tokens, header[PeerCounts::kNumTokens]);
+    const auto counts = [&](int source) { return ArrivedCounts{rt.control[rt.rank]->counts[epoch & 1][source]}; };
+    // The heads first: ranks that disagree on the number of experts do not send the same number of words.
+    const bool heads_arrived = await_counts(rt, epoch, 0, PeerCounts::kHeadWords);
+    bool problem = bad_input != 0;
+    if (!heads_arrived) {
+        disagree = 1;
+    } else if (thread < ranks) {
+        const int bad = counts(thread).header(PeerCounts::kBadInput);
+        if (bad && thread != rt.rank) report_problem(rt, kBadPeerInput, kPlanCounts, thread, 0, 0, 0);
+        if (bad == 2) disagree = 1;
+        for (int field = 0; field < PeerCounts::kNumAgreed && bad != 2 && !args.refused; ++field) {
+            const int theirs = counts(thread).header(field);
+            if (theirs == own.header[field]) continue;
+            disagree = 1;
+            report_problem(rt, kMismatch, kPlanCounts, thread, field, own.header[field], theirs);
         }
+        problem = problem || bad;
+        atomicMax(&max_tokens, counts(thread).header(PeerCounts::kNumTokens));
     }
     __syncthreads();
+    if (!disagree && !await_counts(rt, epoch, PeerCounts::kHeadWords, words)) disagree = 1;
+    problem = problem || disagree;
 
     // Rank layout: rows by source.
     for (int d = thread; d < ranks; d += blockDim.x) {
         int rows = 0;
         for (int s = 0; s < ranks; ++s) {
-            rows += counts[s].tokens_to_rank[d];
+            rows += counts(s).tokens_to(d);
             args.counted.prefix(s, d) = rows;
         }
         // What does not fit is left out. Every rank learns of it, so that all raise.
-        const int room = counts[d].header[PeerCounts::kMaxRecv];
+        const int room = counts(d).header(PeerCounts::kMaxRecv);
         if (rows > room) report_problem(rt, kRecvOverflow, kPlanCounts, d, 0, room, rows);
-        if (d == rt.rank) rt.status->num_recv = rows;
+        if (d == rt.rank && args.ticket) store_tagged_system(&rt.status->num_recv, rows, args.ticket);
     }
     // Expert layout: groups are padded; every owner's rows start at 0.
     int rows = 0, before = 0;
     if (thread < experts) {
         for (int s = 0; s < ranks; ++s) {
-            const int routes = counts[s].routes_to_expert[thread];
+            const int routes = counts(s).routes_to(thread);
             if (s < rt.rank) before += routes;
             rows += routes;
         }
@@ -129,23 +156,22 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
         if (owner == rt.rank) {
             args.counted.rows(local) = rows;
             args.counted.offset(local) = min(offset, own_room);
-            if (args.ticket) rt.status->expert_counts[local] = rows;
+            if (args.ticket) store_tagged_system(&rt.status->expert_counts[local], rows, args.ticket);
         }
     }
     if (thread < ranks) {
         const int total = group_start[(thread + 1) * experts_per_rank] - group_start[thread * experts_per_rank];
-        const int room = counts[thread].header[PeerCounts::kMaxRows];
+        const int room = counts(thread).header(PeerCounts::kMaxRows);
         if (total > room) report_problem(rt, kRowsOverflow, kPlanCounts, thread, 0, room, total);
         if (thread == rt.rank) {
             args.counted.offset(experts_per_rank) = min(total, own_room);
-            rt.status->num_rows = min(total, own_room);
+            if (args.ticket) store_tagged_system(&rt.status->num_rows, min(total, own_room), args.ticket);
         }
     }
     if (thread == 0) {
         rt.local->plan_epoch = epoch;
         rt.local->bad_input = 0;
         rt.local->staging_fits = !disagree && max_tokens <= args.staging.max_tokens;
-        rt.status->max_tokens = max_tokens;
         if (!args.ticket) {  // no host to stop what follows
             const volatile HostStatus* status = rt.status;
             if (disagree && status->failure)
@@ -155,14 +181,9 @@ __device__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* grou
                 report_failure(rt, kStaging, kPlanCounts, rt.rank, 0, args.staging.max_tokens, max_tokens);
         }
     }
-    if (args.ticket) {
-        __syncthreads();
-        if (thread == 0) {
-            __threadfence_system();
-            volatile int* done = &rt.status->plan_ticket;
-            *done = args.ticket;
-        }
-    }
+    // The host looks for failures once it has all numbers: those come first. (Overflow needs no host that waits.)
+    if (__syncthreads_or(problem)) __threadfence_system();
+    if (thread == 0 && args.ticket) store_tagged_system(&rt.status->max_tokens, max_tokens, args.ticket);
 }
 
 __global__ void __launch_bounds__(kExchangeThreads, 1) count_and_exchange(const __grid_constant__ PlanArgs args) {
@@ -266,7 +287,7 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
         store_release_system(&rt.control[threadIdx.x]->placed[rt.rank], rt.local->plan_epoch);
 }
 
-constexpr int kCollectThreads = 256;
+constexpr int kCollectThreads = 1024;
 
 __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_constant__ PlanArgs args) {
     const Runtime& rt = args.runtime;
@@ -319,10 +340,10 @@ cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-cudaError_t launch_collect_places(const PlanArgs& args, cudaStream_t stream) {
+cudaError_t launch_collect_places(const PlanArgs& args, int num_blocks, cudaStream_t stream) {
     const int64_t entries = static_cast<int64_t>(args.max_recv) * received_words(args.num_topk);
     const int64_t wanted = (entries + kCollectThreads * 4 - 1) / (kCollectThreads * 4);
-    const int blocks = static_cast<int>(max(min(wanted, int64_t{128}), int64_t{8}));
+    const int blocks = static_cast<int>(max(min(wanted, static_cast<int64_t>(num_blocks)), int64_t{1}));
     collect_places<<<blocks, kCollectThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }

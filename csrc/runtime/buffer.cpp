@@ -137,19 +137,24 @@ void Buffer::begin_plan(Address topk_idx, Address given_membership, Address give
 }
 
 std::optional<PlanNumbers> Buffer::wait_plan() {
-    const volatile HostStatus* status = runtime_.status;
     // The kernel gives up first and then publishes what it has; this bound is for a kernel that never runs.
     const auto bound = std::chrono::nanoseconds(runtime_.timeout_nanoseconds) + std::chrono::seconds(10);
     const auto start = std::chrono::steady_clock::now();
-    for (unsigned spin = 1; status->plan_ticket != ticket_; ++spin) {
-        if (spin % 4096 == 0 && std::chrono::steady_clock::now() - start > bound) return std::nullopt;
-    }
+    const auto await = [&](const volatile Tagged& number) {
+        for (unsigned spin = 1; number.tag != ticket_; ++spin)
+            if (spin % 4096 == 0 && std::chrono::steady_clock::now() - start > bound) return false;
+        return true;
+    };
+    const HostStatus& status = *runtime_.status;
+    for (int l = 0; l < plan_.num_experts / runtime_.num_ranks; ++l)
+        if (!await(status.expert_counts[l])) return std::nullopt;
+    if (!await(status.num_recv) || !await(status.num_rows) || !await(status.max_tokens)) return std::nullopt;
     std::atomic_thread_fence(std::memory_order_acquire);
-    return PlanNumbers{status->num_recv, status->num_rows, status->max_tokens};
+    return PlanNumbers{status.num_recv.value, status.num_rows.value, status.max_tokens.value};
 }
 
 void Buffer::copy_expert_counts(Address out_int64, int count) const {
-    for (int l = 0; l < count; ++l) at<int64_t>(out_int64)[l] = runtime_.status->expert_counts[l];
+    for (int l = 0; l < count; ++l) at<int64_t>(out_int64)[l] = runtime_.status->expert_counts[l].value;
 }
 
 void Buffer::place_plan(Address send_slot, Address stream) {
@@ -159,14 +164,14 @@ void Buffer::place_plan(Address send_slot, Address stream) {
 }
 
 void Buffer::collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows,
-                          Address stream) {
+                          int num_blocks, Address stream) {
     plan_.staging = staging_;
     plan_.out_counted = at<int64_t>(counted);
     plan_.received = at<int>(received);
     plan_.row_recv = at<int>(row_recv);
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
-    check(launch_collect_places(plan_, as_stream(stream)), "collecting places");
+    check(launch_collect_places(plan_, num_blocks, as_stream(stream)), "collecting places");
 }
 
 void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,

@@ -53,7 +53,8 @@ class Buffer {
     // Write the places of this rank's rows to their destinations. Does nothing where staging is too small, which
     // wait_plan() shows; then it is to be called again with larger staging.
     void place_plan(Address send_slot, Address stream);
-    void collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows, Address stream);
+    void collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows, int num_blocks,
+                      Address stream);
 
     void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,
                    Address received, Address row_recv, bool grouped);

@@ -222,7 +222,9 @@ class NVLinkBackend:
 
         received = self._empty(torch.int32, max_recv, 1 + 2 * topk)
         row_recv = self._empty(torch.int32, max_rows)
-        runtime.collect_plan(counted.data_ptr(), received.data_ptr(), row_recv.data_ptr(), max_recv, max_rows, stream)
+        runtime.collect_plan(
+            counted.data_ptr(), received.data_ptr(), row_recv.data_ptr(), max_recv, max_rows, self._blocks(), stream
+        )
         return Plan(num_experts, alignment, topk_idx, send_slot, counted, received, row_recv, counts_host)
 
     def _refuse_plan(self) -> None:
@@ -274,7 +276,7 @@ class NVLinkBackend:
             out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
 
         self._set_route(plan, grouped)
-        blocks = self.config.num_sms or self.num_sms
+        blocks = self._blocks()
         runtime.dispatch(
             x.data_ptr(),
             row_bytes,
@@ -323,7 +325,7 @@ class NVLinkBackend:
             out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
         added = [b.contiguous() for b in bias]
         self._set_route(plan, grouped)
-        blocks = self.config.num_sms or self.num_sms
+        blocks = self._blocks()
         runtime.combine(
             x.data_ptr(),
             _DTYPE_CODES[x.dtype],
@@ -395,6 +397,10 @@ class NVLinkBackend:
                 stream.wait_stream(self._last_stream)
             self._last_stream, self._last_stream_address = stream, address
         return address
+
+    def _blocks(self) -> int:
+        """Blocks of a kernel whose blocks fill an SM or wait for peers."""
+        return self.config.num_sms or self.num_sms
 
     def _empty(self, dtype: torch.dtype, rows: int, columns: int | None = None) -> Tensor:
         """torch.empty in half its host time, which counts."""
