@@ -3,6 +3,9 @@
 AutoEP reaches the package through one function, ``auto_ep_comm._import_deep_ep``. With the block in ds_config that
 function returns a namespace with our ElasticBuffer, and ``import deep_ep`` elsewhere in the process finds what it did
 before. (To serve the name itself is the opt-in of :mod:`deepep_moe.compat`.)
+
+One function more is replaced: the one that multiplies rows by their routing weights, by one that gives the same numbers
+in one pass over memory, without fp32 copies of the rows.
 """
 
 from __future__ import annotations
@@ -13,12 +16,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed.module_inject.auto_ep_comm as auto_ep_comm
+import deepspeed.module_inject.auto_ep_layer as auto_ep_layer
+from torch import Tensor
 
 import deepep_moe
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError
 
 _log = logging.getLogger(__name__)
+_stock_row_weights = getattr(auto_ep_layer, "apply_deepep_row_weights", None)
+
+
+def missing() -> list[str]:
+    """What is extended here and not there in the installed DeepSpeed."""
+    places = ((auto_ep_comm, "_import_deep_ep"), (auto_ep_layer, "apply_deepep_row_weights"))
+    return [f"{module.__name__}.{name}" for module, name in places if not hasattr(module, name)]
 
 
 def check(settings: DispatcherConfig, expert_parallel: Any, bf16: bool, tensor_parallel: int) -> None:
@@ -65,7 +77,16 @@ def install(settings: DispatcherConfig) -> None:
         ElasticBuffer=functools.partial(deepep_moe.ElasticBuffer, settings=settings), topk_idx_t=deepep_moe.topk_idx_t
     )
     auto_ep_comm._import_deep_ep = lambda: namespace
+    auto_ep_layer.apply_deepep_row_weights = _row_weights
     _log.info("deepep_moe: AutoEP's DeepEP backend is deepep_moe.ElasticBuffer")
+
+
+def _row_weights(rows: Tensor, weights: Tensor, row_weighting_impl: str) -> Tensor:
+    """``rows [M, H]`` times ``weights [M, 1]`` fp32; what is not AutoEP's default way stays AutoEP's."""
+    if row_weighting_impl == "eager" or _stock_row_weights is None:
+        return deepep_moe.weigh_rows(rows, weights.reshape(-1))
+    weighed: Tensor = _stock_row_weights(rows, weights, row_weighting_impl)
+    return weighed
 
 
 def _refused(setting: str, reason: str) -> ConfigError:

@@ -44,10 +44,10 @@ def register() -> None:
     """
     version = check_version(importlib.metadata.version("deepspeed"))
     original = getattr(DeepSpeedEngine, _METHOD, None)
-    if original is None or not hasattr(auto_ep.auto_ep_comm, "_import_deep_ep"):
+    missing = [*auto_ep.missing(), *([f"DeepSpeedEngine.{_METHOD}"] if original is None else [])]
+    if original is None or missing:
         raise UnsupportedError(
-            f"deepspeed {version} has no DeepSpeedEngine.{_METHOD} or no auto_ep_comm._import_deep_ep, which "
-            f"deepep_moe extends; supported is {SUPPORTED}"
+            f"deepspeed {version} has no {' and no '.join(missing)}, which deepep_moe extends; supported is {SUPPORTED}"
         )
     if hasattr(original, _MARK):
         return

@@ -119,6 +119,32 @@ class TestRecognition:
         assert all(p.grad is None for p in expert.parameters())
 
 
+class TestAutoEP:
+    def test_rows_are_weighed_as_by_autoep(self) -> None:
+        from deepep_moe.integrations.deepspeed import auto_ep
+
+        torch.manual_seed(0)
+        rows, weights = torch.randn(9, 24).bfloat16().requires_grad_(), torch.rand(9, 1, requires_grad=True)
+        factors = torch.randn(9, 24).bfloat16()
+        found = []
+        for weigh in (auto_ep._stock_row_weights, auto_ep._row_weights):
+            weighed = weigh(rows, weights, "eager")
+            found.append((weighed, *torch.autograd.grad((weighed * factors).sum(), (rows, weights))))
+        assert torch.equal(found[0][0], found[1][0])
+        for got, expected in zip(found[1][1:], found[0][1:], strict=True):
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected)
+
+    def test_missing_patch_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from deepspeed.module_inject import auto_ep_layer
+
+        monkeypatch.delattr(auto_ep_layer, "apply_deepep_row_weights")
+        with pytest.raises(
+            UnsupportedError, match=r"no deepspeed\.module_inject\.auto_ep_layer\.apply_deepep_row_weights"
+        ):
+            register()
+
+
 class TestRouting:
     @pytest.mark.parametrize("k", [1, 2, 3])
     def test_equals_the_stock_gate(self, k: int) -> None:
