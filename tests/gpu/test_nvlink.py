@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -380,6 +381,22 @@ def test_refused_input_is_known_to_all(ranks: Ranks) -> None:
     else:
         with pytest.raises(PeerError, match="rank 0 has bad input"):
             backend.plan(good, ranks.size)
+    plan = backend.plan(good, ranks.size)  # and it goes on
+    assert int(plan.expert_counts.sum()) == (20 * ranks.size if ranks.rank == 0 else 0)
+    backend.close()
+
+
+def test_refused_while_capturing_raises_at_once(ranks: Ranks) -> None:
+    """Nothing runs during a capture, so there is nobody to tell and nothing to wait for."""
+    backend = make_backend(ranks)
+    good = torch.zeros((10, 2), dtype=torch.int64, device=ranks.device)
+    stream = torch.cuda.Stream(ranks.device)
+    began = time.monotonic()
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        good.clone()  # a graph may not be empty
+        with pytest.raises(InputError, match="topk_idx"):
+            backend.plan(good.float(), ranks.size, max_recv=10 * ranks.size, max_rows=20 * ranks.size)
+    assert time.monotonic() - began < TIMEOUT_SECONDS / 2
     plan = backend.plan(good, ranks.size)  # and it goes on
     assert int(plan.expert_counts.sum()) == (20 * ranks.size if ranks.rank == 0 else 0)
     backend.close()
