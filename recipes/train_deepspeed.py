@@ -194,7 +194,8 @@ class Gpt(nn.Module):
 def start_engine(shape: Shape, train: Train, ds_config: dict[str, Any], world: World, expert_parallel: int) -> Any:
     """DeepSpeed's engine around a new model, with experts in parameter groups of their own."""
     torch.manual_seed(train.seed + world.rank)  # what ranks share comes from rank 0: DeepSpeed sends it
-    model = Gpt(shape, expert_parallel)
+    with world.device:  # a GPU draws billions of weights in a moment, one core of a CPU does not
+        model = Gpt(shape, expert_parallel)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "name": "matrices"},
         {"params": [p for p in model.parameters() if p.dim() < 2], "name": "vectors", "weight_decay": 0.0},

@@ -298,6 +298,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
     )
+    torch.manual_seed(train.seed)  # of routers; what ranks share comes from one of them
     tensor_parallel.model_parallel_cuda_manual_seed(train.seed)
     config = transformer_config(settings["model"], world, expert_parallel, train.precision)
     model = build_model(config, gpt, data.sequence_length, world)

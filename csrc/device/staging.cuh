@@ -15,9 +15,9 @@ __device__ __forceinline__ char* staged_row(const Runtime& rt, const Staging& st
 }
 
 __device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& staging, int epoch, int owner,
-                                             int source, int slot, int half = 0) {
+                                             int source, int slot, int piece = 0) {
     const int64_t row = (static_cast<int64_t>(epoch & 1) * rt.num_ranks + source) * staging.max_tokens + slot;
-    return reinterpret_cast<int*>(staging.base[owner]) + row * kFlagsPerRow + half;
+    return reinterpret_cast<int*>(staging.base[owner]) + row * kFlagsPerRow + piece;
 }
 
 // The rows that this rank received, by source; lane r of a warp knows about source r.

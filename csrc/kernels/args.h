@@ -15,7 +15,7 @@ constexpr int kMaxTopk = 32;   // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;
 constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
 constexpr int kTileTokens = 64;    // and tokens at most
-constexpr int kFlagsPerRow = 2;    // combine sends long rows in halves
+constexpr int kFlagsPerRow = 4;    // combine sends long rows in pieces
 
 // Tokens of one tile: blocks of the plan kernels cut the batch alike.
 inline __host__ __device__ int tile_tokens(int num_topk) {
@@ -67,7 +67,7 @@ struct PeerCounts {
 // What ranks must agree on in every dispatch and combine.
 struct Operation {
     enum Field : int { kKind = PeerCounts::kNumFields, kRowBytes };  // numbered after PeerCounts::Field
-    int kind;       // enum Phase of its start, plus 1 << 8 in expert layout
+    int kind;       // enum Phase of its start, plus 1 << 8 in expert layout, 1 << 9 when combine carries weights
     int row_bytes;  // of a staged row
 };
 
@@ -106,7 +106,7 @@ struct HostStatus {
 };
 
 // Symmetric memory for rows in flight, grown when a batch needs more (collectively).
-//   arrived [2][R][max_tokens][kFlagsPerRow] int: epoch of the row that lies in the slot, or of each of its halves;
+//   arrived [2][R][max_tokens][kFlagsPerRow] int: epoch of the row that lies in the slot, or of each of its pieces;
 //           rows that come whole use the first
 //   places  [R][max_tokens][received_words] int: what the destination is told about each row
 //   data    [2][R - 1][max_tokens] rows of `pitch` bytes: the row, its scales, its weights

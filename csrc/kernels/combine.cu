@@ -5,7 +5,7 @@
 //   gather    a warp per own token: once the flags of its ranks are up, sum their rows in rank order; the rows of
 //             this rank are summed on the spot and never staged
 //
-// Long rows of the expert layout are sent and gathered in halves, each with a flag and a warp of its own.
+// Long rows of the expert layout are sent and gathered in pieces, each with a flag and a warp of its own.
 //
 // Sums are fp32 in a fixed order; only what crosses between ranks is rounded to the rows' type.
 #include "device/flags.cuh"
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kWholeRowBytes = 8192;  // longer rows of the expert layout are halved
+constexpr int kPieceVectors = 448;  // of rows of the expert layout
 
 // The rows that make up one result, in the order they are added: rows of lower ranks, then the parts on this rank,
 // then rows of higher ranks. One list per warp, in shared memory.
@@ -45,25 +45,25 @@ __device__ __forceinline__ void append(RowList& list, int& count, const LaneRows
     count += __popc(mask);
 }
 
-// Whether rows are cut in two (1) or not (0). Summing the expert rows behind a long row holds a warp for tens of
-// microseconds, a good part of the whole kernel: halves spread the work more evenly, and the home starts on the first
-// while the second is on its way. Smaller pieces, and halves of rows that are only copied, cost more than they
-// bring (docs/benchmarks.md). Ranks agree on it: it follows from what an Operation says, which they compare.
-__device__ __forceinline__ int rows_halved(const CombineArgs& args) {
-    return args.route.grouped && args.pitch > kWholeRowBytes ? 1 : 0;
-}
-
 // The vectors of a row from first up to end.
 struct Span {
     int first, end;
 };
 
-__device__ __forceinline__ Span half_of_row(const CombineArgs& args, int halved, int half) {
-    const int vectors = args.row_bytes / static_cast<int>(sizeof(int4));
-    if (!halved) return {0, vectors};
-    const int middle = (vectors / 2 + kWarpSize - 1) / kWarpSize * kWarpSize;
-    return half == 0 ? Span{0, middle} : Span{middle, vectors};
-}
+// How rows are cut, in vectors. Summing the expert rows behind a long row holds a warp for tens of microseconds, a good
+// part of the whole kernel: pieces spread the work more evenly, and the home starts on the first while the next is on
+// its way. Smaller pieces, and pieces of rows that are only copied, cost more than they bring (docs/benchmarks.md).
+// Ranks agree on it: it follows from what an Operation says, which they compare.
+struct Pieces {
+    int vectors, size, count;
+
+    __device__ __forceinline__ explicit Pieces(const CombineArgs& args)
+        : vectors(args.row_bytes / static_cast<int>(sizeof(int4))) {
+        size = args.route.grouped ? max(kPieceVectors, (vectors + kFlagsPerRow - 1) / kFlagsPerRow) : vectors;
+        count = (vectors + size - 1) / size;
+    }
+    __device__ __forceinline__ Span span(int piece) const { return {piece * size, min(vectors, (piece + 1) * size)}; }
+};
 
 struct Output {
     char* row;
@@ -172,10 +172,10 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
     const int lane = threadIdx.x % kWarpSize;
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
     const Received received(rt, args.route.rank_prefix);
-    const int halved = rows_halved(args);
-    for (int item = warp; item < (received.items(rt) << halved); item += warps) {
-        const int half = item & halved;
-        const Received::Row row = received.at(rt, item >> halved);
+    const Pieces pieces(args);
+    for (int item = warp; item < received.items(rt) * pieces.count; item += warps) {
+        const int piece = item % pieces.count;
+        const Received::Row row = received.at(rt, item / pieces.count);
         if (row.index < 0) continue;
         float weight;
         const LaneRows parts = parts_of(args, row.index, true, weight);
@@ -187,12 +187,12 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         __syncwarp();
 
         char* staged = staged_row(rt, args.staging, epoch, row.source, rt.rank, row.slot, args.pitch);
-        sum_rows<T>(list, half_of_row(args, halved, half), {staged, {nullptr, nullptr}});
-        if (args.carry_weights && half == 0 && lane < args.route.num_topk)
+        sum_rows<T>(list, pieces.span(piece), {staged, {nullptr, nullptr}});
+        if (args.carry_weights && piece == 0 && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
         __syncwarp();  // everything is written before lane 0 says so
         if (lane == 0)
-            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.rank, row.slot, half), epoch);
+            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.rank, row.slot, piece), epoch);
     }
 }
 
@@ -203,10 +203,10 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     const int lane = threadIdx.x % kWarpSize;
     const Received received(rt, route.rank_prefix);
 
-    const int halved = rows_halved(args);
+    const Pieces pieces(args);
     WorkQueue queue(&rt.local->next_item);
-    for (int item = queue.take(); item < (route.num_tokens << halved); item = queue.take()) {
-        const int token = item >> halved, half = item & halved;
+    for (int item = queue.take(); item < route.num_tokens * pieces.count; item = queue.take()) {
+        const int token = item / pieces.count, piece = item % pieces.count;
         int slot = -1;  // of the token at rank `lane`
         if (lane < rt.num_ranks) slot = route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
         const int own_slot = __shfl_sync(kFullMask, slot, rt.rank);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
 
         LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.rank)};
         if (ranks.mask >> lane & 1) {
-            wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot, half), epoch, kCombineRows, lane);
+            wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot, piece), epoch, kCombineRows, lane);
             ranks.row = staged_row(rt, args.staging, epoch, rt.rank, lane, slot, args.pitch);
         }
         const unsigned before = ranks.mask & ((1u << rt.rank) - 1), after = ranks.mask & ~before;
@@ -230,10 +230,10 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
         __syncwarp();
 
         const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
-        sum_rows<T>(list, half_of_row(args, halved, half),
+        sum_rows<T>(list, pieces.span(piece),
                     {args.out + offset,
                      {args.bias[0] ? args.bias[0] + offset : nullptr, args.bias[1] ? args.bias[1] + offset : nullptr}});
-        if (args.carry_weights && half == 0 && lane < route.num_topk) {  // they came with the first half
+        if (args.carry_weights && piece == 0 && lane < route.num_topk) {  // they came with the first piece
             const auto carried = [&](int i) {
                 return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
             };
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
     if (rt.local->failed) return;
     RowList& list = lists[threadIdx.x / kWarpSize];
     const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kCombineStart | args.route.grouped << 8, args.pitch};
+    const Operation operation{kCombineStart | args.route.grouped << 8 | args.carry_weights << 9, args.pitch};
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<T>(args, epoch, list);
     gather<T>(args, epoch, list);
