@@ -28,5 +28,6 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_e4m3(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`quantize_e4m3`, up to rounding: ``[M, H]`` in ``dtype``."""
-    blocks = x.float().view(x.shape[0], x.shape[1] // BLOCK, BLOCK) * scales.unsqueeze(2)
-    return blocks.view_as(x).to(dtype)
+    rows = x.to(dtype)  # exact; multiplied in fp32 and rounded once, without a copy of all rows in fp32
+    rows.view(x.shape[0], x.shape[1] // BLOCK, BLOCK).mul_(scales.unsqueeze(2))
+    return rows

@@ -264,8 +264,8 @@ def _layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: 
     return build
 
 
-def moe_layer(world: World, shape: Layer, kind: str, grouped: bool) -> Any:
-    """A ``MoELayer``; the same weights whatever the dispatcher and the kind of experts."""
+def moe_layer(world: World, shape: Layer, kind: str, grouped: bool, **options: Any) -> Any:
+    """A ``MoELayer``; the same weights whatever the dispatcher and the kind of experts. ``options``: of its config."""
     megatron = megatron_modules(world)
     config = transformer_config(
         world,
@@ -274,6 +274,7 @@ def moe_layer(world: World, shape: Layer, kind: str, grouped: bool) -> Any:
         num_moe_experts=shape.experts,
         moe_router_topk=shape.topk,
         moe_ffn_hidden_size=shape.ffn,
+        **options,
     )
     torch.manual_seed(SEED + world.rank)  # of what is initialised on the CPU, which differs between experts' ranks
     megatron.random.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)

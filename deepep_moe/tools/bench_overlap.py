@@ -32,8 +32,7 @@ from deepep_moe.tools.bench_megatron import (
     Layer,
     Step,
     by_budget,
-    megatron_modules,
-    transformer_config,
+    moe_layer,
     with_budget,
 )
 from deepep_moe.tools.bench_ops import Shape, routing
@@ -167,7 +166,14 @@ def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -
 
     def builder(kind: str, beside: bool) -> Callable[[], Step]:
         def build() -> Step:
-            layer = megatron_layer(world, shape, kind, beside)
+            layer = moe_layer(
+                world,
+                shape,
+                kind,
+                grouped=True,
+                moe_shared_expert_intermediate_size=shape.ffn,
+                moe_shared_expert_overlap=beside,
+            )
             generator = torch.Generator(world.device).manual_seed(world.rank)
             size = (tokens, 1, shape.hidden)
             x, gradient = torch.randn(2, *size, generator=generator, device=world.device, dtype=torch.bfloat16)
@@ -192,29 +198,6 @@ def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -
         for name, beside in settings.items():
             ways.append(Way(f"deepep, {label}", name, with_budget(budget, builder("deepep", beside))))
     return ways
-
-
-def megatron_layer(world: World, shape: Layer, kind: str, beside: bool) -> Any:
-    """A Megatron-Core ``MoELayer`` with a shared expert and grouped experts; the same weights for every kind."""
-    megatron = megatron_modules(world)
-    from deepep_moe.integrations.megatron.experts import GroupedExperts
-
-    config = transformer_config(
-        world,
-        kind,
-        hidden_size=shape.hidden,
-        num_moe_experts=shape.experts,
-        moe_router_topk=shape.topk,
-        moe_ffn_hidden_size=shape.ffn,
-        moe_shared_expert_intermediate_size=shape.ffn,
-        moe_shared_expert_overlap=beside,
-    )
-    torch.manual_seed(SEED + world.rank)
-    megatron.random.model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
-    spec = megatron.specs.get_gpt_layer_local_spec(num_experts=shape.experts, moe_grouped_gemm=False).submodules.mlp
-    submodules = getattr(spec, "submodules", None) or spec.keywords["submodules"]  # a functools.partial from 0.18
-    submodules = dataclasses.replace(submodules, experts=GroupedExperts)
-    return megatron.moe_layer.MoELayer(config, submodules, layer_number=1).to(world.device)
 
 
 # ----------------------------------------------------------------------------------------------- the profile
