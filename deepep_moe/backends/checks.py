@@ -5,14 +5,11 @@ Values are looked at on a CPU only: on a GPU that would make the host wait.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Plan
-from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError, HandleError, InputError
+from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
 
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -168,17 +165,3 @@ def check_shape(
         raise InputError(argument, tensor.dtype, f"must be {dtype}")
     if tensor.device != device:
         raise InputError(argument, tensor.device, f"must be on {device}, the device of this group's backend")
-
-
-def overflow_error(
-    rank: int, what: str, setting: str, limit: int, needed: int, config: DispatcherConfig
-) -> CapacityError:
-    """``rank`` had room for ``limit`` rows and needed ``needed``."""
-    told = f"rank {rank} needs room for {needed} {what}, but {setting} = {limit}: rows beyond it were dropped"
-    if config.capacity_factor:
-        growth = math.ceil(100 * needed / max(limit, 1)) / 100
-        told += (
-            f"; make capacity_factor = {config.capacity_factor:g} at least {growth:g} times as large, "
-            "or 0 for exact sizes"
-        )
-    return CapacityError(told)

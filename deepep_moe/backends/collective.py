@@ -28,7 +28,6 @@ from deepep_moe.backends.checks import (
     check_dispatch,
     check_plan_inputs,
     check_topk_idx,
-    overflow_error,
 )
 from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.config import DispatcherConfig
@@ -147,7 +146,9 @@ class CollectiveBackend:
         return torch.cat([rows[:limit], fill])
 
     def _note_overflow(self, needed: int, limit: int, what: str, setting: str) -> None:
-        self._overflow = overflow_error(self.rank, what, setting, limit, needed, self.config)
+        self._overflow = CapacityError(
+            f"rank {self.rank} needs room for {needed} {what}, but {setting} = {limit}: rows beyond it were dropped"
+        )
 
     def _place(self, recv_topk_idx: Tensor, experts_here: int, alignment: int, max_rows: int | None) -> _Placed:
         """Give every route its expert row: by expert, then received row, then top-k position."""

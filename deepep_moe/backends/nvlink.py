@@ -26,7 +26,6 @@ from deepep_moe.backends.checks import (
     check_dispatch,
     check_plan_inputs,
     check_topk_idx,
-    overflow_error,
 )
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import (
@@ -485,7 +484,9 @@ class NVLinkBackend:
                 "set max_tokens_per_rank"
             )
         what, setting = ("received tokens", "max_recv") if failure == _RECV_OVERFLOW else ("expert rows", "max_rows")
-        return overflow_error(peer, what, setting, expected, seen, self.config)
+        return CapacityError(
+            f"rank {peer} needs room for {seen} {what}, but {setting} = {expected}: rows beyond it were dropped"
+        )
 
 
 def _pitch(num_bytes: int) -> int:
