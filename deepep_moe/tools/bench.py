@@ -31,6 +31,11 @@ app = typer.Typer(
 )
 
 Repeats = Annotated[int, typer.Option(min=1, help="Samples of each time; tables show their median.")]
+Shapes = Annotated[
+    list[str], typer.Option(help="Tokens per rank, hidden size, top-k, experts of the group; may be repeated.")
+]
+Layers = Annotated[list[str], typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk; may be repeated.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of each rank.")]
 Budgets = Annotated[str, typer.Option(help="SMs that communication kernels may use, comma-separated; 0: all.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample, command and versions here.")]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a document here.")]
@@ -82,9 +87,7 @@ OPS_EXAMPLES = """[bold]Examples[/bold]
 
 @app.command(epilog=OPS_EXAMPLES)
 def ops(
-    shape: Annotated[
-        list[str], typer.Option(help="Tokens per rank, hidden size, top-k, experts of the group; may be repeated.")
-    ] = ["4096,7168,8,256"],  # noqa: B006 (typer copies it)
+    shape: Shapes = ["4096,7168,8,256"],  # noqa: B006 (typer copies it)
     routing: Annotated[str, typer.Option(help="balanced, imbalanced (4x load on an eighth), or both.")] = "balanced",
     num_sms: Budgets = "0",
     repeats: Repeats = 20,
@@ -128,9 +131,7 @@ DISPATCHER_EXAMPLES = """[bold]Examples[/bold]
 
 @app.command(epilog=DISPATCHER_EXAMPLES)
 def dispatcher(
-    shape: Annotated[
-        list[str], typer.Option(help="Tokens per rank, hidden size, top-k, experts of the group; may be repeated.")
-    ] = ["4096,7168,8,256", "4096,7168,8,16"],  # noqa: B006
+    shape: Shapes = ["4096,7168,8,256", "4096,7168,8,16"],  # noqa: B006
     num_sms: Budgets = "0",
     repeats: Repeats = 20,
     json: JsonFile = None,
@@ -160,10 +161,8 @@ MEGATRON_EXAMPLES = """[bold]Examples[/bold]
 
 @app.command(epilog=MEGATRON_EXAMPLES)
 def megatron(
-    layer: Annotated[
-        list[str], typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk; may be repeated.")
-    ] = list(bench_megatron.LAYERS),  # noqa: B006
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    layer: Layers = list(bench_megatron.LAYERS),  # noqa: B006
+    tokens: Tokens = 4096,
     num_sms: Budgets = "0",
     repeats: Repeats = 20,
     json: JsonFile = None,
@@ -194,10 +193,8 @@ DEEPSPEED_EXAMPLES = """[bold]Examples[/bold]
 
 @app.command(epilog=DEEPSPEED_EXAMPLES)
 def deepspeed(
-    layer: Annotated[
-        list[str], typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk; may be repeated.")
-    ] = list(bench_megatron.LAYERS),  # noqa: B006
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    layer: Layers = list(bench_megatron.LAYERS),  # noqa: B006
+    tokens: Tokens = 4096,
     num_sms: Budgets = "0",
     repeats: Repeats = 20,
     json: JsonFile = None,
@@ -230,7 +227,7 @@ OVERLAP_EXAMPLES = """[bold]Examples[/bold]
 @app.command(epilog=OVERLAP_EXAMPLES)
 def overlap(
     layer: Annotated[str, typer.Option(help="deepseek, mixtral, or hidden,ffn,experts,topk.")] = "deepseek",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each rank.")] = 4096,
+    tokens: Tokens = 4096,
     chunks: Annotated[str, typer.Option(help="Numbers of chunks to cut the tokens in, comma-separated.")] = "2,4",
     num_sms: Budgets = "0,24,48",
     megatron: Annotated[bool, typer.Option(help="Megatron-Core's layer too, where it is installed.")] = True,
