@@ -219,7 +219,7 @@ LAYERS = {"deepseek": Layer(7168, 2048, 32, 8), "mixtral": Layer(4096, 14336, 8,
 LAYER_NOTES = [
     "Megatron-Core's MoELayer from its local specification (no TransformerEngine), bf16: router, dispatch, experts and "
     "combine, forward and backward with weight gradients. Uncached. SequentialMLP is Megatron-Core's loop over the "
-    "experts, GroupedExperts ours (grouped_mm).",
+    "experts, GroupedExperts ours (all of a linear layer in one call).",
     "Memory on the row of the total: peak in PyTorch's allocator with weights, gradients and activations, and what was "
     "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this contender.",
 ]
