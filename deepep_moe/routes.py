@@ -61,17 +61,18 @@ class _Routes(torch.autograd.Function):
 
 
 def _launch(routing_map: Tensor | None, probs: Tensor, index: Tensor, weights: Tensor, *, backward: bool) -> None:
-    _kernel(
-        0 if routing_map is None else routing_map.data_ptr(),
-        probs.data_ptr(),
-        _DTYPE_CODES[probs.dtype],
-        *probs.shape,
-        index.shape[1],
-        index.data_ptr(),
-        weights.data_ptr(),
-        backward,
-        torch._C._cuda_getCurrentRawStream(probs.device.index),
-    )
+    with torch.cuda.device(probs.device):
+        _kernel(
+            0 if routing_map is None else routing_map.data_ptr(),
+            probs.data_ptr(),
+            _DTYPE_CODES[probs.dtype],
+            *probs.shape,
+            index.shape[1],
+            index.data_ptr(),
+            weights.data_ptr(),
+            backward,
+            torch._C._cuda_getCurrentRawStream(probs.device.index),
+        )
 
 
 def _by_sorting(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -10,27 +10,57 @@ import json
 import math
 import os
 import pydoc_data.topics
+import sys
 import sysconfig
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import typer
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+
+from deepep_moe.errors import DeepEPMoEError
 
 T = TypeVar("T")
 
 
 class RecipeError(Exception):
     """Something a user can mend: a setting, a path, a checkpoint of another run. Shown without a stack trace."""
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; repeatable")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="continue from the latest checkpoint in the folder")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Around a script's work: errors that a user can mend in one line, status 1, and no process group left behind."""
+    try:
+        yield
+    except RecipeError as error:  # the same on every rank
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except DeepEPMoEError as error:
+        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- settings

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,6 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 from deepep_moe.dispatcher import Dispatched
-from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -461,34 +459,22 @@ The layers of Mixtral on two GPUs:
 @app.command(epilog=EXAMPLES)
 def main(
     config: Annotated[Path, typer.Argument(help="JSON file with the sections model, data, train, ds_config")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; repeatable")
-    ] = None,
+    overrides: common.Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="folder for checkpoints and curves [runs/deepspeed_NAME OF THE FILE]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the latest checkpoint in the folder")] = False,
+    resume: common.Resume = False,
 ) -> None:
     """Train a mixture of experts with DeepSpeed's MoE layers, on deepep_moe.
 
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
-    try:
+    with common.plain_errors():
         settings = common.read_settings(config, overrides or [])
         if "ds_config" not in settings:
             raise RecipeError(f"{config} has no section ds_config")
         world = common.start_processes()
         run(settings, output or Path("runs") / f"deepspeed_{config.stem}", resume, world)
-    except RecipeError as error:  # the same on every rank
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except DeepEPMoEError as error:
-        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

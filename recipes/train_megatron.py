@@ -11,7 +11,6 @@ from __future__ import annotations
 # ruff: noqa: E402
 import dataclasses
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +36,6 @@ from torch import Tensor
 
 import deepep_moe.integrations.megatron  # makes the type "deepep" known to Megatron-Core
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.integrations.megatron import cpu
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -411,32 +409,20 @@ Your own text, longer:
 @app.command(epilog=EXAMPLES)
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections model, gpt, data, train, dispatcher")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; repeatable")
-    ] = None,
+    overrides: common.Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="folder for checkpoints and curves [runs/NAME OF THE FILE]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the latest checkpoint in the folder")] = False,
+    resume: common.Resume = False,
 ) -> None:
     """Train a Megatron-Core MoE whose tokens deepep_moe moves to their experts and back.
 
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
-    try:
+    with common.plain_errors():
         settings = common.read_settings(config, overrides or [])
         world = common.start_processes()
         run(settings, output or Path("runs") / config.stem, resume, world)
-    except RecipeError as error:  # the same on every rank
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except DeepEPMoEError as error:
-        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -14,13 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import UnsupportedError
-from deepep_moe.tools.bench_megatron import SEED, Contender, Layer, Step, by_budget, measure, with_budget
+from deepep_moe.tools.bench_megatron import (
+    SEED,
+    Contender,
+    Layer,
+    Step,
+    by_budget,
+    layer_step,
+    measure,
+    with_budget,
+)
 from deepep_moe.tools.bench_report import Table
-from deepep_moe.tools.bench_timing import Phases, World
+from deepep_moe.tools.bench_timing import World
 
 STOCK = "DeepSpeed"
 
@@ -91,7 +100,7 @@ def start(world: World) -> None:
 def _layer_builder(world: World, shape: Layer, tokens: int, ours: bool) -> Callable[[], Step]:
     def build() -> Step:
         layer = moe_layer(world, shape, ours)
-        return _step(world, layer, lambda x: layer(x)[0], (tokens, shape.hidden), _dtype(world))
+        return layer_step(world, layer, lambda x: layer(x)[0], (tokens, shape.hidden), _dtype(world))
 
     return build
 
@@ -99,28 +108,9 @@ def _layer_builder(world: World, shape: Layer, tokens: int, ours: bool) -> Calla
 def _autoep_builder(world: World, shape: Layer, tokens: int, ours: bool) -> Callable[[], Step]:
     def build() -> Step:
         layer = autoep_layer(world, shape, tokens, ours)
-        return _step(world, layer, layer, (1, tokens, shape.hidden), torch.bfloat16)
+        return layer_step(world, layer, layer, (1, tokens, shape.hidden), torch.bfloat16)
 
     return build
-
-
-def _step(
-    world: World, layer: nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> Step:
-    generator = torch.Generator().manual_seed(world.rank)
-    x, grad = (torch.randn(shape, generator=generator).to(world.device, dtype) for _ in range(2))
-    x.requires_grad_()
-
-    def step(phase: Phases) -> Tensor:
-        layer.zero_grad(set_to_none=True)
-        x.grad = None
-        output = call(x)
-        phase("forward")
-        output.backward(grad)
-        phase("backward")
-        return output
-
-    return step
 
 
 def moe_layer(world: World, shape: Layer, ours: bool) -> Any:

@@ -245,23 +245,29 @@ def layer_table(
 def _layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:
     def build() -> Step:
         layer = moe_layer(world, shape, kind, grouped)
-        generator = torch.Generator().manual_seed(world.rank)
-        inputs = (torch.randn(tokens, 1, shape.hidden, generator=generator).bfloat16() for _ in range(2))
-        x, grad = (tensor.to(world.device) for tensor in inputs)
-        x.requires_grad_()
-
-        def step(phase: Phases) -> Tensor:
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            output, _ = layer(x)
-            phase("forward")
-            output.backward(grad)
-            phase("backward")
-            return output
-
-        return step
+        return layer_step(world, layer, lambda x: layer(x)[0], (tokens, 1, shape.hidden), torch.bfloat16)
 
     return build
+
+
+def layer_step(
+    world: World, layer: torch.nn.Module, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Step:
+    """Forward and backward of ``layer`` by ``call``, on tokens and gradients of ``shape`` that differ between ranks."""
+    generator = torch.Generator().manual_seed(world.rank)
+    x, grad = (torch.randn(shape, generator=generator).to(world.device, dtype) for _ in range(2))
+    x.requires_grad_()
+
+    def step(phase: Phases) -> Tensor:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        output = call(x)
+        phase("forward")
+        output.backward(grad)
+        phase("backward")
+        return output
+
+    return step
 
 
 def moe_layer(world: World, shape: Layer, kind: str, grouped: bool, **options: Any) -> Any:

@@ -32,6 +32,7 @@ from deepep_moe.tools.bench_megatron import (
     Layer,
     Step,
     by_budget,
+    layer_step,
     moe_layer,
     with_budget,
 )
@@ -174,21 +175,7 @@ def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -
                 moe_shared_expert_intermediate_size=shape.ffn,
                 moe_shared_expert_overlap=beside,
             )
-            generator = torch.Generator(world.device).manual_seed(world.rank)
-            size = (tokens, 1, shape.hidden)
-            x, gradient = torch.randn(2, *size, generator=generator, device=world.device, dtype=torch.bfloat16)
-            x.requires_grad_()
-
-            def step(phase: Phases) -> Tensor:
-                layer.zero_grad(set_to_none=True)
-                x.grad = None
-                out: Tensor = layer(x)[0]
-                phase("forward")
-                out.backward(gradient)
-                phase("backward")
-                return out
-
-            return step
+            return layer_step(world, layer, lambda x: layer(x)[0], (tokens, 1, shape.hidden), torch.bfloat16)
 
         return build
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from deepep_moe import DispatcherConfig, TokenDispatcher, __version__
 from deepep_moe.errors import DeepEPMoEError
+from deepep_moe.tools.bench_timing import ranks_of_this_run
 
 GOOD, NOTE, BAD = "[green]ok[/green]", "[yellow]note[/yellow]", "[red]wrong[/red]"
 
@@ -125,28 +126,15 @@ def look_at_settings() -> tuple[Finding, DispatcherConfig]:
 
 def try_group(config: DispatcherConfig) -> list[Finding]:
     """Backend of the group of all ranks, and a dispatch and combine on it. Collective."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    # NCCL wants a GPU per rank
-    alone_on_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-    process_group = "nccl" if alone_on_gpu else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(process_group)
-    else:
-        dist.init_process_group(process_group, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = dist.get_world_size()
-    try:
-        dispatcher = TokenDispatcher(dist.group.WORLD, 4 * ranks, config, device=device)
-        where = f"{ranks} rank(s), {process_group}, {device.type}"
-        why = "" if dispatcher.backend.name == "nvlink" else f": {reason_against_nvlink(dispatcher)}"
-        found = [Finding(GOOD, "backend", f"{dispatcher.backend.name} ({where}){why}")]
-        return [*found, round_trip(dispatcher, device)]
-    except DeepEPMoEError as error:
-        return [Finding(BAD, "backend", str(error))]
-    finally:
-        dist.destroy_process_group()
+    with ranks_of_this_run() as world:
+        try:
+            dispatcher = TokenDispatcher(dist.group.WORLD, 4 * world.size, config, device=world.device)
+            where = f"{world.size} rank(s), {world.collectives}, {world.device.type}"
+            why = "" if dispatcher.backend.name == "nvlink" else f": {reason_against_nvlink(dispatcher)}"
+            found = [Finding(GOOD, "backend", f"{dispatcher.backend.name} ({where}){why}")]
+            return [*found, round_trip(dispatcher, world.device)]
+        except DeepEPMoEError as error:
+            return [Finding(BAD, "backend", str(error))]
 
 
 def reason_against_nvlink(dispatcher: TokenDispatcher) -> str:

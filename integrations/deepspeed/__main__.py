@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import runpy
 import sys
+
+from deepep_moe.launcher import help_or_nothing, run_script
 
 USAGE = """\
 usage: python -m deepep_moe.integrations.deepspeed [-m] SCRIPT [ARGUMENTS...]
@@ -23,24 +23,9 @@ environment variables; see docs/deepspeed.md.
 
 def main(argv: list[str]) -> None:
     """Run the script named by ``argv``, the command line without the interpreter and the launcher."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
-        sys.exit(0 if argv else 2)
-    as_module = argv[0] == "-m"
-    target = argv[1:] if as_module else argv
-    if not target:
-        sys.exit(f"no module to run\n\n{USAGE}")
-    if not as_module and not os.path.isfile(target[0]):
-        sys.exit(f"no such script: {target[0]}\n\n{USAGE}")
-
-    # What `python SCRIPT` and `python -m MODULE` put first on the module path.
-    sys.path.insert(0, os.getcwd() if as_module else os.path.dirname(os.path.abspath(target[0])))
-    sys.argv = list(target)
-    if as_module:
-        runpy.run_module(target[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(target[0], run_name="__main__")
+    help_or_nothing(argv, USAGE)
+    run_script(argv, USAGE)  # importing the package has loaded the plugin
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])  # importing the package has loaded the plugin
+    main(sys.argv[1:])

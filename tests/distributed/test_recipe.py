@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.distributed.recipe_runs import assert_learned_and_reported, losses, metrics
 from tests.launch import ROOT, all_cases, check_case, torchrun
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -46,30 +47,8 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[tuple[float, float]]:
-    entries = metrics(folder)
-    return [(entry["step"], entry.get("train_loss", entry.get("held_out_loss", math.nan))) for entry in entries]
-
-
 def test_learns_and_reports(finished: Path) -> None:
-    held_out = [entry["held_out_loss"] for entry in metrics(finished) if "held_out_loss" in entry]
-    assert len(held_out) == 3
-    assert held_out[0] == pytest.approx(math.log(256), abs=0.5)  # it starts knowing nothing about bytes
-    assert held_out[0] > held_out[1] > held_out[2]
-
-    steps = [entry for entry in metrics(finished) if "train_loss" in entry]
-    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
-    for entry in steps:
-        assert entry["tokens_per_second"] > 0
-        assert 0 < entry["dispatch_percent"] < 100
-        assert 0 < entry["combine_percent"] < 100
-        assert 1 <= entry["imbalance"] <= 8
-
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert_learned_and_reported(finished, STEPS)
     assert sorted(p.name for p in (finished / "checkpoints/step-0000008").iterdir()) == ["rank-0.pt", "rank-1.pt"]
 
 
