@@ -39,6 +39,7 @@ __device__ __forceinline__ bool wait_flag(const Runtime& rt, const int* flag, in
     const uint64_t start = global_nanoseconds();
     const Control* own = rt.control[rt.rank];
     while (true) {
+#pragma unroll 1
         for (int spin = 0; spin < 64; ++spin) {
             seen = load_acquire_system(flag);
             if (reached(seen, epoch)) {

@@ -15,6 +15,7 @@ constexpr int kMaxTopk = 32;   // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;
 constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
 constexpr int kTileTokens = 64;    // and tokens at most
+constexpr int kMaxBiases = 2;      // rows added to what combine gives
 constexpr int kFlagsPerRow = 4;    // combine sends long rows in pieces
 
 // Tokens of one tile: blocks of the plan kernels cut the batch alike.
@@ -227,14 +228,15 @@ struct CombineArgs {
     Staging staging;
     Route route;
     int row_bytes;
-    int pitch;             // bytes of a staged row: row, weights, rounded up to 16
-    const char* x;         // [N or M] rows
-    const float* weights;  // [N, K] or [M], or null
-    bool apply_weights;    // multiply them into the rows (expert layout) ...
-    bool carry_weights;    // ... or send them home beside the rows; neither without weights
-    const char* bias[2];   // [T] rows each, or null
-    char* out;             // [T] rows
-    float* out_weights;    // [T, K] when weights are carried
+    int pitch;                     // bytes of a staged row: row, weights, rounded up to 16
+    const char* x;                 // [N or M] rows
+    const float* weights;          // [N, K] or [M], or null
+    bool apply_weights;            // multiply them into the rows (expert layout) ...
+    bool carry_weights;            // ... or send them home beside the rows; neither without weights
+    const char* bias[kMaxBiases];  // [T] rows each
+    int num_biases;
+    char* out;           // [T] rows
+    float* out_weights;  // [T, K] when weights are carried
     int num_send_blocks;
 };
 

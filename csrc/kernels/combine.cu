@@ -21,11 +21,12 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPieceVectors = 448;  // of rows of the expert layout
 
 // The rows that make up one result, in the order they are added: rows of lower ranks, then the parts on this rank,
-// then rows of higher ranks. One list per warp, in shared memory.
+// then rows of higher ranks, then biases. One list per warp, in shared memory.
 struct RowList {
-    const char* row[kMaxTopk + kMaxRanks];
-    float factor[kMaxTopk + kMaxRanks];
-    int before, parts, count;
+    const char* row[kMaxTopk + kMaxRanks + kMaxBiases];
+    float factor[kMaxTopk + kMaxRanks + kMaxBiases];
+    int before, parts, arrived;  // of lower ranks, on this rank, all of these and of higher ranks
+    int count;
 };
 
 // Lane k knows the k-th row, if its bit is in the mask.
@@ -54,33 +55,21 @@ struct Span {
 // part of the whole kernel: pieces spread the work more evenly, and the home starts on the first while the next is on
 // its way. Smaller pieces, and pieces of rows that are only copied, cost more than they bring (docs/benchmarks.md).
 // Ranks agree on it: it follows from what an Operation says, which they compare.
+template <bool kGrouped>
 struct Pieces {
     int vectors, size, count;
 
     __device__ __forceinline__ explicit Pieces(const CombineArgs& args)
         : vectors(args.row_bytes / static_cast<int>(sizeof(int4))) {
-        size = args.route.grouped ? max(kPieceVectors, (vectors + kFlagsPerRow - 1) / kFlagsPerRow) : vectors;
-        count = (vectors + size - 1) / size;
+        size = kGrouped ? max(kPieceVectors, (vectors + kFlagsPerRow - 1) / kFlagsPerRow) : vectors;
+        count = kGrouped ? (vectors + size - 1) / size : 1;
     }
     __device__ __forceinline__ Span span(int piece) const { return {piece * size, min(vectors, (piece + 1) * size)}; }
 };
 
-struct Output {
-    char* row;
-    const char* bias[2];  // rows to add, or null
-};
-
-template <typename T>
-__device__ __forceinline__ void finish(const Output& out, int i, Vector<T>& total) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b)
-        if (out.bias[b]) total.add(load_streaming(reinterpret_cast<const int4*>(out.bias[b]) + i));
-    store_streaming(reinterpret_cast<int4*>(out.row) + i, total.pack());
-}
-
 // Sum the vectors number `first + u * 32` of exactly kRows rows; all of them exist.
 template <typename T, int kRows, int kVectors>
-__device__ __forceinline__ void sum_vectors(const RowList& list, int first, const Output& out) {
+__device__ __forceinline__ void sum_vectors(const RowList& list, int first, char* out) {
     int4 v[kRows][kVectors];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -94,13 +83,13 @@ __device__ __forceinline__ void sum_vectors(const RowList& list, int first, cons
         total.clear();
 #pragma unroll
         for (int r = 0; r < kRows; ++r) total.add_scaled(v[r][u], list.factor[r]);
-        finish(out, first + u * kWarpSize, total);
+        store_streaming(reinterpret_cast<int4*>(out) + first + u * kWarpSize, total.pack());
     }
 }
 
 // Sum exactly kRows rows, about eight loads at a time.
 template <typename T, int kRows>
-__device__ __forceinline__ void sum_few(const RowList& list, Span span, const Output& out) {
+__device__ __forceinline__ void sum_few(const RowList& list, Span span, char* out) {
     constexpr int kVectors = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
     const int lane = threadIdx.x % kWarpSize;
     int base = span.first;
@@ -111,7 +100,7 @@ __device__ __forceinline__ void sum_few(const RowList& list, Span span, const Ou
 
 // Sum any number of rows, four at a time.
 template <typename T>
-__device__ __forceinline__ void sum_many(const RowList& list, Span span, const Output& out) {
+__device__ __forceinline__ void sum_many(const RowList& list, Span span, char* out) {
     constexpr int kRows = 4;
     for (int i = span.first + threadIdx.x % kWarpSize; i < span.end; i += kWarpSize) {
         Vector<T> total;
@@ -126,13 +115,13 @@ __device__ __forceinline__ void sum_many(const RowList& list, Span span, const O
         }
         for (; row < list.count; ++row)
             total.add_scaled(load_streaming(reinterpret_cast<const int4*>(list.row[row]) + i), list.factor[row]);
-        finish(out, i, total);
+        store_streaming(reinterpret_cast<int4*>(out) + i, total.pack());
     }
 }
 
 // Sum the rows of the list over the span, in order. The whole warp calls.
 template <typename T>
-__device__ __forceinline__ void sum_rows(const RowList& list, Span span, const Output& out) {
+__device__ __forceinline__ void sum_rows(const RowList& list, Span span, char* out) {
     switch (list.count) {
         case 1: return sum_few<T, 1>(list, span, out);
         case 2: return sum_few<T, 2>(list, span, out);
@@ -148,13 +137,14 @@ __device__ __forceinline__ void sum_rows(const RowList& list, Span span, const O
 
 // The rows on this rank that make up received row n, and the weight of route `lane`. Nothing where n is out of range:
 // rows that did not fit were not kept (the host raises), but their home still waits for them.
+template <bool kGrouped>
 __device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, bool exists, float& weight) {
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
     int64_t row = -1;
     float factor = 1.0f;
     weight = 0.0f;
     if (exists && n < args.route.max_recv) {
-        if (args.route.grouped) {
+        if (kGrouped) {
             if (lane < topk) row = args.route.expert_row(n, lane);
             if (row >= 0 && args.weights) weight = args.weights[row];
             if (args.apply_weights) factor = weight;
@@ -166,19 +156,19 @@ __device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, boo
     return {args.x + row * args.row_bytes, factor, __ballot_sync(kFullMask, row >= 0)};
 }
 
-template <typename T>
+template <typename T, bool kGrouped>
 __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList& list) {
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
     const Received received(rt, args.route.rank_prefix);
-    const Pieces pieces(args);
+    const Pieces<kGrouped> pieces(args);
     for (int item = warp; item < received.items(rt) * pieces.count; item += warps) {
         const int piece = item % pieces.count;
         const Received::Row row = received.at(rt, item / pieces.count);
         if (row.index < 0) continue;
         float weight;
-        const LaneRows parts = parts_of(args, row.index, true, weight);
+        const LaneRows parts = parts_of<kGrouped>(args, row.index, true, weight);
         __syncwarp();  // all lanes are done with the last list
         int count = 0;
         append(list, count, parts, parts.mask);
@@ -187,7 +177,7 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         __syncwarp();
 
         char* staged = staged_row(rt, args.staging, epoch, row.source, rt.rank, row.slot, args.pitch);
-        sum_rows<T>(list, pieces.span(piece), {staged, {nullptr, nullptr}});
+        sum_rows<T>(list, pieces.span(piece), staged);
         if (args.carry_weights && piece == 0 && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
         __syncwarp();  // everything is written before lane 0 says so
@@ -196,14 +186,14 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
     }
 }
 
-template <typename T>
+template <typename T, bool kGrouped>
 __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowList& list) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize;
     const Received received(rt, route.rank_prefix);
 
-    const Pieces pieces(args);
+    const Pieces<kGrouped> pieces(args);
     WorkQueue queue(&rt.local->next_item);
     for (int item = queue.take(); item < route.num_tokens * pieces.count; item = queue.take()) {
         const int token = item / pieces.count, piece = item % pieces.count;
@@ -211,7 +201,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
         if (lane < rt.num_ranks) slot = route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
         const int own_slot = __shfl_sync(kFullMask, slot, rt.rank);
         float own_weight;
-        const LaneRows parts = parts_of(args, received.own_start + own_slot, own_slot >= 0, own_weight);
+        const LaneRows parts = parts_of<kGrouped>(args, received.own_start + own_slot, own_slot >= 0, own_weight);
 
         LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.rank)};
         if (ranks.mask >> lane & 1) {
@@ -226,13 +216,14 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
         append(list, count, ranks, after);
         list.before = __popc(before);
         list.parts = __popc(parts.mask);
+        list.arrived = count;
+        const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
+        const LaneRows bias{args.bias[lane % kMaxBiases] + offset, 1.0f, (1u << args.num_biases) - 1};
+        append(list, count, bias, bias.mask);
         list.count = count;
         __syncwarp();
 
-        const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
-        sum_rows<T>(list, pieces.span(piece),
-                    {args.out + offset,
-                     {args.bias[0] ? args.bias[0] + offset : nullptr, args.bias[1] ? args.bias[1] + offset : nullptr}});
+        sum_rows<T>(list, pieces.span(piece), args.out + offset);
         if (args.carry_weights && piece == 0 && lane < route.num_topk) {  // they came with the first piece
             const auto carried = [&](int i) {
                 return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
@@ -240,30 +231,34 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
             float total = 0.0f;
             for (int i = 0; i < list.before; ++i) total += carried(i);
             total += own_weight;
-            for (int i = list.before + list.parts; i < count; ++i) total += carried(i);
+            for (int i = list.before + list.parts; i < list.arrived; ++i) total += carried(i);
             args.out_weights[static_cast<int64_t>(token) * route.num_topk + lane] = total;
         }
     }
 }
 
-template <typename T>
+// One kernel for each layout: what only one of them needs costs registers, and those hold the loads in flight.
+template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
     __shared__ RowList lists[kWarps];
     const Runtime& rt = args.runtime;
     if (rt.local->failed) return;
     RowList& list = lists[threadIdx.x / kWarpSize];
     const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kCombineStart | args.route.grouped << 8 | args.carry_weights << 9, args.pitch};
+    const Operation operation{kCombineStart | kGrouped << 8 | args.carry_weights << 9, args.pitch};
     enter_operation(rt, epoch, operation);
-    if (blockIdx.x < args.num_send_blocks) send<T>(args, epoch, list);
-    gather<T>(args, epoch, list);
+    if (blockIdx.x < args.num_send_blocks) send<T, kGrouped>(args, epoch, list);
+    gather<T, kGrouped>(args, epoch, list);
     await_peers(rt, epoch, operation, kCombineStart);
     leave_operation(rt, epoch);
 }
 
 template <typename T>
 cudaError_t launch(const CombineArgs& args, int num_blocks, cudaStream_t stream) {
-    combine_kernel<T><<<num_blocks, kThreads, 0, stream>>>(args);
+    if (args.route.grouped)
+        combine_kernel<T, true><<<num_blocks, kThreads, 0, stream>>>(args);
+    else
+        combine_kernel<T, false><<<num_blocks, kThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }
 

@@ -222,6 +222,7 @@ void Buffer::combine(Address x, int dtype, int row_bytes, int pitch, Address wei
     args.carry_weights = carry_weights;
     args.bias[0] = at<char>(bias0);
     args.bias[1] = at<char>(bias1);
+    args.num_biases = (bias0 != 0) + (bias1 != 0);
     args.out = at<char>(out);
     args.out_weights = at<float>(out_weights);
     args.num_send_blocks = num_send_blocks;
