@@ -39,6 +39,9 @@ class DevicePlan(Plan):
     ) -> None:
         self.num_experts, self.alignment, self.topk_idx = num_experts, alignment, topk_idx
         self._ranks, self._finish, self._sizes = num_ranks, finish, sizes
+        self._tokens, self._topk = topk_idx.shape
+        self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1
+        self._received_words = 1 + 2 * self._topk
         self._memory: Tensor | None = None  # counted and send_slot ...
         self._room: Tensor | None = None  # ... received and row_recv; often the same
         self._room_starts = self._room_recv = 0
@@ -48,19 +51,11 @@ class DevicePlan(Plan):
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    @property
-    def _counted_size(self) -> int:
-        return self._ranks * self._ranks + 2 * (self.num_experts // self._ranks) + 1
-
-    @property
-    def _received_words(self) -> int:
-        return 1 + 2 * self.num_topk
-
     def allocate(self, max_recv: int, max_rows: int) -> None:
         """Make room for N and M up to these."""
         fixed, room = 0, max_recv * self._received_words + max_rows
         if self._memory is None:
-            fixed = 2 * self._counted_size + self.num_tokens * self._ranks
+            fixed = 2 * self._counted_size + self._tokens * self._ranks
         memory = torch.empty_strided((fixed + room,), (1,), dtype=torch.int32, device=self.topk_idx.device)
         if self._memory is None:
             self._memory = memory
@@ -96,6 +91,14 @@ class DevicePlan(Plan):
         return self._sizes
 
     @property
+    def num_tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def num_topk(self) -> int:
+        return self._topk
+
+    @property
     def num_ranks(self) -> int:
         return self._ranks
 
@@ -118,7 +121,7 @@ class DevicePlan(Plan):
         self.known_sizes()
         assert self._memory is not None
         first = 2 * self._counted_size
-        return self._memory[first : first + self.num_tokens * self._ranks].view(self.num_tokens, self._ranks)
+        return self._memory[first : first + self._tokens * self._ranks].view(self._tokens, self._ranks)
 
     @cached_property
     def received(self) -> Tensor:  # type: ignore[override]
