@@ -293,24 +293,47 @@ def one_forward_one_backward_overlap(group: dist.ProcessGroup) -> None:
     """Megatron's own fine-grained schedule: nodes with detached inputs, some of them freed after the forward."""
     util = _util()
     layout = util.parallel(ep=2)
+    batches = [util.batch(step) for step in (1, 2, 3)]
     for shared in (None, 24):
         model = util.gpt(util.configure("deepep", moe_shared_expert_intermediate_size=shared, **layout))
-        batches = [util.batch(step) for step in (1, 2, 3)]
-        expected_losses = []
-        for tokens, positions, mask, labels in batches:
-            loss = model(tokens, positions, mask, labels=labels)
-            loss.sum().backward()
-            expected_losses.append(loss.detach())
-        expected = {name: grad.clone() for name, grad in util.gradients(model).items()}
-
+        expected = {name: value.clone() for name, value in util.run_in_turn(model, batches).items()}
         model.zero_grad()
-        losses = util.run_overlapped(model, batches)
-        for loss, expected_loss in zip(losses, expected_losses):
-            util.assert_near("loss", loss, expected_loss)
-        actual = util.gradients(model)
-        assert actual.keys() == expected.keys()
-        for name, grad in expected.items():
-            util.assert_near(name, actual[name], grad)
+        util.assert_all_near(util.run_overlapped(model, batches), expected)
+
+
+@case(ranks=(2,))
+def one_forward_one_backward_overlap_in_capacity_mode(group: dist.ProcessGroup) -> None:
+    """The same schedule with outputs of a fixed size, against exact sizes and batches in turn."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    batches = [util.batch(step) for step in (1, 2, 3)]
+    for shared in (None, 24):
+        config = util.configure("deepep", moe_shared_expert_intermediate_size=shared, **layout)
+        expected = util.run_in_turn(util.gpt(config, grouped_experts=True), batches)
+        with util.capacity_mode():
+            model = util.gpt(config, grouped_experts=True)
+        rows = []
+        for layer in model.decoder.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0].shape[0]))
+        util.assert_all_near(util.run_overlapped(model, batches), expected)
+        for layer in model.decoder.layers:
+            layer.mlp.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+        assert rows == [2 * 2 * util.SEQUENCE * util.BATCH] * 2 * len(batches)  # factor, top-k, tokens; layers
+
+
+@case(ranks=(2,))
+def shared_expert_overlap_in_capacity_mode(group: dist.ProcessGroup) -> None:
+    util = _util()
+    config = util.configure(
+        "deepep", moe_shared_expert_intermediate_size=24, moe_shared_expert_overlap=True, **util.parallel(ep=2)
+    )
+    exact = util.moe_layer(config, grouped_experts=True)
+    with util.capacity_mode(max_tokens_per_rank=(util.SEQUENCE + 1) * util.BATCH):
+        fixed = util.moe_layer(config, grouped_experts=True)
+    for seed in (1, 2):
+        actual, expected = (util.run_layer(layer, util.SEQUENCE + dist.get_rank(), seed) for layer in (fixed, exact))
+        util.assert_all_near(actual, expected)
+    fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
 
 
 @case(ranks=(2,))
