@@ -322,18 +322,43 @@ def one_forward_one_backward_overlap_in_capacity_mode(group: dist.ProcessGroup) 
 
 
 @case(ranks=(2,))
-def shared_expert_overlap_in_capacity_mode(group: dist.ProcessGroup) -> None:
+def layer_in_capacity_mode(group: dist.ProcessGroup) -> None:
+    """Outputs of a fixed size against exact sizes."""
     util = _util()
-    config = util.configure(
-        "deepep", moe_shared_expert_intermediate_size=24, moe_shared_expert_overlap=True, **util.parallel(ep=2)
-    )
-    exact = util.moe_layer(config, grouped_experts=True)
-    with util.capacity_mode(max_tokens_per_rank=(util.SEQUENCE + 1) * util.BATCH):
-        fixed = util.moe_layer(config, grouped_experts=True)
-    for seed in (1, 2):
-        actual, expected = (util.run_layer(layer, util.SEQUENCE + dist.get_rank(), seed) for layer in (fixed, exact))
-        util.assert_all_near(actual, expected)
-    fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+    layout = util.parallel(ep=2)
+    overlap = {"moe_shared_expert_intermediate_size": 24, "moe_shared_expert_overlap": True}
+    drop = {"moe_expert_capacity_factor": 0.5}
+    for tokens, options in (
+        (util.SEQUENCE + dist.get_rank(), overlap),
+        (util.SEQUENCE + dist.get_rank(), drop),
+        (util.SEQUENCE, {**drop, "moe_pad_expert_input_to_capacity": True}),
+    ):
+        config = util.configure("deepep", **options, **layout)
+        exact = util.moe_layer(config, grouped_experts=True)
+        with util.capacity_mode(max_tokens_per_rank=(util.SEQUENCE + 1) * util.BATCH):
+            fixed = util.moe_layer(config, grouped_experts=True)
+        for seed in (1, 2):
+            actual, expected = (util.run_layer(layer, tokens, seed) for layer in (fixed, exact))
+            util.assert_all_near(actual, expected)
+        fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+
+
+@case(ranks=(2,))
+def capacity_mode_wants_experts_that_take_more_rows(group: dist.ProcessGroup) -> None:
+    from deepep_moe.errors import ConfigError
+
+    util = _util()
+    layout = util.parallel(ep=2)
+    padding = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    with util.capacity_mode(capacity_factor=1.5):
+        with pytest.raises(ConfigError, match=r"capacity_factor = 1\.5 with experts of type SequentialMLP"):
+            util.moe_layer(util.configure("deepep", **layout))
+        util.moe_layer(util.configure("alltoall", **layout))
+        for options in (padding, {"num_moe_experts": 2}):  # every row is an expert's
+            config = util.configure("deepep", **{**layout, **options})
+            fixed = util.run_layer(util.moe_layer(config), util.SEQUENCE)
+            with util.capacity_mode(capacity_factor=0):
+                util.assert_all_near(fixed, util.run_layer(util.moe_layer(config), util.SEQUENCE))
 
 
 @case(ranks=(2,))

@@ -252,22 +252,26 @@ def test_overlapped_micro_batches_in_capacity_mode(
 
 
 @BOTH_DTYPES
-def test_shared_expert_overlap_in_capacity_mode(
-    util: ModuleType, ranks: Ranks, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({**SHARED, "moe_shared_expert_overlap": True}, id="shared_expert_overlap"),
+        pytest.param({**DROP, "moe_pad_expert_input_to_capacity": True}, id="padding_to_capacity"),
+    ],
+)
+def test_layer_in_capacity_mode(
+    util: ModuleType, ranks: Ranks, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shared expert on its own stream beside transfers that the host does not wait for."""
-    options = {**util.parallel(ep=ranks.size), **SHARED}
-    in_turn = util.moe_layer(util.configure("deepep", dtype, **options), ranks.device, grouped_experts=True)
-    most = 40 + 3 * (ranks.size - 1)
+    """Outputs of a fixed size against exact sizes."""
+    config = util.configure("deepep", dtype, **util.parallel(ep=ranks.size), **options)
+    exact = util.moe_layer(config, ranks.device, grouped_experts=True)
     monkeypatch.setenv("DEEPEP_MOE_CAPACITY_FACTOR", str(float(ranks.size)))
-    monkeypatch.setenv("DEEPEP_MOE_MAX_TOKENS_PER_RANK", str(most * util.BATCH))
-    config = util.configure("deepep", dtype, moe_shared_expert_overlap=True, **options)
-    beside = util.moe_layer(config, ranks.device, grouped_experts=True)
+    fixed = util.moe_layer(config, ranks.device, grouped_experts=True)
     for seed in (1, 2):
-        batch = util.layer_batch(40 + 3 * ranks.rank, dtype, ranks.device, seed)
-        util.assert_near(util.run_layer(beside, *batch), util.run_layer(in_turn, *batch))
+        batch = util.layer_batch(40, dtype, ranks.device, seed)
+        util.assert_near(util.run_layer(fixed, *batch), util.run_layer(exact, *batch))
     torch.cuda.synchronize()
-    beside.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+    fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
 
 
 def let_experts_lag(model: Any) -> None:
