@@ -1,8 +1,9 @@
 """``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
 
-``ops`` times the backend (bench_ops.py), ``dispatcher`` and ``megatron`` time what a training step pays
-(bench_megatron.py), ``deepspeed`` DeepSpeed's native MoE layer (bench_deepspeed.py), ``overlap`` how much communication
-hides behind GEMMs (bench_overlap.py). What is in a time is said in bench_timing.py; bench_report.py shows and saves it.
+``ops`` times the backend (bench_ops.py), ``dispatcher`` what a training step pays for dispatch and combine
+(bench_dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers (bench_megatron.py, bench_deepspeed.py),
+``overlap`` how much communication hides behind GEMMs (bench_overlap.py). What is in a time is said in bench_timing.py;
+bench_report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
-from deepep_moe.tools import bench_deepspeed, bench_megatron, bench_ops, bench_overlap
+from deepep_moe.tools import bench_deepspeed, bench_dispatcher, bench_megatron, bench_ops, bench_overlap
 from deepep_moe.tools.bench_report import Report, need_matplotlib
 from deepep_moe.tools.bench_timing import World, ranks_of_this_run
 
@@ -67,7 +68,7 @@ def run_on_all_ranks(files: dict[str, Path | None], commit: str | None) -> Itera
             with Progress(*bar, console=console, transient=True, disable=world.rank != 0) as progress:
                 shown = Console()
                 if not shown.is_terminal:  # a log has no width: 80 columns would cut the tables
-                    shown = Console(width=160)
+                    shown = Console(width=200)
                 yield Run(world, Report.start(world, files, commit, shown), progress)
     except DeepEPMoEError as error:
         typer.echo(f"bench: {error}", err=True)
@@ -142,11 +143,10 @@ def dispatcher(
     """Tokens to expert rows, back, and the backward of both: TokenDispatcher, and Megatron-Core's dispatchers."""
     with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
         shapes, budgets = parse_shapes(shape, run.world), parse_budgets(num_sms)
-        budgets_here = len(bench_megatron.by_budget(run.world, budgets))
-        own = 1 if bench_megatron.megatron_missing(run.world) else 2
-        done = run.steps(len(shapes) * (own - 1 + own * budgets_here))
-        for one in shapes:
-            run.report.add(bench_megatron.dispatcher_table(run.world, one, budgets, repeats, done))
+        cases = [(one, bench_dispatcher.contenders(run.world, one, budgets)) for one in shapes]
+        done = run.steps(sum(len(contenders) for _, contenders in cases))
+        for one, contenders in cases:
+            run.report.add(bench_dispatcher.dispatcher_table(run.world, one, contenders, repeats, done))
 
 
 MEGATRON_EXAMPLES = """[bold]Examples[/bold]

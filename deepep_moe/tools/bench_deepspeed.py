@@ -26,7 +26,7 @@ from deepep_moe.tools.bench_megatron import (
     by_budget,
     layer_step,
     measure,
-    with_budget,
+    with_settings,
 )
 from deepep_moe.tools.bench_report import Table
 from deepep_moe.tools.bench_timing import World
@@ -63,7 +63,7 @@ def layer_table(
     contenders = [Contender(STOCK, _layer_builder(world, layer, tokens, ours=False))]
     for label, budget in by_budget(world, budgets):
         build = _layer_builder(world, layer, tokens, ours=True)
-        contenders.append(Contender(f"deepep, {label}", with_budget(budget, build)))
+        contenders.append(Contender(f"deepep, {label}", with_settings(build, num_sms=budget)))
     return measure(world, Table(title, case, list(NOTES)), contenders, repeats, done)
 
 
@@ -76,7 +76,7 @@ def autoep_table(
     contenders = [Contender("comm", _autoep_builder(world, layer, tokens, ours=False))]
     for label, budget in by_budget(world, budgets):
         build = _autoep_builder(world, layer, tokens, ours=True)
-        contenders.append(Contender(f"deepep, {label}", with_budget(budget, build)))
+        contenders.append(Contender(f"deepep, {label}", with_settings(build, num_sms=budget)))
     return measure(world, Table(title, case, list(AUTOEP_NOTES)), contenders, repeats, done)
 
 

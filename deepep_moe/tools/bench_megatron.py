@@ -1,4 +1,4 @@
-"""``bench dispatcher`` and ``bench megatron``: what a training step pays, beside Megatron-Core's own ``alltoall``.
+"""``bench megatron``: Megatron-Core's MoE layer on our dispatcher and on its own ``alltoall``; what contenders share.
 
 Nothing is cached: every step plans anew. Contenders run one after the other in the same processes, from the same
 tokens, routing and weights; that their outputs agree is checked. Phases are cut by CUDA events on the current stream,
@@ -7,14 +7,13 @@ so a phase holds the host's waits in it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import importlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,17 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends import get_backend
-from deepep_moe.config import DispatcherConfig
-from deepep_moe.dispatcher import TokenDispatcher
+from deepep_moe.config import ENV_PREFIX, DispatcherConfig
 from deepep_moe.errors import InputError, UnsupportedError
-from deepep_moe.tools.bench_ops import Shape, routing, say_budget
+from deepep_moe.tools.bench_ops import say_budget
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import MemoryWatch, Phases, World, step_samples
-from deepep_moe.weigh import weigh_rows
 
 AGREEMENT = 0.02  # outputs may differ by this, relative to the largest: bf16 is rounded in other places
 SEED = 1234
-_NUM_SMS = "DEEPEP_MOE_NUM_SMS"
 
 Step = Callable[[Phases], Tensor]
 
@@ -46,17 +42,28 @@ class Contender(NamedTuple):
 
 
 def measure(
-    world: World, table: Table, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+    world: World,
+    table: Table,
+    contenders: list[Contender],
+    repeats: int,
+    done: Callable[[str], None],
+    busy_too: bool = False,
 ) -> Table:
-    """Fill ``table`` with the phases of each contender. Collective; the first contender is the reference."""
+    """Fill ``table`` with the phases of each contender. Collective; the first contender is the reference.
+
+    Steps start from an idle GPU; with ``busy_too`` also, in further columns, from one that is busy. A CPU has no such
+    steps: what it computes it does in the call.
+    """
     reference: Tensor | None = None
     for name, build in contenders:
         watch = MemoryWatch(world)
         step = build()
         samples = step_samples(world, step, repeats)
         memory = watch.peak()
+        busy = step_samples(world, step, repeats, busy=True) if busy_too and world.on_gpu else {}
         for phase, times in samples.items():
-            table.rows.append(Measurement(phase, times, name, memory=memory if phase == "total" else None))
+            of_total = memory if phase == "total" else None
+            table.rows.append(Measurement(phase, times, name, busy_us=busy.get(phase, []), memory=of_total))
         output = step(Phases(world)).detach().float().cpu()
         if reference is None:
             reference = output
@@ -72,111 +79,6 @@ def measure(
     table.reference = contenders[0].name
     table.rows.sort(key=lambda row: list(samples).index(row.name))  # stable: contenders stay in order
     return table
-
-
-# --------------------------------------------------------------------------------------------- dispatchers
-
-DISPATCHER_NOTES = [
-    "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
-    "nothing else, with deepep_moe.weigh_rows for all contenders alike; combine: rows to tokens; backward: of all "
-    "three. TokenDispatcher starts from top-k indices, Megatron's dispatchers from the router's map and "
-    "probabilities.",
-    "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
-    "(staging, NCCL's buffers, loaded kernels) first by this contender.",
-]
-
-
-def dispatcher_table(
-    world: World, shape: Shape, budgets: list[int], repeats: int, done: Callable[[str], None]
-) -> Table:
-    """One shape: alltoall if Megatron-Core is there, our dispatcher inside Megatron and alone, per SM budget."""
-    title = f"Dispatchers: {shape}, {world.size} ranks"
-    table = Table(title, {**shape._asdict(), "ranks": world.size}, list(DISPATCHER_NOTES))
-    contenders = []
-    missing = megatron_missing(world)
-    if missing is None:
-        contenders.append(Contender("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
-        for label, budget in by_budget(world, budgets):
-            build = with_budget(budget, lambda: megatron_dispatcher(world, shape, "deepep"))
-            contenders.append(Contender(f"Megatron deepep, {label}", build))
-    else:
-        table.notes.append(f"Megatron's dispatchers are missing: {missing}.")
-    for label, budget in by_budget(world, budgets):
-        build = with_budget(budget, lambda: token_dispatcher(world, shape))
-        contenders.append(Contender(f"TokenDispatcher, {label}", build))
-    return measure(world, table, contenders, repeats, done)
-
-
-def token_dispatcher(world: World, shape: Shape) -> Step:
-    dispatcher = TokenDispatcher(dist.group.WORLD, shape.experts, DispatcherConfig.load(), device=world.device)
-    x, grad, topk_idx, topk_weights = _inputs(world, shape)
-
-    def step(phase: Phases) -> Tensor:
-        x.grad = topk_weights.grad = None
-        dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
-        assert dispatched.weights is not None
-        phase("dispatch")
-        rows = weigh_rows(dispatched.rows, dispatched.weights)
-        phase("experts")
-        output = dispatcher.combine(rows, dispatched)
-        phase("combine")
-        output.backward(grad)
-        phase("backward")
-        return output
-
-    return step
-
-
-def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
-    """The six phases that MoELayer calls, of Megatron-Core's dispatcher ``kind``."""
-    megatron = megatron_modules(world)
-    config = transformer_config(
-        world, kind, hidden_size=shape.hidden, num_moe_experts=shape.experts, moe_router_topk=shape.topk
-    )
-    local = shape.experts // world.size
-    own = list(range(world.rank * local, (world.rank + 1) * local))
-    if kind == "deepep":
-        from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher as Dispatcher
-    else:
-        Dispatcher = megatron.token_dispatcher.MoEAlltoAllTokenDispatcher
-    dispatcher = Dispatcher(local, own, config, pg_collection=megatron.moe_utils.get_default_pg_collection())
-    x, grad, topk_idx, topk_weights = _inputs(world, shape)
-    routing_map = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool, device=world.device)
-    routing_map.scatter_(1, topk_idx, True)
-    probs = torch.zeros(shape.tokens, shape.experts, device=world.device)
-    probs = probs.scatter(1, topk_idx, topk_weights.detach()).requires_grad_()
-
-    def step(phase: Phases) -> Tensor:
-        x.grad = probs.grad = None
-        tokens, sent_probs = dispatcher.dispatch_preprocess(x, routing_map, probs)
-        tokens, sent_probs = dispatcher.token_dispatch(tokens, sent_probs)
-        rows, _, row_probs = dispatcher.dispatch_postprocess(tokens, sent_probs)
-        phase("dispatch")
-        rows = weigh_rows(rows, row_probs)
-        phase("experts")
-        rows = dispatcher.combine_preprocess(rows)
-        output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
-        phase("combine")
-        output.backward(grad)
-        phase("backward")
-        return output
-
-    return step
-
-
-def _inputs(world: World, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens and weights (both leaves that want gradients), the output's gradient, and expert indices."""
-    generator = torch.Generator().manual_seed(world.rank)
-    x, grad = (torch.randn(shape.tokens, shape.hidden, generator=generator).bfloat16() for _ in range(2))
-    topk_idx = routing(shape, world.rank, imbalanced=False)
-    weights = torch.rand(shape.tokens, shape.topk, generator=generator).softmax(1)
-    device = world.device
-    return (
-        x.to(device).requires_grad_(),
-        grad.to(device),
-        topk_idx.to(device),
-        weights.to(device).requires_grad_(),
-    )
 
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -238,7 +140,7 @@ def layer_table(
         contenders.append(Contender(f"alltoall, {experts}", build))
         for label, budget in by_budget(world, budgets):
             build = _layer_builder(world, layer, tokens, "deepep", grouped)
-            contenders.append(Contender(f"deepep, {experts}, {label}", with_budget(budget, build)))
+            contenders.append(Contender(f"deepep, {experts}, {label}", with_settings(build, num_sms=budget)))
     return measure(world, table, contenders, repeats, done)
 
 
@@ -381,24 +283,20 @@ def by_budget(world: World, budgets: list[int]) -> list[tuple[str, int]]:
     return [(say_budget(n), n) for n in budgets] if backend == "nvlink" else [(backend, budgets[0])]
 
 
-def with_budget(num_sms: int, build: Callable[[], Step]) -> Callable[[], Step]:
-    """``build`` with this SM budget: settings are read when a dispatcher is made, and the environment wins."""
+def with_settings(build: Callable[[], Step], **settings: float) -> Callable[[], Step]:
+    """``build`` with these fields of ``DispatcherConfig``: read when a dispatcher is made, and the environment wins."""
+    variables = {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
 
     def built() -> Step:
-        with _environment(_NUM_SMS, str(num_sms)):
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
             return build()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     return built
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -34,7 +34,7 @@ from deepep_moe.tools.bench_megatron import (
     by_budget,
     layer_step,
     moe_layer,
-    with_budget,
+    with_settings,
 )
 from deepep_moe.tools.bench_ops import Shape, routing
 from deepep_moe.tools.bench_report import Measurement, Table
@@ -183,7 +183,7 @@ def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -
     ways = [Way("alltoall", name, builder("alltoall", beside)) for name, beside in settings.items()]
     for label, budget in by_budget(world, budgets):
         for name, beside in settings.items():
-            ways.append(Way(f"deepep, {label}", name, with_budget(budget, builder("deepep", beside))))
+            ways.append(Way(f"deepep, {label}", name, with_settings(builder("deepep", beside), num_sms=budget)))
     return ways
 
 

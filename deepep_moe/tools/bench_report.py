@@ -13,7 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,6 +43,7 @@ class Measurement:
     logical_bytes: int = 0  # what the busiest rank receives, own rows included
     memory: tuple[int, int] | None = None  # peak in PyTorch's allocator, growth outside of it
     details: dict[str, float] = field(default_factory=dict)  # further columns: heading and number
+    busy_us: list[float] = field(default_factory=list)  # samples of the same on GPUs that were busy before
 
     @property
     def median(self) -> float:
@@ -72,7 +73,9 @@ class Table:
             ("median us", [_number(row.median) for row in rows]),
             ("min", [_number(min(row.samples_us)) for row in rows]),
             ("max", [_number(max(row.samples_us)) for row in rows]),
-            (f"/ {self.reference}", [self._ratio(row) for row in rows]),
+            (f"/ {self.reference}", [self._ratio(row, lambda row: row.samples_us) for row in rows]),
+            ("GPU busy before us", [_number(statistics.median(row.busy_us)) if row.busy_us else "" for row in rows]),
+            (f"/ {self.reference}", [self._ratio(row, lambda row: row.busy_us) for row in rows]),
             ("link GB/s", [_number(r.gigabytes_per_second(r.link_bytes)) if r.link_bytes else "" for r in rows]),
             ("of ceiling", [self._share(row) for row in rows]),
             (
@@ -87,12 +90,12 @@ class Table:
             columns.append((heading, cells))
         return [column for column in columns if any(column[1])]
 
-    def _ratio(self, row: Measurement) -> str:
-        """Time over that of the reference."""
-        if not self.reference:
+    def _ratio(self, row: Measurement, samples: Callable[[Measurement], list[float]]) -> str:
+        """Median of these samples over that of the reference."""
+        same = [other for other in self.rows if (other.name, other.setting) == (row.name, self.reference)]
+        if not (self.reference and same and samples(row)):
             return ""
-        same = [other.median for other in self.rows if (other.name, other.setting) == (row.name, self.reference)]
-        return f"{row.median / same[0]:.2f}" if same else ""
+        return f"{statistics.median(samples(row)) / statistics.median(samples(same[0])):.2f}"
 
     def _share(self, row: Measurement) -> str:
         if not (self.ceiling and row.link_bytes):
@@ -120,6 +123,8 @@ class Table:
                 entry.update(peak_bytes=row.memory[0], outside_allocator_bytes=row.memory[1])
             if row.details:
                 entry["details"] = row.details
+            if row.busy_us:
+                entry.update(busy_median_us=statistics.median(row.busy_us), busy_samples_us=row.busy_us)
             rows.append(entry)
         return {
             "title": self.title,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 WARMUP = 3
 CALLS = 5  # back-to-back calls of one sample of kernel time
-_SPIN_CYCLES = 2_000_000  # about 1 ms: the host enqueues all calls of a sample before the GPU starts the first
+_SPIN_CYCLES = 2_000_000  # about 1 ms: what the host enqueues in this time costs the GPU no wait
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,14 @@ class World:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def align(self) -> None:
-        """Let all ranks start together. With NCCL the devices meet, and what is enqueued next starts on all at once."""
+    def align(self, busy: bool = False) -> None:
+        """Let all ranks start together. With NCCL the devices meet, and what is enqueued next starts on all at once.
+
+        ``busy``: the GPUs spin for about a millisecond before, and the host goes on meanwhile.
+        """
         self.synchronize()
+        if busy:
+            torch.cuda._sleep(_SPIN_CYCLES)
         dist.all_reduce(torch.zeros(1, device=self.device if self.collectives == "nccl" else None))
 
     def meet(self) -> None:
@@ -176,15 +181,22 @@ class Phases:
         return [(b - a) * 1e6 for a, b in zip(self._stamps, self._stamps[1:])]
 
 
-def step_samples(world: World, step: Callable[[Phases], Any], repeats: int) -> dict[str, list[float]]:
+def step_samples(
+    world: World, step: Callable[[Phases], Any], repeats: int, busy: bool = False
+) -> dict[str, list[float]]:
     """Times of a step's phases and of their sum (``total``), host waits included, each step from an idle device.
 
-    Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock.
+    Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock. ``busy``
+    (GPUs only): the clock starts when the GPUs end about a millisecond of other work, in which the host begins the
+    step, as it does in training. Only what the GPU waits for the host is in the times then, not all the host does.
     """
     samples: list[list[float]] = []
     names: list[str] = []
     for _ in range(WARMUP + repeats):
-        world.meet()
+        if busy:
+            world.align(busy=True)
+        else:
+            world.meet()
         phases = Phases(world)
         step(phases)
         times = phases.read()

@@ -159,21 +159,26 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         )
         alignment = self.dispatcher.config.expert_alignment
         size = -(-capacity * self.dispatcher.world_size // alignment) * alignment
-        if not counts.is_cuda and bool((counts > size).any()):
+        rule = "moe_pad_expert_input_to_capacity needs the same number of tokens on all ranks"
+        if counts.is_cuda:  # in capacity mode, where the host must not wait for them
+            torch._assert_async((counts <= size).all(), rule)
+        elif bool((counts > size).any()):
             raise InputError(
                 "hidden_states",
                 f"{num_tokens} tokens",
-                "moe_pad_expert_input_to_capacity needs the same number of tokens on all ranks: this rank's capacity "
-                f"allows {size} rows per expert and {int(counts.max())} arrived",
+                f"{rule}: this rank's capacity allows {size} rows per expert and {int(counts.max())} arrived",
             )
         on_device = self._dispatched.tokens_per_expert
-        shift = torch.arange(self.num_local_experts, device=rows.device) * size - (on_device.cumsum(0) - on_device)
-        places = torch.arange(rows.shape[0], device=rows.device)
-        places = places + shift.repeat_interleave(on_device, output_size=rows.shape[0])
-        self._places = places
+        ends = on_device.cumsum(0)
         total = self.num_local_experts * size
-        padded = rows.new_zeros(total, rows.shape[1]).index_copy(0, places, rows)
-        return padded, torch.full_like(counts, size), probs.new_zeros(total).index_copy(0, places, probs)
+        places = torch.arange(rows.shape[0], device=rows.device)
+        expert = torch.searchsorted(ends, places, right=True)  # L for rows after the last group, in capacity mode
+        firsts = torch.arange(self.num_local_experts, device=rows.device) * size
+        shift = torch.cat([firsts - (ends - on_device), ends.new_zeros(1)])
+        places = torch.where(expert < self.num_local_experts, places + shift[expert], total)
+        self._places = places.clamp(max=total - 1)  # what combine gets for a row of nobody does not matter
+        padded = rows.new_zeros(total + 1, rows.shape[1]).index_copy(0, places, rows)[:total]
+        return padded, torch.full_like(counts, size), probs.new_zeros(total + 1).index_copy(0, places, probs)[:total]
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Expert outputs as dispatched: without the rows that pad to capacity."""

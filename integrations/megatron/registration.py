@@ -23,7 +23,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-from deepep_moe.errors import UnsupportedError
+from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.integrations.megatron.options import check_foreign_options, check_options
 
 NAME = "deepep"
@@ -179,6 +179,21 @@ def _layer_init(
         original(layer, config, submodules, *args, **kwargs)
     finally:
         config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = NAME, alltoall
+    _check_experts(layer, config)
+
+
+def _check_experts(layer: Any, config: Any) -> None:
+    """Raise :class:`~deepep_moe.errors.ConfigError` for experts that cannot take outputs of a fixed size."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    factor = layer.token_dispatcher.dispatcher.config.capacity_factor
+    exact = factor == 0 or config.moe_pad_expert_input_to_capacity or layer.num_local_experts == 1
+    if isinstance(layer.experts, SequentialMLP) and not exact:
+        raise ConfigError(
+            f"capacity_factor = {factor:g} with experts of type SequentialMLP: they want as many rows as their counts "
+            "sum to, and an output of a fixed size has more; use GroupedExperts (register(grouped_experts=True), or "
+            "--grouped-experts of the launcher), or set capacity_factor to 0"
+        )
 
 
 def _with_grouped_experts(submodules: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.launch import case
+from tests.launch import case, include
 
 
 def _util() -> ModuleType:
@@ -293,24 +293,12 @@ def one_forward_one_backward_overlap(group: dist.ProcessGroup) -> None:
     """Megatron's own fine-grained schedule: nodes with detached inputs, some of them freed after the forward."""
     util = _util()
     layout = util.parallel(ep=2)
+    batches = [util.batch(step) for step in (1, 2, 3)]
     for shared in (None, 24):
         model = util.gpt(util.configure("deepep", moe_shared_expert_intermediate_size=shared, **layout))
-        batches = [util.batch(step) for step in (1, 2, 3)]
-        expected_losses = []
-        for tokens, positions, mask, labels in batches:
-            loss = model(tokens, positions, mask, labels=labels)
-            loss.sum().backward()
-            expected_losses.append(loss.detach())
-        expected = {name: grad.clone() for name, grad in util.gradients(model).items()}
-
+        expected = {name: value.clone() for name, value in util.run_in_turn(model, batches).items()}
         model.zero_grad()
-        losses = util.run_overlapped(model, batches)
-        for loss, expected_loss in zip(losses, expected_losses):
-            util.assert_near("loss", loss, expected_loss)
-        actual = util.gradients(model)
-        assert actual.keys() == expected.keys()
-        for name, grad in expected.items():
-            util.assert_near(name, actual[name], grad)
+        util.assert_all_near(util.run_overlapped(model, batches), expected)
 
 
 @case(ranks=(2,))
@@ -378,3 +366,6 @@ def checkpoints_of_grouped_and_sequential_experts(group: dist.ProcessGroup) -> N
     for writes_grouped in (False, True):
         util.assert_checkpoint_moves(ep, etp, writes_grouped, {})
         util.assert_checkpoint_moves(etp, ep, writes_grouped, one_key_per_expert)
+
+
+include(__name__, "tests.distributed.megatron_capacity_cases")

@@ -6,6 +6,7 @@ Imported only by ranks: :func:`cpu.enable` changes ``torch.cuda`` for the proces
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import warnings
@@ -133,7 +134,9 @@ def stand_ins_for_transformer_engine() -> Iterator[None]:
         yield
 
 
-def gpt(config: Any) -> Any:
+def gpt(config: Any, grouped_experts: bool = False) -> Any:
+    """A ``GPTModel`` of the local specification; the same weights on every call."""
+    register(grouped_experts=grouped_experts)
     model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
     return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=SEQUENCE)
@@ -148,8 +151,18 @@ def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens[:, :-1], torch.arange(SEQUENCE).expand(BATCH, -1), mask, tokens[:, 1:]
 
 
-def run_overlapped(model: Any, batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Losses of the batches; the forward of each overlaps with the backward of the one before it."""
+def run_in_turn(model: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Losses of the batches and the sum of their gradients, one batch after the other."""
+    losses = []
+    for tokens, positions, mask, labels in batches:
+        loss = model(tokens, positions, mask, labels=labels)
+        loss.sum().backward()
+        losses.append(loss.detach())
+    return {**{f"loss {number}": loss for number, loss in enumerate(losses)}, **gradients(model)}
+
+
+def run_overlapped(model: Any, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The same by Megatron's 1F1B schedule: the forward of each beside the backward of the one before it."""
     set_streams()
     losses: list[Tensor] = []
     before = None
@@ -159,7 +172,7 @@ def run_overlapped(model: Any, batches: list[tuple[Tensor, ...]]) -> list[Tensor
         losses.append(loss.detach())
         before = plan
     type(before).run(None, before, b_grad=torch.ones_like(losses[-1]))
-    return losses
+    return {**{f"loss {number}": loss for number, loss in enumerate(losses)}, **gradients(model)}
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -173,6 +186,21 @@ def assert_near(name: str, actual: Tensor, expected: Tensor) -> None:
     error = (actual - expected).abs().max() if actual.numel() else torch.tensor(0.0)
     scale = expected.abs().max().clamp(min=1e-12) if actual.numel() else torch.tensor(1.0)
     assert error <= TOLERANCE * scale, f"{name}: off by {error:g}, largest value {scale:g}"
+
+
+def assert_all_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, and :func:`assert_near` for each."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_near(name, actual[name], value)
+
+
+@contextlib.contextmanager
+def capacity_mode(**settings: float) -> Iterator[None]:
+    """Dispatchers made in here give outputs of a fixed size: by default, that of all tokens on one rank."""
+    settings = {"capacity_factor": float(dist.get_world_size()), **settings}
+    with mock.patch.dict(os.environ, {f"DEEPEP_MOE_{name.upper()}": str(value) for name, value in settings.items()}):
+        yield
 
 
 def run_layer(layer: Any, tokens: int, seed: int = 0) -> dict[str, Tensor]:
@@ -204,9 +232,7 @@ def assert_same_layer(
     assert type(layer.token_dispatcher).__name__ == "DeepEPTokenDispatcher"
     assert layer.config.moe_token_dispatcher_type == "deepep"
     for expected, actual in zip(results["alltoall"], results["deepep"]):
-        assert actual.keys() == expected.keys()
-        for name, value in expected.items():
-            assert_near(name, actual[name], value)
+        assert_all_near(actual, expected)
     assert any(value.abs().max() > 0 for name, value in results["deepep"][0].items() if "experts" in name)
     return layer, results["deepep"][0]
 

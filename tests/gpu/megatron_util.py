@@ -84,9 +84,9 @@ def moe_layer(config: Any, device: torch.device, grouped_experts: bool = False) 
     return layer
 
 
-def gpt(config: Any, device: torch.device) -> Any:
+def gpt(config: Any, device: torch.device, grouped_experts: bool = False) -> Any:
     """A ``GPTModel`` of the local specification; the same weights on every call."""
-    register(grouped_experts=False)
+    register(grouped_experts=grouped_experts)
     _seed()
     model = GPTModel(config, _spec(config), vocab_size=VOCAB, max_sequence_length=SEQUENCE)
     model = model.to(device, config.params_dtype)
@@ -138,7 +138,7 @@ def stack_experts(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in values.items():
         found.setdefault(re.sub(r"local_experts\.\d+\.linear_fc(\d)\.weight", r"weight\1", name), []).append(value)
     return {
-        name: torch.stack(parts) if name.startswith("experts.weight") and parts[0].dim() == 2 else parts[0]
+        name: torch.stack(parts) if "experts.weight" in name and parts[0].dim() == 2 else parts[0]
         for name, parts in found.items()
     }
 
@@ -202,7 +202,7 @@ def run_in_turn(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
         loss = model(tokens, positions, mask, labels=labels)
         loss.backward(torch.ones_like(loss))
         values[f"loss {number}"] = loss.detach()
-    return {**values, **gradients(model)}
+    return {**values, **stack_experts(gradients(model))}
 
 
 def run_overlapped(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
@@ -216,4 +216,4 @@ def run_overlapped(model: Any, batches: list[Batch]) -> dict[str, Tensor]:
         losses.append(loss.detach())
         before = plan
     type(before).run(None, before, b_grad=torch.ones_like(losses[-1]))
-    return {**{f"loss {number}": loss for number, loss in enumerate(losses)}, **gradients(model)}
+    return {**{f"loss {number}": loss for number, loss in enumerate(losses)}, **stack_experts(gradients(model))}

@@ -215,10 +215,70 @@ def test_overlapped_micro_batches(util: ModuleType, ranks: Ranks, shared: dict[s
     config = util.configure("deepep", torch.float32, **options)
     config.overlap_moe_expert_parallel_comm = True  # Megatron-Core allows it for BF16; FP32 shows errors better
     overlapped = util.gpt(config, ranks.device)
+    let_experts_lag(overlapped)
+    util.assert_near(util.run_overlapped(overlapped, batches), util.run_in_turn(in_turn, batches))
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize("shared", [{}, SHARED], ids=["", "shared_experts"])
+def test_overlapped_micro_batches_in_capacity_mode(
+    util: ModuleType, ranks: Ranks, shared: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same schedule with outputs of a fixed size, whose counts only the device knows.
+
+    FP32 is compared with ``alltoall``; BF16, where one grouped GEMM reads the counts, with exact sizes: ``alltoall``
+    rounds elsewhere, and a router behind it may choose another expert.
+    """
+    if ranks.size == 1:
+        pytest.skip("needs two ranks: Megatron overlaps expert-parallel communication only")
+    options = {**util.parallel(ep=ranks.size), **shared}
+    batches = [util.gpt_batch(step, ranks.device) for step in range(6)]
+    reference = "alltoall" if dtype == torch.float32 else "deepep"
+    in_turn = util.gpt(util.configure(reference, dtype, **options), ranks.device, grouped_experts=True)
+    monkeypatch.setenv("DEEPEP_MOE_CAPACITY_FACTOR", str(float(ranks.size)))  # room for all tokens on one rank
+    config = util.configure("deepep", dtype, **options)
+    config.overlap_moe_expert_parallel_comm = True
+    overlapped = util.gpt(config, ranks.device, grouped_experts=True)
+    let_experts_lag(overlapped)
+    rows: list[int] = []
     for layer in overlapped.decoder.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
+    util.assert_near(util.run_overlapped(overlapped, batches), util.run_in_turn(in_turn, batches))
+    torch.cuda.synchronize()
+    for layer in overlapped.decoder.layers:
+        layer.mlp.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+    tokens = batches[0][0].numel()
+    assert rows == [ranks.size * tokens * util.TOPK] * len(batches) * len(overlapped.decoder.layers)
+
+
+@BOTH_DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({**SHARED, "moe_shared_expert_overlap": True}, id="shared_expert_overlap"),
+        pytest.param({**DROP, "moe_pad_expert_input_to_capacity": True}, id="padding_to_capacity"),
+    ],
+)
+def test_layer_in_capacity_mode(
+    util: ModuleType, ranks: Ranks, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs of a fixed size against exact sizes."""
+    config = util.configure("deepep", dtype, **util.parallel(ep=ranks.size), **options)
+    exact = util.moe_layer(config, ranks.device, grouped_experts=True)
+    monkeypatch.setenv("DEEPEP_MOE_CAPACITY_FACTOR", str(float(ranks.size)))
+    fixed = util.moe_layer(config, ranks.device, grouped_experts=True)
+    for seed in (1, 2):
+        batch = util.layer_batch(40, dtype, ranks.device, seed)
+        util.assert_near(util.run_layer(fixed, *batch), util.run_layer(exact, *batch))
+    torch.cuda.synchronize()
+    fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+
+
+def let_experts_lag(model: Any) -> None:
+    """Experts run late in forward and backward: whoever does not wait for them is found out."""
+    for layer in model.decoder.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda module, args: lag())
         layer.mlp.experts.register_forward_hook(lambda module, args, out: lag_in_backward(out[0]))
-    util.assert_near(util.run_overlapped(overlapped, batches), util.run_in_turn(in_turn, batches))
 
 
 def lag() -> None:

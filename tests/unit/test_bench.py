@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.tools import bench_timing
 from deepep_moe.tools.bench import parse_budgets
-from deepep_moe.tools.bench_megatron import LAYERS, Contender, Layer, measure
+from deepep_moe.tools.bench_dispatcher import CAPACITY_FACTOR, capacity_factor
+from deepep_moe.tools.bench_megatron import LAYERS, Contender, Layer, measure, with_settings
 from deepep_moe.tools.bench_ops import HOT, Shape, Traffic, routing
 from deepep_moe.tools.bench_report import Measurement, Report, Table, command_line
 from deepep_moe.tools.bench_timing import CALLS, WARMUP, Phases, World
@@ -102,6 +104,85 @@ def test_phases_add_up_to_the_total(alone: World, monkeypatch: pytest.MonkeyPatc
     assert samples["total"] == pytest.approx([7.0] * 2)
 
 
+class FakeGPU:
+    """A host clock, and a device that does what is enqueued one after the other; microseconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.free = 0.0  # now, and when the device will be done
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.synchronize())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.enqueue(cycles / 2000))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(bench_timing.dist, "all_reduce", lambda tensor, op=None: None)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def enqueue(self, duration: float) -> float:
+        self.free = max(self.host, self.free) + duration
+        return self.free
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGPU) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.time = self.gpu.enqueue(0)
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return (other.time - self.time) / 1e3  # milliseconds, as CUDA's events give them
+
+
+def test_on_a_busy_gpu_a_step_pays_for_waits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    world = World(0, 1, torch.device("cuda"), "gloo")
+
+    def step(phase: Phases) -> None:
+        gpu.host += 300  # Python and launches
+        gpu.enqueue(100)
+        phase("launched")
+        gpu.enqueue(20)
+        gpu.synchronize()  # the host reads a result
+        gpu.host += 40
+        gpu.enqueue(100)
+        phase("waited")
+
+    idle = bench_timing.step_samples(world, step, repeats=2)
+    busy = bench_timing.step_samples(world, step, repeats=2, busy=True)
+    expected = {"launched": 300.0 + 100, "waited": 20.0 + 40 + 100, "total": 560.0}
+    assert {name: pytest.approx([time] * 2) for name, time in expected.items()} == idle
+    expected.update(launched=100.0, total=260.0)
+    assert {name: pytest.approx([time] * 2) for name, time in expected.items()} == busy
+
+
+def test_the_capacity_mode_gets_the_room_that_the_busiest_rank_needs() -> None:
+    assert capacity_factor(Shape(tokens=4096, hidden=8, topk=8, experts=256), ranks=2) == CAPACITY_FACTOR
+    for ranks in (2, 4, 8):
+        shape = Shape(tokens=3, hidden=8, topk=2, experts=16)
+        rows = [0] * ranks
+        for rank in range(ranks):
+            for expert in routing(shape, rank, imbalanced=False).flatten().tolist():
+                rows[expert * ranks // shape.experts] += 1
+        factor = capacity_factor(shape, ranks)
+        assert max(rows) <= factor * shape.tokens * shape.topk
+        assert factor < max(rows) / (shape.tokens * shape.topk) + 0.25 or factor == CAPACITY_FACTOR
+
+
+def test_settings_hold_while_a_contender_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPEP_MOE_NUM_SMS", "48")
+    monkeypatch.delenv("DEEPEP_MOE_CAPACITY_FACTOR", raising=False)
+    built = []
+
+    def build() -> Callable[[Phases], torch.Tensor]:
+        built.append(DispatcherConfig.load())
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError):
+        with_settings(build, num_sms=24, capacity_factor=1.5)()
+    assert built == [DispatcherConfig(num_sms=24, capacity_factor=1.5)]
+    assert DispatcherConfig.load() == DispatcherConfig(num_sms=48)
+
+
 def test_contenders_that_do_other_work_are_reported(alone: World) -> None:
     def giving(value: float) -> Contender:
         def step(phase: Phases) -> torch.Tensor:
@@ -135,6 +216,25 @@ def test_a_table_shows_what_was_measured() -> None:
         "of ceiling": ["50 %", "", ""],
         "logical GB/s": ["400", "", ""],
     }
+
+
+def test_a_table_shows_steps_on_busy_gpus_beside() -> None:
+    rows = [
+        Measurement("dispatch", [500.0], "alltoall", busy_us=[400.0]),
+        Measurement("dispatch", [250.0], "deepep", busy_us=[90.0, 100.0, 150.0]),
+    ]
+    table = Table("title", {}, rows=rows, reference="alltoall")
+    shown = [column for column in table.columns() if column[0] not in ("min", "max")]
+    assert shown == [
+        ("", ["dispatch", "dispatch"]),
+        ("setting", ["alltoall", "deepep"]),
+        ("median us", ["500", "250"]),
+        ("/ alltoall", ["1.00", "0.50"]),
+        ("GPU busy before us", ["400", "100"]),
+        ("/ alltoall", ["1.00", "0.25"]),
+    ]
+    saved = table.as_json()["measurements"][1]
+    assert (saved["busy_median_us"], saved["busy_samples_us"]) == (100.0, [90.0, 100.0, 150.0])
 
 
 def test_a_report_is_saved_with_what_it_takes_to_repeat_it(alone: World, tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""``bench dispatcher``: tokens to expert rows and back, beside Megatron-Core's own ``alltoall`` dispatcher.
+
+What contenders have in common is in bench_megatron.py. Each runs from an idle GPU and, where there is one, also behind
+other work of the GPU: in a training step attention and router still run when the host comes to the dispatch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import TokenDispatcher
+from deepep_moe.tools.bench_megatron import (
+    Contender,
+    Step,
+    by_budget,
+    measure,
+    megatron_missing,
+    megatron_modules,
+    transformer_config,
+    with_settings,
+)
+from deepep_moe.tools.bench_ops import Shape, routing
+from deepep_moe.tools.bench_report import Table
+from deepep_moe.tools.bench_timing import Phases, World
+from deepep_moe.weigh import weigh_rows
+
+CAPACITY_FACTOR = 1.25  # of the capacity mode, at least; more where few tokens make an uneven load
+
+NOTES = [
+    "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
+    "nothing else, with deepep_moe.weigh_rows for all contenders alike; combine: rows to tokens; backward: of all "
+    "three. TokenDispatcher starts from top-k indices, Megatron's dispatchers from the router's map and "
+    "probabilities.",
+    "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
+    "(staging, NCCL's buffers, loaded kernels) first by this contender.",
+]
+BUSY_NOTE = (
+    "Median, min and max: each step starts from an idle GPU, so dispatch holds all that the host does before its first "
+    "kernel. GPU busy before: the clock starts when the GPU ends a millisecond of other work, in which the host begins "
+    "the step, as attention and router let it in training; of the host's time only what the GPU waits for is left."
+)
+
+
+def contenders(world: World, shape: Shape, budgets: list[int]) -> list[Contender]:
+    """alltoall if Megatron-Core is there, our dispatcher inside Megatron and alone, per SM budget. Collective."""
+    found = []
+    settings = by_budget(world, budgets)
+    if megatron_missing(world) is None:
+        found.append(Contender("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
+        for mode, factor in (("", 0.0), ("capacity mode, ", capacity_factor(shape, world.size))):
+            for label, budget in settings:
+                build = with_settings(
+                    lambda: megatron_dispatcher(world, shape, "deepep"), num_sms=budget, capacity_factor=factor
+                )
+                found.append(Contender(f"Megatron deepep, {mode}{label}", build))
+    for label, budget in settings:
+        build = with_settings(lambda: token_dispatcher(world, shape), num_sms=budget)
+        found.append(Contender(f"TokenDispatcher, {label}", build))
+    return found
+
+
+def capacity_factor(shape: Shape, ranks: int) -> float:
+    """:data:`CAPACITY_FACTOR`, or what the busiest rank needs, rounded up to quarters."""
+    owners = torch.cat([routing(shape, rank, imbalanced=False).flatten() for rank in range(ranks)])
+    loads = (owners // (shape.experts // ranks)).bincount(minlength=ranks)
+    return max(CAPACITY_FACTOR, math.ceil(4 * int(loads.max()) / (shape.tokens * shape.topk)) / 4)
+
+
+def dispatcher_table(
+    world: World, shape: Shape, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+) -> Table:
+    """The phases of ``contenders`` on one shape. Collective."""
+    title = f"Dispatchers: {shape}, {world.size} ranks"
+    table = Table(title, {**shape._asdict(), "ranks": world.size}, list(NOTES))
+    missing = megatron_missing(world)
+    if missing is None:
+        table.case["capacity_factor"] = factor = capacity_factor(shape, world.size)
+        table.notes.append(
+            f"capacity mode: outputs are sized for {factor} times a balanced load, nothing waits for counts."
+        )
+    else:
+        table.notes.append(f"Megatron's dispatchers are missing: {missing}.")
+    if world.on_gpu:
+        table.notes.append(BUSY_NOTE)
+    return measure(world, table, contenders, repeats, done, busy_too=True)
+
+
+def token_dispatcher(world: World, shape: Shape) -> Step:
+    """One dispatch and one combine of :class:`TokenDispatcher`, and their backward."""
+    dispatcher = TokenDispatcher(dist.group.WORLD, shape.experts, DispatcherConfig.load(), device=world.device)
+    x, grad, topk_idx, topk_weights = _inputs(world, shape)
+
+    def step(phase: Phases) -> Tensor:
+        x.grad = topk_weights.grad = None
+        dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
+        assert dispatched.weights is not None
+        phase("dispatch")
+        rows = weigh_rows(dispatched.rows, dispatched.weights)
+        phase("experts")
+        output = dispatcher.combine(rows, dispatched)
+        phase("combine")
+        output.backward(grad)
+        phase("backward")
+        return output
+
+    return step
+
+
+def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
+    """The six phases that MoELayer calls, of Megatron-Core's dispatcher ``kind``."""
+    megatron = megatron_modules(world)
+    config = transformer_config(
+        world, kind, hidden_size=shape.hidden, num_moe_experts=shape.experts, moe_router_topk=shape.topk
+    )
+    local = shape.experts // world.size
+    own = list(range(world.rank * local, (world.rank + 1) * local))
+    dispatcher_class: Any = megatron.token_dispatcher.MoEAlltoAllTokenDispatcher
+    if kind == "deepep":
+        dispatcher_class = importlib.import_module("deepep_moe.integrations.megatron.dispatcher").DeepEPTokenDispatcher
+    dispatcher = dispatcher_class(local, own, config, pg_collection=megatron.moe_utils.get_default_pg_collection())
+    x, grad, topk_idx, topk_weights = _inputs(world, shape)
+    routing_map = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool, device=world.device)
+    routing_map.scatter_(1, topk_idx, True)
+    probs = torch.zeros(shape.tokens, shape.experts, device=world.device)
+    probs = probs.scatter(1, topk_idx, topk_weights.detach()).requires_grad_()
+
+    def step(phase: Phases) -> Tensor:
+        x.grad = probs.grad = None
+        tokens, sent_probs = dispatcher.dispatch_preprocess(x, routing_map, probs)
+        tokens, sent_probs = dispatcher.token_dispatch(tokens, sent_probs)
+        rows, _, row_probs = dispatcher.dispatch_postprocess(tokens, sent_probs)
+        phase("dispatch")
+        rows = weigh_rows(rows, row_probs)
+        phase("experts")
+        rows = dispatcher.combine_preprocess(rows)
+        output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+        phase("combine")
+        output.backward(grad)
+        phase("backward")
+        return output
+
+    return step
+
+
+def _inputs(world: World, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and weights (both leaves that want gradients), the output's gradient, and expert indices."""
+    generator = torch.Generator().manual_seed(world.rank)
+    x, grad = (torch.randn(shape.tokens, shape.hidden, generator=generator).bfloat16() for _ in range(2))
+    topk_idx = routing(shape, world.rank, imbalanced=False)
+    weights = torch.rand(shape.tokens, shape.topk, generator=generator).softmax(1)
+    device = world.device
+    return (
+        x.to(device).requires_grad_(),
+        grad.to(device),
+        topk_idx.to(device),
+        weights.to(device).requires_grad_(),
+    )

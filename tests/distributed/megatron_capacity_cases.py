@@ -1,0 +1,77 @@
+"""Cases for ``test_megatron.py``: outputs of a fixed size (``capacity_factor`` above 0) against exact sizes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch.distributed as dist
+
+from tests.launch import case
+
+
+def _util() -> ModuleType:
+    """Imported by ranks only, not by the pytest process that lists the cases."""
+    from tests.distributed import megatron_util
+
+    return megatron_util
+
+
+@case(ranks=(2,))
+def one_forward_one_backward_overlap(group: dist.ProcessGroup) -> None:
+    """Megatron's fine-grained schedule, against batches in turn."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    batches = [util.batch(step) for step in (1, 2, 3)]
+    for shared in (None, 24):
+        config = util.configure("deepep", moe_shared_expert_intermediate_size=shared, **layout)
+        expected = util.run_in_turn(util.gpt(config, grouped_experts=True), batches)
+        with util.capacity_mode():
+            model = util.gpt(config, grouped_experts=True)
+        rows = []
+        for layer in model.decoder.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0].shape[0]))
+        util.assert_all_near(util.run_overlapped(model, batches), expected)
+        for layer in model.decoder.layers:
+            layer.mlp.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+        assert rows == [2 * 2 * util.SEQUENCE * util.BATCH] * 2 * len(batches)  # factor, top-k, tokens; layers
+
+
+@case(ranks=(2,))
+def one_layer(group: dist.ProcessGroup) -> None:
+    """Outputs of a fixed size against exact sizes."""
+    util = _util()
+    layout = util.parallel(ep=2)
+    overlap = {"moe_shared_expert_intermediate_size": 24, "moe_shared_expert_overlap": True}
+    drop = {"moe_expert_capacity_factor": 0.5}
+    for tokens, options in (
+        (util.SEQUENCE + dist.get_rank(), overlap),
+        (util.SEQUENCE + dist.get_rank(), drop),
+        (util.SEQUENCE, {**drop, "moe_pad_expert_input_to_capacity": True}),
+    ):
+        config = util.configure("deepep", **options, **layout)
+        exact = util.moe_layer(config, grouped_experts=True)
+        with util.capacity_mode(max_tokens_per_rank=(util.SEQUENCE + 1) * util.BATCH):
+            fixed = util.moe_layer(config, grouped_experts=True)
+        for seed in (1, 2):
+            actual, expected = (util.run_layer(layer, tokens, seed) for layer in (fixed, exact))
+            util.assert_all_near(actual, expected)
+        fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+
+
+@case(ranks=(2,))
+def experts_that_want_no_more_rows_are_refused(group: dist.ProcessGroup) -> None:
+    from deepep_moe.errors import ConfigError
+
+    util = _util()
+    layout = util.parallel(ep=2)
+    padding = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    with util.capacity_mode(capacity_factor=1.5):
+        with pytest.raises(ConfigError, match=r"capacity_factor = 1\.5 with experts of type SequentialMLP"):
+            util.moe_layer(util.configure("deepep", **layout))
+        util.moe_layer(util.configure("alltoall", **layout))
+        for options in (padding, {"num_moe_experts": 2}):  # every row is an expert's
+            config = util.configure("deepep", **{**layout, **options})
+            fixed = util.run_layer(util.moe_layer(config), util.SEQUENCE)
+            with util.capacity_mode(capacity_factor=0):
+                util.assert_all_near(fixed, util.run_layer(util.moe_layer(config), util.SEQUENCE))
