@@ -15,9 +15,10 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kVectors = 4;         // 16-byte loads that a lane keeps in flight
+constexpr int kVectors = 4;         // of each row, that a lane keeps in flight
 constexpr int kTokensPerFence = 2;  // a fence waits for the link; one serves the flags of this many tokens
 
+// Where a row comes from.
 struct Source {
     const char* row;
     const int* scales;  // of this row
@@ -31,6 +32,27 @@ struct Destination {
     int64_t channel_stride;
 };
 
+// Whether rows are BF16 at their source, and where they are delivered, while FP8 crosses.
+__host__ __device__ constexpr bool takes_bf16(Format format) { return format != Format::kAsGiven; }
+__host__ __device__ constexpr bool gives_bf16(Format format) { return format == Format::kThroughFp8; }
+
+template <typename T>
+__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Store a lane's vectors number `first + u * 32` of a row, those below `vectors`, to all destinations.
+template <typename Vector>
+__device__ __forceinline__ void store_copies(const Vector (&v)[kVectors], int first, int vectors, char* to,
+                                             unsigned mask) {
+    for (unsigned m = mask; m; m &= m - 1) {
+        Vector* row = reinterpret_cast<Vector*>(of_lane(to, __ffs(m) - 1)) + first;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u)
+            if (first + u * kWarpSize < vectors) store_streaming(row + u * kWarpSize, v[u]);
+    }
+}
+
 // Copy one row, and its scales, to the destinations of all lanes in `mask`. The whole warp calls.
 __device__ __forceinline__ void copy_row(const Source& from, const Destination& to, unsigned mask, int row_bytes,
                                          int num_scales) {
@@ -41,76 +63,90 @@ __device__ __forceinline__ void copy_row(const Source& from, const Destination& 
 #pragma unroll
         for (int u = 0; u < kVectors; ++u)
             if (base + u * kWarpSize < vectors) v[u] = load_streaming(source + base + u * kWarpSize);
-        for (unsigned m = mask; m; m &= m - 1) {
-            char* row = reinterpret_cast<char*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), __ffs(m) - 1));
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u)
-                if (base + u * kWarpSize < vectors)
-                    store_streaming(reinterpret_cast<int4*>(row) + base + u * kWarpSize, v[u]);
-        }
+        store_copies(v, base, vectors, to.row, mask);
     }
     for (int c = lane; c - lane < num_scales; c += kWarpSize) {
         const int scale = c < num_scales ? from.scales[c * from.channel_stride] : 0;
         for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = reinterpret_cast<int*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), __ffs(m) - 1));
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
             if (c < num_scales) scales[c * to.channel_stride] = scale;
         }
     }
 }
 
-// The same for a BF16 row that leaves as FP8 of `row_bytes` channels.
+// The same for a BF16 row, which becomes FP8 of `row_bytes` channels and, if kBack, BF16 again.
+template <bool kBack>
 __device__ __forceinline__ void quantise_row(const char* from, const Destination& to, unsigned mask, int row_bytes) {
-    constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
     const int4* source = reinterpret_cast<const int4*>(from);
-    for (int base = lane; base - lane < vectors; base += kWarpSize * kAtOnce) {
-        int4 v[kAtOnce];
-        int2 bytes[kAtOnce];
-        float scale[kAtOnce];
+    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
+        int4 v[kVectors];
+        int2 bytes[kVectors];
+        float scale[kVectors];
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
+        for (int u = 0; u < kVectors; ++u) {
             const int i = base + u * kWarpSize;
             v[u] = i < vectors ? load_streaming(source + i) : make_int4(0, 0, 0, 0);
         }
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) bytes[u] = quantise_block(v[u], scale[u]);
+        for (int u = 0; u < kVectors; ++u) {
+            bytes[u] = quantise_block(v[u], scale[u]);
+            if (kBack) v[u] = dequantise(bytes[u], scale[u]);
+        }
+        if (kBack) {
+            store_copies(v, base, vectors, to.row, mask);
+            continue;
+        }
+        store_copies(bytes, base, vectors, to.row, mask);
         for (unsigned m = mask; m; m &= m - 1) {
-            const int k = __ffs(m) - 1;
-            char* row =
-                reinterpret_cast<char*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), k));
-            int* scales =
-                reinterpret_cast<int*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), k));
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
+            for (int u = 0; u < kVectors; ++u) {
                 const int i = base + u * kWarpSize;
-                if (i >= vectors) continue;
-                store_streaming(reinterpret_cast<int2*>(row) + i, bytes[u]);
-                if (i % 16 == 0) scales[i / 16 * to.channel_stride] = __float_as_int(scale[u]);
+                if (i < vectors && i % kScaleVectors == 0)
+                    scales[i / kScaleVectors * to.channel_stride] = __float_as_int(scale[u]);
             }
         }
     }
 }
 
-template <bool kQuantise>
-__device__ __forceinline__ Source token_source(const DispatchArgs& args, int token) {
-    const int64_t row_bytes = kQuantise ? 2 * args.row_bytes : args.row_bytes;
-    return {args.x + token * row_bytes, args.scales.data ? args.scales.data + token * args.scales.row_stride : nullptr,
-            args.scales.channel_stride};
+// And for an FP8 row with its scales, which becomes BF16.
+__device__ __forceinline__ void dequantise_row(const Source& from, const Destination& to, unsigned mask,
+                                               int row_bytes) {
+    const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
+    const int2* source = reinterpret_cast<const int2*>(from.row);
+    const float* scales = reinterpret_cast<const float*>(from.scales);
+    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
+        int2 bytes[kVectors];
+        float scale[kVectors];
+        int4 v[kVectors];
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) {
+            const int i = base + u * kWarpSize;
+            if (i >= vectors) continue;
+            bytes[u] = load_streaming(source + i);
+            scale[u] = scales[i / kScaleVectors];
+        }
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u) v[u] = dequantise(bytes[u], scale[u]);
+        store_copies(v, base, vectors, to.row, mask);
+    }
 }
 
-template <bool kQuantise>
+// Copy a token of this rank.
+template <Format kFormat>
 __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, const Destination& to, unsigned mask) {
-    const Source from = token_source<kQuantise>(args, token);
-    if (kQuantise)
-        quantise_row(from.row, to, mask, args.row_bytes);
-    else
-        copy_row(from, to, mask, args.row_bytes, args.scales.count);
+    const char* row = args.x + token * (takes_bf16(kFormat) ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
+    if (takes_bf16(kFormat)) {
+        quantise_row<gives_bf16(kFormat)>(row, to, mask, args.row_bytes);
+    } else {
+        const int* scales = args.scales.data ? args.scales.data + token * args.scales.row_stride : nullptr;
+        copy_row({row, scales, args.scales.channel_stride}, to, mask, args.row_bytes, args.num_scales);
+    }
 }
 
 // Store one token into the staging of each rank that wants it. Returns the flag that this lane has to raise, if any.
-template <bool kQuantise>
+template <Format kFormat>
 __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, int token) {
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
@@ -125,19 +161,19 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
         to.row = staged_row(rt, args.staging, epoch, lane, rt.rank, slot, args.pitch);
         to.scales = reinterpret_cast<int*>(to.row + args.row_bytes);
     }
-    copy_token<kQuantise>(args, token, to, mask);
+    // What crosses is FP8, whether or not it stays that.
+    copy_token<kFormat == Format::kThroughFp8 ? Format::kToFp8 : kFormat>(args, token, to, mask);
     if (args.weights) {
         const float weight = lane < topk ? args.weights[static_cast<int64_t>(token) * topk + lane] : 0.0f;
         for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = reinterpret_cast<int*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), __ffs(m) - 1));
-            if (lane < topk) reinterpret_cast<float*>(scales + args.out_scales.count)[lane] = weight;
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
+            if (lane < topk) reinterpret_cast<float*>(scales + args.num_scales)[lane] = weight;
         }
     }
     return slot >= 0 ? arrived_flag(rt, args.staging, epoch, lane, rt.rank, slot) : nullptr;
 }
 
-template <bool kQuantise>
+template <Format kFormat>
 __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     const int warp = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     const int warps = args.num_send_blocks * (kThreads / kWarpSize);
@@ -146,7 +182,7 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
         bool any = false;
 #pragma unroll
         for (int i = 0; i < kTokensPerFence; ++i) {
-            flags[i] = send_token<kQuantise>(args, epoch, token + i * warps);
+            flags[i] = send_token<kFormat>(args, epoch, token + i * warps);
             any |= flags[i] != nullptr;
         }
         __syncwarp();  // whole rows are written before any lane says so
@@ -157,13 +193,14 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <bool kQuantise>
+template <Format kFormat>
 __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize, topk = route.num_topk;
     const Received received(rt, route.rank_prefix);
     const int peer_items = received.items(rt);
+    const int out_row_bytes = gives_bf16(kFormat) ? 2 * args.row_bytes : args.row_bytes;
     const int padding_items = route.grouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
 
     WorkQueue queue(&rt.local->next_item);
@@ -174,10 +211,10 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             if (padding && args.out_weights) args.out_weights[first + lane] = 0.0f;
             for (unsigned m = __ballot_sync(kFullMask, padding); m; m &= m - 1) {
                 const int64_t row = first + __ffs(m) - 1;
-                int4* to = reinterpret_cast<int4*>(args.out + row * args.row_bytes);
-                for (int i = lane; i < args.row_bytes / 16; i += kWarpSize)
+                int4* to = reinterpret_cast<int4*>(args.out + row * out_row_bytes);
+                for (int i = lane; i < out_row_bytes / static_cast<int>(sizeof(int4)); i += kWarpSize)
                     store_streaming(to + i, make_int4(0, 0, 0, 0));
-                for (int c = lane; c < args.out_scales.count; c += kWarpSize)
+                for (int c = lane; c < (gives_bf16(kFormat) ? 0 : args.num_scales); c += kWarpSize)
                     args.out_scales.data[row * args.out_scales.row_stride + c * args.out_scales.channel_stride] = 0;
             }
             continue;
@@ -196,13 +233,13 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             place = n;
         }
         const unsigned mask = __ballot_sync(kFullMask, place >= 0);
-        const Destination to{args.out + static_cast<int64_t>(place) * args.row_bytes,
+        const Destination to{args.out + static_cast<int64_t>(place) * out_row_bytes,
                              args.out_scales.data + static_cast<int64_t>(place) * args.out_scales.row_stride,
                              args.out_scales.channel_stride};
         const float* weights;
         if (own) {
             const int token = route.source_token(n);
-            copy_token<kQuantise>(args, token, to, mask);
+            copy_token<kFormat>(args, token, to, mask);
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
             if (lane == 0)
@@ -211,8 +248,11 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             __syncwarp();
             const char* staged = staged_row(rt, args.staging, epoch, rt.rank, row.source, row.slot, args.pitch);
             const int* scales = reinterpret_cast<const int*>(staged + args.row_bytes);
-            copy_row({staged, scales, 1}, to, mask, args.row_bytes, args.out_scales.count);
-            weights = reinterpret_cast<const float*>(scales + args.out_scales.count);
+            if (gives_bf16(kFormat))
+                dequantise_row({staged, scales, 1}, to, mask, args.row_bytes);
+            else
+                copy_row({staged, scales, 1}, to, mask, args.row_bytes, args.num_scales);
+            weights = reinterpret_cast<const float*>(scales + args.num_scales);
         }
         if (args.out_weights && lane < topk) {
             if (!route.grouped) {
@@ -225,26 +265,30 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <bool kQuantise>
+template <Format kFormat>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;
     if (rt.local->failed) return;
     const int epoch = rt.local->data_epoch + 1;
     const Operation operation{kDispatchStart | args.route.grouped << 8, args.pitch};
     enter_operation(rt, epoch, operation);
-    if (blockIdx.x < args.num_send_blocks) send<kQuantise>(args, epoch);
-    receive<kQuantise>(args, epoch);
+    if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
+    receive<kFormat>(args, epoch);
     await_peers(rt, epoch, operation, kDispatchStart);
     leave_operation(rt, epoch);
 }
 
 }  // namespace
 
-cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream) {
-    if (quantise)
-        dispatch_kernel<true><<<num_blocks, kThreads, 0, stream>>>(args);
-    else
-        dispatch_kernel<false><<<num_blocks, kThreads, 0, stream>>>(args);
+cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream) {
+    switch (format) {
+        case Format::kAsGiven: dispatch_kernel<Format::kAsGiven><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        case Format::kToFp8: dispatch_kernel<Format::kToFp8><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        case Format::kThroughFp8:
+            dispatch_kernel<Format::kThroughFp8><<<num_blocks, kThreads, 0, stream>>>(args);
+            break;
+        default: return cudaErrorInvalidValue;
+    }
     return cudaGetLastError();
 }
 
