@@ -4,6 +4,8 @@
 //   receive   a warp per row: own rows straight from x, peers' rows from staging once their flag is up;
 //             load once, store to the row's place (rank layout) or to each of its experts' rows (expert layout)
 //
+// Between load and store BF16 may become FP8 (send, own rows) and BF16 again (own rows, peers' rows).
+//
 // The first blocks send and then help to receive; the others receive from the start, own rows first, so the link
 // and the memory work at the same time. Senders never wait, hence nobody waits for something that cannot come.
 #include "device/flags.cuh"
@@ -32,9 +34,11 @@ struct Destination {
     int64_t channel_stride;
 };
 
-// Whether rows are BF16 at their source, and where they are delivered, while FP8 crosses.
-__host__ __device__ constexpr bool takes_bf16(Format format) { return format != Format::kAsGiven; }
-__host__ __device__ constexpr bool gives_bf16(Format format) { return format == Format::kThroughFp8; }
+// Whether BF16 rows become FP8 before they cross, and BF16 again where they are delivered.
+template <Format kFormat>
+constexpr bool kQuantises = kFormat != Format::kAsGiven;
+template <Format kFormat>
+constexpr bool kDequantises = kFormat == Format::kThroughFp8;
 
 template <typename T>
 __device__ __forceinline__ T* of_lane(T* pointer, int lane) {
@@ -113,32 +117,31 @@ __device__ __forceinline__ void quantise_row(const char* from, const Destination
 // And for an FP8 row with its scales, which becomes BF16.
 __device__ __forceinline__ void dequantise_row(const Source& from, const Destination& to, unsigned mask,
                                                int row_bytes) {
+    constexpr int kAtOnce = kVectors * kWarpSize, kScalesAtOnce = kAtOnce / kScaleVectors;
     const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
     const int2* source = reinterpret_cast<const int2*>(from.row);
     const float* scales = reinterpret_cast<const float*>(from.scales);
-    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
+    for (int base = lane, block = lane % kScalesAtOnce; base - lane < vectors;
+         base += kAtOnce, block += kScalesAtOnce) {
         int2 bytes[kVectors];
-        float scale[kVectors];
         int4 v[kVectors];
+        const float scale = block * kScaleVectors < vectors ? scales[block] : 0.0f;
 #pragma unroll
-        for (int u = 0; u < kVectors; ++u) {
-            const int i = base + u * kWarpSize;
-            if (i >= vectors) continue;
-            bytes[u] = load_streaming(source + i);
-            scale[u] = scales[i / kScaleVectors];
-        }
+        for (int u = 0; u < kVectors; ++u)
+            if (base + u * kWarpSize < vectors) bytes[u] = load_streaming(source + base + u * kWarpSize);
 #pragma unroll
-        for (int u = 0; u < kVectors; ++u) v[u] = dequantise(bytes[u], scale[u]);
+        for (int u = 0; u < kVectors; ++u)
+            v[u] = dequantise(bytes[u], __shfl_sync(kFullMask, scale, (u * kWarpSize + lane) / kScaleVectors));
         store_copies(v, base, vectors, to.row, mask);
     }
 }
 
-// Copy a token of this rank.
-template <Format kFormat>
+// Copy a token of this rank, in the form in which it is delivered or, if it has yet to cross, sent.
+template <Format kFormat, bool kCrosses>
 __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, const Destination& to, unsigned mask) {
-    const char* row = args.x + token * (takes_bf16(kFormat) ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
-    if (takes_bf16(kFormat)) {
-        quantise_row<gives_bf16(kFormat)>(row, to, mask, args.row_bytes);
+    const char* row = args.x + token * (kQuantises<kFormat> ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
+    if (kQuantises<kFormat>) {
+        quantise_row<kDequantises<kFormat> && !kCrosses>(row, to, mask, args.row_bytes);
     } else {
         const int* scales = args.scales.data ? args.scales.data + token * args.scales.row_stride : nullptr;
         copy_row({row, scales, args.scales.channel_stride}, to, mask, args.row_bytes, args.num_scales);
@@ -161,8 +164,7 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
         to.row = staged_row(rt, args.staging, epoch, lane, rt.rank, slot, args.pitch);
         to.scales = reinterpret_cast<int*>(to.row + args.row_bytes);
     }
-    // What crosses is FP8, whether or not it stays that.
-    copy_token<kFormat == Format::kThroughFp8 ? Format::kToFp8 : kFormat>(args, token, to, mask);
+    copy_token<kFormat, true>(args, token, to, mask);
     if (args.weights) {
         const float weight = lane < topk ? args.weights[static_cast<int64_t>(token) * topk + lane] : 0.0f;
         for (unsigned m = mask; m; m &= m - 1) {
@@ -193,15 +195,16 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <Format kFormat>
+template <Format kFormat, bool kGrouped>
 __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize, topk = route.num_topk;
     const Received received(rt, route.rank_prefix);
     const int peer_items = received.items(rt);
-    const int out_row_bytes = gives_bf16(kFormat) ? 2 * args.row_bytes : args.row_bytes;
-    const int padding_items = route.grouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
+    const int out_row_bytes = kDequantises<kFormat> ? 2 * args.row_bytes : args.row_bytes;
+    const int out_scales = kDequantises<kFormat> ? 0 : args.num_scales;
+    const int padding_items = kGrouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
 
     WorkQueue queue(&rt.local->next_item);
     for (int item = queue.take(); item < received.own_count + peer_items + padding_items; item = queue.take()) {
@@ -214,7 +217,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
                 int4* to = reinterpret_cast<int4*>(args.out + row * out_row_bytes);
                 for (int i = lane; i < out_row_bytes / static_cast<int>(sizeof(int4)); i += kWarpSize)
                     store_streaming(to + i, make_int4(0, 0, 0, 0));
-                for (int c = lane; c < (gives_bf16(kFormat) ? 0 : args.num_scales); c += kWarpSize)
+                for (int c = lane; c < out_scales; c += kWarpSize)
                     args.out_scales.data[row * args.out_scales.row_stride + c * args.out_scales.channel_stride] = 0;
             }
             continue;
@@ -227,7 +230,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         if (n < 0 || n >= route.max_recv) continue;
 
         int place = -1;  // of this lane's copy
-        if (route.grouped) {
+        if (kGrouped) {
             if (lane < topk) place = route.expert_row(n, lane);
         } else if (lane == 0) {
             place = n;
@@ -239,7 +242,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         const float* weights;
         if (own) {
             const int token = route.source_token(n);
-            copy_token<kFormat>(args, token, to, mask);
+            copy_token<kFormat, false>(args, token, to, mask);
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
             if (lane == 0)
@@ -248,14 +251,14 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             __syncwarp();
             const char* staged = staged_row(rt, args.staging, epoch, rt.rank, row.source, row.slot, args.pitch);
             const int* scales = reinterpret_cast<const int*>(staged + args.row_bytes);
-            if (gives_bf16(kFormat))
+            if (kDequantises<kFormat>)
                 dequantise_row({staged, scales, 1}, to, mask, args.row_bytes);
             else
                 copy_row({staged, scales, 1}, to, mask, args.row_bytes, args.num_scales);
             weights = reinterpret_cast<const float*>(scales + args.num_scales);
         }
         if (args.out_weights && lane < topk) {
-            if (!route.grouped) {
+            if (!kGrouped) {
                 const bool owned = route.local_expert(n, lane) >= 0;
                 args.out_weights[static_cast<int64_t>(n) * topk + lane] = owned ? weights[lane] : 0.0f;
             } else if (place >= 0) {
@@ -265,31 +268,39 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <Format kFormat>
+// One kernel for each format and layout: what only one of them needs costs registers, and those hold the loads in
+// flight.
+template <Format kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;
     if (rt.local->failed) return;
     const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kDispatchStart | args.route.grouped << 8, args.pitch};
+    const Operation operation{kDispatchStart | kGrouped << 8, args.pitch};
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
-    receive<kFormat>(args, epoch);
+    receive<kFormat, kGrouped>(args, epoch);
     await_peers(rt, epoch, operation, kDispatchStart);
     leave_operation(rt, epoch);
+}
+
+template <Format kFormat>
+cudaError_t launch(const DispatchArgs& args, int num_blocks, cudaStream_t stream) {
+    if (args.route.grouped)
+        dispatch_kernel<kFormat, true><<<num_blocks, kThreads, 0, stream>>>(args);
+    else
+        dispatch_kernel<kFormat, false><<<num_blocks, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream) {
     switch (format) {
-        case Format::kAsGiven: dispatch_kernel<Format::kAsGiven><<<num_blocks, kThreads, 0, stream>>>(args); break;
-        case Format::kToFp8: dispatch_kernel<Format::kToFp8><<<num_blocks, kThreads, 0, stream>>>(args); break;
-        case Format::kThroughFp8:
-            dispatch_kernel<Format::kThroughFp8><<<num_blocks, kThreads, 0, stream>>>(args);
-            break;
-        default: return cudaErrorInvalidValue;
+        case Format::kAsGiven: return launch<Format::kAsGiven>(args, num_blocks, stream);
+        case Format::kToFp8: return launch<Format::kToFp8>(args, num_blocks, stream);
+        case Format::kThroughFp8: return launch<Format::kThroughFp8>(args, num_blocks, stream);
     }
-    return cudaGetLastError();
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace deepep_moe

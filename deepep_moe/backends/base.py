@@ -206,9 +206,9 @@ class Backend(Protocol):
 
         ``grouped=False`` delivers the rank layout, ``grouped=True`` the expert layout, padding rows zeroed.
         ``quantize``: BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py), so
-        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice. With ``dequantize`` too they
-        travel as that and arrive as BF16 again, without scales: every row, a rank's own as well, so that values do not
-        depend on where an expert is.
+        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice. ``dequantize``, which
+        needs ``quantize``: they travel as that and arrive as BF16 again, without scales. A rank's own rows are rounded
+        alike, so that values do not depend on where an expert is.
         """
         ...
 
