@@ -44,12 +44,14 @@ __device__ __forceinline__ int2 quantise_block(int4 bf16, float& scale) {
     const float amax = of_block < kAmaxFloor ? kAmaxFloor : of_block;
     scale = scale_of(amax);
     const float inverse = inverse_scale_of(amax);
+    const int words[4] = {bf16.x, bf16.y, bf16.z, bf16.w};
     int2 bytes;
     __nv_fp8x2_storage_t* out = reinterpret_cast<__nv_fp8x2_storage_t*>(&bytes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float2 v = __bfloat1622float2(pairs[i]);
-        out[i] = __nv_cvt_float2_to_fp8x2(make_float2(v.x * inverse, v.y * inverse), __NV_SATFINITE, __NV_E4M3);
+        // what __bfloat1622float2 gives, in one instruction less
+        const float low = __int_as_float(words[i] << 16), high = __int_as_float(words[i] & 0xffff0000);
+        out[i] = __nv_cvt_float2_to_fp8x2(make_float2(low * inverse, high * inverse), __NV_SATFINITE, __NV_E4M3);
     }
     return bytes;
 }
