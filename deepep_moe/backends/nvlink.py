@@ -48,10 +48,10 @@ else:
 
 _log = logging.getLogger(__name__)
 
+_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)  # enum Format
 _VECTOR_BYTES = 16  # kernels move rows in units of this
 _CHANNELS_PER_SCALE = 128
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
-_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)  # enum Format
 
 # enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
 _TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING, _BAD_PEER_INPUT = range(1, 9)
