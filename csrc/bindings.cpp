@@ -46,18 +46,16 @@ PYBIND11_MODULE(_C, m) {
         .def("layout", &Buffer::layout)
         .def("begin_plan", &Buffer::begin_plan)
         .def("wait_plan",
-             [](Buffer& self) -> py::object {
+             [](Buffer& self, Address expert_counts) -> py::object {
                  std::optional<deepep_moe::PlanNumbers> numbers;
                  {
                      py::gil_scoped_release release;
-                     numbers = self.wait_plan();
+                     numbers = self.wait_plan(expert_counts);
                  }
                  if (!numbers) return py::none();
-                 return py::make_tuple(numbers->num_recv, numbers->num_rows, numbers->max_tokens);
+                 return py::make_tuple(numbers->num_recv, numbers->num_rows, numbers->max_tokens, numbers->failed);
              })
-        .def("copy_expert_counts", &Buffer::copy_expert_counts)
         .def("place_plan", &Buffer::place_plan)
-        .def("collect_plan", &Buffer::collect_plan)
         .def("set_route", &Buffer::set_route)
         .def("dispatch", &Buffer::dispatch)
         .def("combine", &Buffer::combine)
@@ -70,19 +68,18 @@ PYBIND11_MODULE(_C, m) {
              })
         .def("wait_seconds", &Buffer::wait_seconds);
 
-    m.def("weigh",
-          [](std::uintptr_t x, std::uintptr_t rows, std::uintptr_t weights, std::uintptr_t row_recv, std::uintptr_t out,
-             std::uintptr_t sums, int dtype, int num_rows, int row_bytes, std::uintptr_t stream) {
-              const deepep_moe::WeighArgs args{reinterpret_cast<const char*>(x),
-                                               reinterpret_cast<const char*>(rows),
-                                               reinterpret_cast<const float*>(weights),
-                                               reinterpret_cast<const int*>(row_recv),
-                                               reinterpret_cast<char*>(out),
-                                               reinterpret_cast<float*>(sums),
-                                               num_rows,
-                                               row_bytes};
-              const cudaError_t status = deepep_moe::launch_weigh(args, static_cast<deepep_moe::DataType>(dtype),
-                                                                  reinterpret_cast<cudaStream_t>(stream));
-              if (status != cudaSuccess) throw std::runtime_error(std::string("weigh: ") + cudaGetErrorString(status));
-          });
+    m.def("weigh", [](Address x, Address rows, Address weights, Address row_recv, Address out, Address sums, int dtype,
+                      int num_rows, int row_bytes, Address stream) {
+        const deepep_moe::WeighArgs args{reinterpret_cast<const char*>(x),
+                                         reinterpret_cast<const char*>(rows),
+                                         reinterpret_cast<const float*>(weights),
+                                         reinterpret_cast<const int*>(row_recv),
+                                         reinterpret_cast<char*>(out),
+                                         reinterpret_cast<float*>(sums),
+                                         num_rows,
+                                         row_bytes};
+        const cudaError_t status = deepep_moe::launch_weigh(args, static_cast<deepep_moe::DataType>(dtype),
+                                                            reinterpret_cast<cudaStream_t>(stream));
+        if (status != cudaSuccess) throw std::runtime_error(std::string("weigh: ") + cudaGetErrorString(status));
+    });
 }

@@ -61,13 +61,20 @@ class Buffer:
         stream: int,
         /,
     ) -> None: ...
-    def wait_plan(self) -> tuple[int, int, int] | None:
-        """Received rows, expert rows, most tokens of any rank; None when the kernel never ran."""
+    def wait_plan(self, expert_counts: int, /) -> tuple[int, int, int, bool] | None:
+        """Received rows, expert rows, most tokens of any rank, whether something failed; None: the kernel never ran."""
 
-    def copy_expert_counts(self, out_int64: int, count: int, /) -> None: ...
-    def place_plan(self, send_slot: int, stream: int, /) -> None: ...
-    def collect_plan(
-        self, counted: int, received: int, row_recv: int, max_recv: int, max_rows: int, num_blocks: int, stream: int, /
+    def place_plan(
+        self,
+        send_slot: int,
+        counted: int,
+        received: int,
+        row_recv: int,
+        max_recv: int,
+        max_rows: int,
+        num_blocks: int,
+        stream: int,
+        /,
     ) -> None: ...
     def set_route(
         self,

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.backends import Backend, Plan, get_backend
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
@@ -121,11 +122,7 @@ class Buffer:
     @staticmethod
     def is_sm90_compiled() -> bool:
         """Whether the CUDA extension is there and was built with Hopper features."""
-        try:
-            from deepep_moe import _C
-        except ImportError:
-            return False
-        return bool(_C.SM90_FEATURES)
+        return extension.why_missing is None and bool(extension._C.SM90_FEATURES)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:

@@ -92,6 +92,11 @@ class TokenDispatcher:
 
         Useful where a plan serves several dispatches or is made early; :meth:`dispatch` takes it in place of indices.
         """
+        plan = self._begin_plan(topk_idx)
+        plan.known_sizes()  # raises here what went wrong
+        return plan
+
+    def _begin_plan(self, topk_idx: Tensor) -> Plan:
         max_recv, max_rows = self._limits(topk_idx)
         return ops.make_plan(
             topk_idx, self._backend_number, self.num_experts, self.config.expert_alignment, max_recv, max_rows
@@ -109,7 +114,7 @@ class TokenDispatcher:
             InputError: an argument of the wrong shape, dtype, device or value (on a GPU values are not looked at).
             RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
         """
-        plan = topk_idx if isinstance(topk_idx, Plan) else self.plan(topk_idx)
+        plan = topk_idx if isinstance(topk_idx, Plan) else self._begin_plan(topk_idx)
         if topk_weights is not None:
             topk_weights = topk_weights.float()
         rows, weights = ops.dispatch(x, topk_weights, plan, self._backend_number, self.config.fp8_dispatch)

@@ -78,7 +78,8 @@ def plan(
         max_recv=None if max_recv == NO_LIMIT else max_recv,
         max_rows=None if max_rows == NO_LIMIT else max_rows,
     )
-    return [torch.empty(0, dtype=torch.int64) if t is None else t for t in made.tensors()[1:]]
+    # Copies, because what an operator returns must not share memory.
+    return [torch.empty(0, dtype=torch.int64) if t is None else t.clone() for t in made.tensors()[1:]]
 
 
 @plan.register_fake

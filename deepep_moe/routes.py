@@ -7,16 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
+from deepep_moe.extension import DTYPE_CODES
 from deepep_moe.watched import watched
-
-try:
-    from deepep_moe import _C
-except ImportError:  # not built, or for another Python: PyTorch's operators do the same
-    _kernel: Any = None
-else:
-    _kernel = _C.routes
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
 
 
 def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +23,8 @@ def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tenso
     Returns:
         [T, K] int64 experts in ascending order, -1 where a row has fewer; [T, K] fp32 probabilities, 0 there.
     """
-    if _kernel is None or not routing_map.is_cuda or watched(probs) or probs.dtype not in _DTYPE_CODES:
+    no_kernel = extension.why_missing is not None or not routing_map.is_cuda or probs.dtype not in DTYPE_CODES
+    if no_kernel or watched(probs):
         return _by_sorting(routing_map, probs, topk)
     return _Routes.apply(probs, routing_map, topk)  # type: ignore[no-any-return]
 
@@ -61,12 +55,14 @@ class _Routes(torch.autograd.Function):
 
 
 def _launch(routing_map: Tensor | None, probs: Tensor, index: Tensor, weights: Tensor, *, backward: bool) -> None:
+    tokens, experts = probs.shape
     with torch.cuda.device(probs.device):
-        _kernel(
+        extension._C.routes(
             0 if routing_map is None else routing_map.data_ptr(),
             probs.data_ptr(),
-            _DTYPE_CODES[probs.dtype],
-            *probs.shape,
+            DTYPE_CODES[probs.dtype],
+            tokens,
+            experts,
             index.shape[1],
             index.data_ptr(),
             weights.data_ptr(),

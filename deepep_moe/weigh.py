@@ -11,18 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.errors import InputError
+from deepep_moe.extension import DTYPE_CODES, VECTOR_BYTES
 from deepep_moe.watched import watched
-
-try:
-    from deepep_moe import _C
-except ImportError:  # not built, or for another Python
-    _kernel: Any = None
-else:
-    _kernel = _C.weigh
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType of csrc/kernels/args.h
-_VECTOR_BYTES = 16  # the kernel moves rows in units of this
 
 
 def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
@@ -38,7 +30,7 @@ def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
     Raises:
         InputError: another shape, dtype or device.
     """
-    if rows.dim() != 2 or rows.dtype not in _DTYPE_CODES:
+    if rows.dim() != 2 or rows.dtype not in DTYPE_CODES:
         raise InputError("rows", f"{rows.dtype} of shape {tuple(rows.shape)}", "must be [M, H] bf16, fp16 or fp32")
     if weights.shape != rows.shape[:1] or not weights.is_floating_point():
         raise InputError(
@@ -118,10 +110,10 @@ def _times(rows: Tensor, weights: Tensor) -> Tensor:
 def _on_kernel(rows: Tensor, weights: Tensor) -> bool:
     """Whether the kernel serves these rows; it leaves nothing behind that could be differentiated once more."""
     return (
-        _kernel is not None
+        extension.why_missing is None
         and rows.is_cuda
-        and rows.dtype in _DTYPE_CODES
-        and rows.shape[1] * rows.element_size() % _VECTOR_BYTES == 0
+        and rows.dtype in DTYPE_CODES
+        and rows.shape[1] * rows.element_size() % VECTOR_BYTES == 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad))
         and not watched(rows)
     )
@@ -135,14 +127,14 @@ def _launch(
     weights = weights.contiguous()
     sums = None if rows is None else torch.empty_like(weights)
     with torch.cuda.device(x.device):
-        _kernel(
+        extension._C.weigh(
             x.data_ptr(),
             0 if rows is None else rows.data_ptr(),
             weights.data_ptr(),
             0 if row_recv is None else row_recv.data_ptr(),
             0 if out is None else out.data_ptr(),
             0 if sums is None else sums.data_ptr(),
-            _DTYPE_CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
             x.shape[0],
             x.shape[1] * x.element_size(),
             torch.cuda.current_stream(x.device).cuda_stream,
@@ -153,4 +145,4 @@ def _launch(
 def _aligned(rows: Tensor) -> Tensor:
     """Contiguous and starting at a multiple of 16 bytes; a view may start anywhere."""
     rows = rows.contiguous()
-    return rows if rows.data_ptr() % _VECTOR_BYTES == 0 else rows.clone()
+    return rows if rows.data_ptr() % VECTOR_BYTES == 0 else rows.clone()

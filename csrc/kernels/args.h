@@ -174,7 +174,7 @@ struct PlanArgs {
     int* expert_totals;      // [E], zero between plans
     int* row_base;           // [E] expert row at its owner of this rank's first route to the expert
     Counted counted;         // what follows from the counts, until it is copied to out_counted
-    int max_recv, max_rows;  // room in the outputs below
+    int max_recv, max_rows;  // room in the outputs below; without a ticket all of it is used
     int* send_slot;          // [T, R]
     int64_t* out_counted;    // as Counted
     int* received;           // [max_recv, received_words]

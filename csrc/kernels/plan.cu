@@ -291,7 +291,7 @@ constexpr int kCollectThreads = 1024;
 
 __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_constant__ PlanArgs args) {
     const Runtime& rt = args.runtime;
-    if (rt.local->failed) return;
+    if (rt.local->failed || !rt.local->staging_fits) return;
     const int ranks = rt.num_ranks, topk = args.num_topk, words = received_words(topk);
     const int experts_per_rank = args.num_experts / ranks;
     if (threadIdx.x < ranks)
@@ -300,9 +300,12 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
 
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const Counted& counted = args.counted;
+    // Where sizes follow from the counts there is room for the most that fits into staging, and just this much is used.
+    const int recv = args.ticket ? static_cast<int>(counted.prefix(ranks - 1, rt.rank)) : args.max_recv;
+    const int rows = args.ticket ? static_cast<int>(counted.offset(experts_per_rank)) : args.max_rows;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = thread; i < counted.size(); i += threads) args.out_counted[i] = counted.data[i];
-    for (int64_t i = thread; i < static_cast<int64_t>(args.max_recv) * words; i += threads) {
+    for (int64_t i = thread; i < static_cast<int64_t>(recv) * words; i += threads) {
         const int n = static_cast<int>(i / words), word = static_cast<int>(i % words);
         int source = 0, start = 0;
         while (source < ranks && n >= counted.prefix(source, rt.rank)) start = counted.prefix(source++, rt.rank);
@@ -310,7 +313,7 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
         if (source < ranks)
             value = places_of(args.staging, rt.rank, source, words)[static_cast<int64_t>(n - start) * words + word];
         if (word > topk) {  // an expert row
-            if (value >= args.max_rows) value = -1;
+            if (value >= rows) value = -1;
             if (value >= 0) args.row_recv[value] = n;
         }
         args.received[i] = value;
@@ -318,8 +321,8 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
     // Rows that nothing was copied to: the padding of each group, and what lies behind the last one.
     for (int l = blockIdx.x; l <= experts_per_rank; l += gridDim.x) {
         const int64_t begin = counted.offset(l) + (l < experts_per_rank ? counted.rows(l) : 0);
-        const int64_t end = l < experts_per_rank ? counted.offset(l + 1) : args.max_rows;
-        for (int64_t m = begin + threadIdx.x; m < end && m < args.max_rows; m += blockDim.x) args.row_recv[m] = -1;
+        const int64_t end = l < experts_per_rank ? counted.offset(l + 1) : rows;
+        for (int64_t m = begin + threadIdx.x; m < end && m < rows; m += blockDim.x) args.row_recv[m] = -1;
     }
 }
 

@@ -136,7 +136,7 @@ void Buffer::begin_plan(Address topk_idx, Address given_membership, Address give
     check(launch_exchange_counts(plan_, as_stream(stream)), "exchanging counts");
 }
 
-std::optional<PlanNumbers> Buffer::wait_plan() {
+std::optional<PlanNumbers> Buffer::wait_plan(Address expert_counts) {
     // The kernel gives up first and then publishes what it has; this bound is for a kernel that never runs.
     const auto bound = std::chrono::nanoseconds(runtime_.timeout_nanoseconds) + std::chrono::seconds(10);
     const auto start = std::chrono::steady_clock::now();
@@ -145,32 +145,27 @@ std::optional<PlanNumbers> Buffer::wait_plan() {
             if (spin % 4096 == 0 && std::chrono::steady_clock::now() - start > bound) return false;
         return true;
     };
-    const HostStatus& status = *runtime_.status;
-    for (int l = 0; l < plan_.num_experts / runtime_.num_ranks; ++l)
+    const volatile HostStatus& status = *runtime_.status;
+    for (int l = 0; l < plan_.num_experts / runtime_.num_ranks; ++l) {
         if (!await(status.expert_counts[l])) return std::nullopt;
+        if (expert_counts) at<int64_t>(expert_counts)[l] = status.expert_counts[l].value;
+    }
     if (!await(status.num_recv) || !await(status.num_rows) || !await(status.max_tokens)) return std::nullopt;
     std::atomic_thread_fence(std::memory_order_acquire);
-    return PlanNumbers{status.num_recv.value, status.num_rows.value, status.max_tokens.value};
+    return PlanNumbers{status.num_recv.value, status.num_rows.value, status.max_tokens.value,
+                       status.failure != kNoFailure};
 }
 
-void Buffer::copy_expert_counts(Address out_int64, int count) const {
-    for (int l = 0; l < count; ++l) at<int64_t>(out_int64)[l] = runtime_.status->expert_counts[l].value;
-}
-
-void Buffer::place_plan(Address send_slot, Address stream) {
+void Buffer::place_plan(Address send_slot, Address counted, Address received, Address row_recv, int max_recv,
+                        int max_rows, int num_blocks, Address stream) {
     plan_.staging = staging_;
     plan_.send_slot = at<int>(send_slot);
-    check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
-}
-
-void Buffer::collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows,
-                          int num_blocks, Address stream) {
-    plan_.staging = staging_;
     plan_.out_counted = at<int64_t>(counted);
     plan_.received = at<int>(received);
     plan_.row_recv = at<int>(row_recv);
     plan_.max_recv = max_recv;
     plan_.max_rows = max_rows;
+    check(launch_place_rows(plan_, as_stream(stream)), "placing rows");
     check(launch_collect_places(plan_, num_blocks, as_stream(stream)), "collecting places");
 }
 

@@ -20,6 +20,7 @@ struct FailureReport {
 
 struct PlanNumbers {
     int num_recv, num_rows, max_tokens;
+    bool failed;  // take_failure() says more
 };
 
 class Buffer {
@@ -46,15 +47,14 @@ class Buffer {
     void begin_plan(Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens,
                     int num_topk, int num_experts, int alignment, bool refused, bool wait, int max_recv, int max_rows,
                     Address stream);
-    // Spin until the counts of the last begin_plan() are here. Nothing when they did not come in time.
-    std::optional<PlanNumbers> wait_plan();
-    // [L] rows of each local expert, as of the last wait_plan().
-    void copy_expert_counts(Address out_int64, int count) const;
-    // Write the places of this rank's rows to their destinations. Does nothing where staging is too small, which
-    // wait_plan() shows; then it is to be called again with larger staging.
-    void place_plan(Address send_slot, Address stream);
-    void collect_plan(Address counted, Address received, Address row_recv, int max_recv, int max_rows, int num_blocks,
-                      Address stream);
+    // Spin until the counts of the last begin_plan() are here, and write the rows of each local expert to expert_counts
+    // [L] in host memory, unless it is null. Nothing when they did not come in time.
+    std::optional<PlanNumbers> wait_plan(Address expert_counts);
+    // Tell the peers the places of this rank's rows and copy what they tell into the plan's own memory. max_recv,
+    // max_rows: room in `received` and `row_recv`. Does nothing where staging is too small, which wait_plan() shows;
+    // then it is to be called again with larger staging.
+    void place_plan(Address send_slot, Address counted, Address received, Address row_recv, int max_recv, int max_rows,
+                    int num_blocks, Address stream);
 
     void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,
                    Address received, Address row_recv, bool grouped);

@@ -45,13 +45,12 @@ class Layout(NamedTuple):
     is_token_in_rank: Tensor  # [T, R] bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Plan:
     """Routing metadata of one batch. Owns its tensors: it survives later plans of the same backend.
 
-    What belongs together shares a tensor, because making tensors is most of what a plan costs the host; properties
-    give the parts. All tensors live on the backend's device except ``expert_counts_host``. -1 marks "no route"
-    everywhere.
+    What belongs together shares a tensor; properties give the parts. All tensors live on the backend's device except
+    ``expert_counts_host``. -1 marks "no route" everywhere.
     """
 
     num_experts: int
@@ -65,7 +64,11 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        return self.send_slot.shape[0]
+        return self.topk_idx.shape[0]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.send_slot.shape[1]
 
     @property
     def num_topk(self) -> int:
@@ -81,10 +84,14 @@ class Plan:
         """M: rows in expert layout, padding included."""
         return self.row_recv.shape[0]
 
+    def known_sizes(self) -> tuple[int, int]:
+        """N and M. On a plan whose making has only begun this waits for the other ranks and raises what went wrong."""
+        return self.num_recv, self.num_rows
+
     @property
     def rank_prefix(self) -> Tensor:
         """[R, R] int64: [s][d] = rows that rank d receives from ranks 0..s."""
-        ranks = self.send_slot.shape[1]
+        ranks = self.num_ranks
         return self.counted[: ranks * ranks].view(ranks, ranks)
 
     @property
@@ -117,11 +124,11 @@ class Plan:
 
     def _expert_part(self) -> tuple[int, int]:
         """Where ``expert_counts`` begin in ``counted``, and L."""
-        ranks = self.send_slot.shape[1]
+        ranks = self.num_ranks
         return ranks * ranks, self.num_experts // ranks
 
     def tensors(self) -> list[Tensor | None]:
-        """The tensor fields in declaration order: what custom ops take."""
+        """Its tensors in declaration order: what custom ops take."""
         return [
             self.topk_idx,
             self.send_slot,
@@ -187,7 +194,8 @@ class Backend(Protocol):
         [T, R]`` bool and ``num_tokens_per_expert [E]`` int32 say where tokens go, and only the rank layout exists.
         ``max_recv`` / ``max_rows`` fix N and M beforehand so that the host waits for nothing: unused rows have -1
         in ``recv_topk_idx``, ``recv_rows`` and ``row_recv``, ``expert_counts_host`` is None, and more rows than
-        that raise :class:`~deepep_moe.errors.CapacityError` at the next :meth:`check`.
+        that raise :class:`~deepep_moe.errors.CapacityError` at the next :meth:`check`. Otherwise the wait for N and M,
+        and what it raises, may be left to their first use (:meth:`Plan.known_sizes`).
         """
         ...
 

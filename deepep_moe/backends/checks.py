@@ -38,10 +38,10 @@ def check_plan_inputs(
 
 def check_plan(plan: Plan, grouped: bool, world_size: int, device: torch.device) -> None:
     """That ``plan`` can be executed by a group of ``world_size`` on ``device`` in the layout asked for."""
-    if plan.send_slot.dim() != 2 or plan.send_slot.shape[1] != world_size:
-        raise HandleError(f"the plan was made for {plan.send_slot.shape[-1]} ranks, this group has {world_size}")
-    if plan.send_slot.device != device:
-        raise HandleError(f"the plan was made on {plan.send_slot.device}, this group's backend is on {device}")
+    if plan.num_ranks != world_size:
+        raise HandleError(f"the plan was made for {plan.num_ranks} ranks, this group has {world_size}")
+    if plan.topk_idx.device != device:
+        raise HandleError(f"the plan was made on {plan.topk_idx.device}, this group's backend is on {device}")
     if grouped and plan.num_topk == 0:
         raise HandleError("the plan was made without expert indices: it has no expert layout")
 

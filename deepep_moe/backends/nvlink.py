@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from deepep_moe.backends.checks import (
     check_plan_inputs,
     check_topk_idx,
 )
+from deepep_moe.backends.nvlink_plan import DevicePlan, addresses
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import (
     CapacityError,
@@ -37,23 +39,16 @@ from deepep_moe.errors import (
     PeerTimeoutError,
     RankMismatchError,
 )
+from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES, why_missing
 from deepep_moe.peer_memory import PeerMemory
-
-try:
-    from deepep_moe import _C
-except ImportError as error:  # not built, or for another Python
-    _missing: str | None = f"the CUDA extension is not there ({error}); install with nvcc in PATH to build it"
-else:
-    _missing = None
 
 _log = logging.getLogger(__name__)
 
-_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)  # enum Format
-_VECTOR_BYTES = 16  # kernels move rows in units of this
 _CHANNELS_PER_SCALE = 128
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType
+_MOST_EARLY_WORDS = 2 << 20  # int32 words of a plan that are allocated before it is known how many are needed
 
-# enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
+# enum Format, enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
+_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)
 _TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING, _BAD_PEER_INPUT = range(1, 9)
 _PHASES = (
     "plan (exchanging counts)",
@@ -101,6 +96,7 @@ class NVLinkBackend:
         self._staging_tokens = self._staging_topk = self._staging_pitch = 0
         self._last_stream: torch.cuda.Stream | None = None
         self._last_stream_address = -1
+        self._unfinished: DevicePlan | None = None  # the host has not waited for its numbers yet
 
     @staticmethod
     def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -108,8 +104,8 @@ class NVLinkBackend:
         ranks = dist.get_world_size(group)
         places: list[tuple[str, int]] = [("", 0)] * ranks
         dist.all_gather_object(places, (_host_id(), device.index), group=group)
-        if _missing is not None:
-            return _missing
+        if why_missing is not None:
+            return why_missing
         if ranks > _C.MAX_RANKS:
             return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
         elsewhere = sorted({host for host, _ in places if host != places[dist.get_rank(group)][0]})
@@ -159,6 +155,9 @@ class NVLinkBackend:
         max_rows: int | None = None,
     ) -> Plan:
         runtime = self._open()
+        if self._unfinished is not None:
+            with suppress(DeepEPMoEError):  # of a plan whose dispatch was refused: that has been raised
+                self._unfinished.known_sizes()
         try:
             check_plan_inputs(
                 topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
@@ -197,36 +196,42 @@ class NVLinkBackend:
             max_rows or 0,
             stream,
         )
-        # Everything that does not need the counts is made while they travel.
-        send_slot = self._empty(torch.int32, tokens, self.world_size)
-        room = topk <= self._staging_topk and self._staging is not None
-        if room:
-            runtime.place_plan(send_slot.data_ptr(), stream)  # does nothing if a rank has more tokens than fit
-        counted = self._empty(torch.int64, self.world_size * self.world_size + 2 * local_experts + 1)
-        counts_host: Tensor | None = None
-        if wait:
-            counts_host = torch.empty(local_experts, dtype=torch.int64)
-            numbers = runtime.wait_plan()
-            self.check()
-            if numbers is None:
-                raise PeerTimeoutError(
-                    f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; "
-                    "something before it on this GPU does not end"
-                )
-            max_recv, max_rows, max_tokens = numbers
-            if max_tokens > self._staging_tokens or not room:
-                self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
-                runtime.place_plan(send_slot.data_ptr(), stream)
-            runtime.copy_expert_counts(counts_host.data_ptr(), local_experts)
-        assert max_recv is not None
-        max_rows = max_rows or 0
+        if max_recv is not None:
+            plan = DevicePlan(num_experts, alignment, topk_idx, self.world_size, sizes=(max_recv, max_rows or 0))
+            self._place(plan, *plan.known_sizes(), stream)
+            return plan
+        plan = DevicePlan(num_experts, alignment, topk_idx, self.world_size, finish=self._finish_plan)
+        self._unfinished = plan
+        # The device knows the sizes long before the host: everything else is enqueued by now, with room for the most.
+        most_recv = self.world_size * self._staging_tokens
+        most_rows = most_recv * topk + local_experts * (alignment - 1) if topk else 0
+        staging_serves = topk <= self._staging_topk and self._staging is not None
+        if staging_serves and most_recv * (1 + 2 * topk) + most_rows <= _MOST_EARLY_WORDS:
+            self._place(plan, most_recv, most_rows, stream)
+        return plan
 
-        received = self._empty(torch.int32, max_recv, 1 + 2 * topk)
-        row_recv = self._empty(torch.int32, max_rows)
-        runtime.collect_plan(
-            counted.data_ptr(), received.data_ptr(), row_recv.data_ptr(), max_recv, max_rows, self._blocks(), stream
-        )
-        return Plan(num_experts, alignment, topk_idx, send_slot, counted, received, row_recv, counts_host)
+    def _place(self, plan: DevicePlan, max_recv: int, max_rows: int, stream: int) -> None:
+        """Enqueue what follows the counts. The device skips it if a rank has more tokens than staging holds."""
+        plan.allocate(max_recv, max_rows)
+        self._open().place_plan(*plan.addresses(), max_recv, max_rows, self._blocks(), stream)
+
+    def _finish_plan(self, plan: DevicePlan) -> tuple[int, int]:
+        """Wait for N and M of the plan, the last one begun."""
+        self._unfinished = None
+        numbers = self._open().wait_plan(plan.counts_address)
+        if numbers is None:
+            self.check()
+            raise PeerTimeoutError(
+                f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; "
+                "something before it on this GPU does not end"
+            )
+        num_recv, num_rows, max_tokens, failed = numbers
+        if failed:
+            self.check()
+        if max_tokens > self._staging_tokens or not plan.is_placed:
+            self._reserve(max(self.config.max_tokens_per_rank, max_tokens), plan.num_topk, 0)
+            self._place(plan, num_recv, num_rows, self._enter_stream())
+        return num_recv, num_rows
 
     def _refuse_plan(self) -> None:
         """Tell the peers, who are on their way into the exchange, not to wait for this rank."""
@@ -234,7 +239,7 @@ class NVLinkBackend:
             return  # nothing runs: nobody waits
         runtime = self._open()
         runtime.begin_plan(0, 0, 0, 0, 0, self.world_size, 1, True, True, 0, 0, self._enter_stream())
-        runtime.wait_plan()
+        runtime.wait_plan(0)
         runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
 
     # -- moving rows ---------------------------------------------------------------------------------------------
@@ -330,7 +335,7 @@ class NVLinkBackend:
         blocks = self._blocks()
         runtime.combine(
             x.data_ptr(),
-            _DTYPE_CODES[x.dtype],
+            DTYPE_CODES[x.dtype],
             row_bytes,
             pitch,
             0 if weights is None else weights.data_ptr(),
@@ -347,17 +352,7 @@ class NVLinkBackend:
         return Tokens(out, out_weights)
 
     def _set_route(self, plan: Plan, grouped: bool) -> None:
-        self._open().set_route(
-            plan.num_tokens,
-            plan.num_topk,
-            plan.num_recv,
-            plan.num_rows,
-            plan.send_slot.data_ptr(),
-            plan.counted.data_ptr(),
-            plan.received.data_ptr(),
-            plan.row_recv.data_ptr(),
-            grouped,
-        )
+        self._open().set_route(plan.num_tokens, plan.num_topk, plan.num_recv, plan.num_rows, *addresses(plan), grouped)
 
     # -- memory and streams --------------------------------------------------------------------------------------
 
@@ -368,6 +363,8 @@ class NVLinkBackend:
         """
         if tokens <= self._staging_tokens and topk <= self._staging_topk and pitch <= self._staging_pitch:
             return
+        if self._unfinished is not None:
+            self._unfinished.known_sizes()  # it may need what is replaced here
         tokens = max(tokens, self._staging_tokens, 1)
         topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
         num_bytes, _ = _C.Buffer.staging_bytes(self.world_size, tokens, topk, pitch)
@@ -423,7 +420,7 @@ class NVLinkBackend:
         if self.config.debug_waits:
             self.print_waits()
         torch.cuda.synchronize(self.device)
-        self._runtime = self._control = self._staging = None
+        self._runtime = self._control = self._staging = self._unfinished = None
 
     def print_waits(self) -> None:
         """Print how long this rank's warps waited for each rank, in milliseconds (``config.debug_waits``)."""
@@ -447,11 +444,11 @@ class NVLinkBackend:
 
     def _row_bytes(self, argument: str, x: Tensor, dtype: torch.dtype) -> int:
         row_bytes = x.shape[1] * dtype.itemsize
-        if row_bytes % _VECTOR_BYTES:
+        if row_bytes % VECTOR_BYTES:
             raise InputError(
                 argument,
                 f"shape {tuple(x.shape)} as {dtype}",
-                f"a row of {row_bytes} bytes must be a multiple of {_VECTOR_BYTES} bytes on the nvlink backend",
+                f"a row of {row_bytes} bytes must be a multiple of {VECTOR_BYTES} bytes on the nvlink backend",
             )
         return row_bytes
 
@@ -492,7 +489,7 @@ class NVLinkBackend:
 
 
 def _pitch(num_bytes: int) -> int:
-    return -(-num_bytes // _VECTOR_BYTES) * _VECTOR_BYTES
+    return -(-num_bytes // VECTOR_BYTES) * VECTOR_BYTES
 
 
 def _dispatch_send_blocks(blocks: int, ranks: int) -> int:

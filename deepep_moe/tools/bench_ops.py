@@ -10,7 +10,6 @@ Rows of a table, and what is in their time:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -282,42 +281,12 @@ def _host_times(
         backend.combine(plan, grouped_rows, grouped=True)
 
     def make_plan() -> None:
-        case.plan(backend)
+        case.plan(backend).known_sizes()
 
-    if backend.name == "nvlink":
-        yield "plan: until the host knows the counts", _counts_known(world, backend, make_plan, repeats)
-    yield "plan: call until the host has it", host_samples(world, make_plan, repeats)
-    yield f"plan: one of {HOST_CALLS} in a row", host_samples(world, make_plan, repeats, HOST_CALLS)
+    yield "plan: until the host knows the counts", host_samples(world, make_plan, repeats, HOST_CALLS)
+    yield "plan: the same, a single call", host_samples(world, make_plan, repeats)
     yield "host time of dispatch + combine", host_samples(world, pair, repeats, HOST_CALLS)
     yield "host time of grouped dispatch + combine", host_samples(world, grouped_pair, repeats, HOST_CALLS)
-
-
-def _counts_known(world: World, backend: Backend, make_plan: Callable[[], None], repeats: int) -> list[float]:
-    """From the call of a plan until its counts are on the host, the mean of plans in a row.
-
-    A backend that waits for them looks for failures then, by calling its own ``check``.
-    """
-    check, known = backend.check, [0.0]
-
-    def noting() -> None:
-        known[0] = time.perf_counter()
-        check()
-
-    samples = []
-    backend.check = noting  # type: ignore[method-assign]
-    try:
-        for _ in range(repeats):
-            world.meet()
-            spent = 0.0
-            for _ in range(HOST_CALLS):
-                began = time.perf_counter()
-                make_plan()
-                spent += known[0] - began
-            samples.append(spent * 1e6 / HOST_CALLS)
-            world.synchronize()
-    finally:
-        del backend.check
-    return world.largest(samples)
 
 
 def link_ceiling(world: World, repeats: int) -> list[float]:

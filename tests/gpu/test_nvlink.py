@@ -347,7 +347,7 @@ def test_overflow_is_an_error(ranks: Ranks) -> None:
     with pytest.raises(CapacityError, match=f"rank 0 needs room for {64 * ranks.size} received tokens"):
         backend.check()  # on every rank
     backend.check()  # and it goes on
-    backend.plan(topk_idx, ranks.size)
+    backend.plan(topk_idx, ranks.size).known_sizes()
     backend.close()
 
 
@@ -428,9 +428,9 @@ def test_bad_expert_index_is_named_on_its_rank(ranks: Ranks) -> None:
     if ranks.rank == 0:
         topk_idx[3, 1] = ranks.size + 5
     with pytest.raises(InputError if ranks.rank == 0 else PeerError) as error:
-        backend.plan(topk_idx, ranks.size)
+        backend.plan(topk_idx, ranks.size).known_sizes()
     assert str(ranks.size + 5) in str(error.value) if ranks.rank == 0 else "rank 0" in str(error.value)
-    backend.plan(torch.zeros_like(topk_idx), ranks.size)  # and it goes on
+    backend.plan(torch.zeros_like(topk_idx), ranks.size).known_sizes()  # and it goes on
     backend.close()
 
 
@@ -443,9 +443,32 @@ def test_refused_input_is_known_to_all(ranks: Ranks) -> None:
             backend.plan(good.float(), ranks.size)
     else:
         with pytest.raises(PeerError, match="rank 0 has bad input"):
-            backend.plan(good, ranks.size)
+            backend.plan(good, ranks.size).known_sizes()
     plan = backend.plan(good, ranks.size)  # and it goes on
     assert int(plan.expert_counts.sum()) == (20 * ranks.size if ranks.rank == 0 else 0)
+    backend.close()
+
+
+def test_a_plan_waits_only_where_its_sizes_are_needed(ranks: Ranks, reference: CollectiveBackend) -> None:
+    """An abandoned plan is in nobody's way, and what went wrong comes with the sizes, once."""
+    backend = make_backend(ranks)
+    case = Case.draw(ranks, 7, tokens=257, topk=3, local_experts=8)
+    topk_idx, experts = case.topk_idx.to(ranks.device), case.num_experts
+    for _ in range(3):
+        backend.plan(topk_idx, experts)
+    padded, plain = backend.plan(topk_idx, experts, alignment=16), backend.plan(topk_idx, experts)
+    wanted = reference.plan(case.topk_idx, experts)
+    assert plain.known_sizes() == wanted.known_sizes()
+    assert_same_plan(plain, wanted)
+    assert_same_plan(padded, reference.plan(case.topk_idx, experts, alignment=16))
+
+    wrong = experts if ranks.rank == 0 else 0
+    bad = backend.plan(torch.full((10, 3), wrong, device=ranks.device), experts)
+    with pytest.raises(InputError if ranks.rank == 0 else PeerError):
+        bad.known_sizes()
+    with pytest.raises(HandleError, match="failed when it was made"):
+        backend.dispatch(bad, torch.zeros((10, 64), device=ranks.device))
+    assert_same(backend.dispatch(plain, case.x.to(ranks.device)).x, reference.dispatch(wanted, case.x).x, "rows")
     backend.close()
 
 
@@ -471,9 +494,9 @@ def test_ranks_that_disagree(ranks: Ranks) -> None:
     backend = make_backend(ranks)
     topk_idx = torch.zeros((10, 2), dtype=torch.int64, device=ranks.device)
     with pytest.raises(RankMismatchError, match="num_experts"):
-        backend.plan(topk_idx, ranks.size * (2 if ranks.rank == 0 else 4))
+        backend.plan(topk_idx, ranks.size * (2 if ranks.rank == 0 else 4)).known_sizes()
     with pytest.raises(RankMismatchError, match="top-k"):
-        backend.plan(topk_idx[:, : 1 + (ranks.rank == 0)].contiguous(), ranks.size)
+        backend.plan(topk_idx[:, : 1 + (ranks.rank == 0)].contiguous(), ranks.size).known_sizes()
     plan = backend.plan(topk_idx, ranks.size)
     backend.dispatch(plan, torch.zeros((10, 64), device=ranks.device))  # staging is large enough for both below
     backend.dispatch(plan, torch.zeros((10, 32 if ranks.rank == 0 else 64), device=ranks.device))

@@ -6,11 +6,15 @@ The same calls on the CPU (a gloo group) are the reference.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from deepep_moe import Buffer, EventOverlap
@@ -139,8 +143,15 @@ def layer(dispatcher: TokenDispatcher, x: Tensor, routes: Tensor, weights: Tenso
     return dispatcher.combine(torch.tanh(dispatched.rows), dispatched, weights=dispatched.weights)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients(ranks: Ranks, cpu_group: dist.ProcessGroup, recompute: bool) -> None:
+class Watching(TorchDispatchMode):
+    """Changes nothing, but makes every call go through PyTorch's operators."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["plain", "recomputed", "watched", "compiled"])
+def test_gradients(ranks: Ranks, cpu_group: dist.ProcessGroup, way: str) -> None:
     wanted_dispatcher = TokenDispatcher(
         cpu_group, LOCAL_EXPERTS * ranks.size, settings(ranks), device=torch.device("cpu")
     )
@@ -148,10 +159,13 @@ def test_gradients(ranks: Ranks, cpu_group: dist.ProcessGroup, recompute: bool) 
     for dispatcher in (make_dispatcher(ranks, expert_alignment=16), wanted_dispatcher):
         x, routes, weights = (t.to(dispatcher.backend.device) for t in batch(ranks, 300 - 20 * ranks.rank))
         x, weights = x.float().requires_grad_(), weights.requires_grad_()
-        if recompute:
+        if way == "recomputed":
             out = checkpoint(layer, dispatcher, x, routes, weights, use_reentrant=False)
+        elif way == "compiled":
+            out = torch.compile(partial(layer, dispatcher), fullgraph=True, backend="aot_eager")(x, routes, weights)
         else:
-            out = layer(dispatcher, x, routes, weights)
+            with Watching() if way == "watched" else nullcontext():
+                out = layer(dispatcher, x, routes, weights)
         (out * torch.linspace(-1, 1, HIDDEN, device=out.device)).sum().backward()
         results.append([out.detach().cpu(), x.grad.cpu(), weights.grad.cpu()])
     for got, wanted in zip(*results, strict=True):

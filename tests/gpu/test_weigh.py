@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe import weigh, weigh_rows
+from deepep_moe import extension, weigh_rows
 from deepep_moe.weigh import weigh_gradients
 from tests.gpu.conftest import Ranks
 
@@ -33,14 +33,14 @@ def expect_sums(grad: Tensor, rows: Tensor, got: Tensor) -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each launch of the kernel: a test that means to test it can tell that it did."""
-    assert weigh._kernel is not None, "the CUDA extension is not built"
-    kernel, seen = weigh._kernel, []
+    assert extension.why_missing is None, "the CUDA extension is not built"
+    kernel, seen = extension._C.weigh, []
 
     def counted(*args: int) -> None:
         seen.append(len(seen))
         kernel(*args)
 
-    monkeypatch.setattr(weigh, "_kernel", counted)
+    monkeypatch.setattr(extension._C, "weigh", counted)
     return seen
 
 

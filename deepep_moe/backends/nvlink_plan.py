@@ -1,0 +1,150 @@
+"""The plan of the nvlink backend: made by the device, in memory of its own, while the host goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends.base import Plan
+from deepep_moe.errors import HandleError
+
+_WORD = 4  # bytes of an int32, of which everything below is made
+
+
+class DevicePlan(Plan):
+    """A :class:`Plan` whose tensors are cut from one or two allocations when somebody looks at them.
+
+    Kernels take addresses, and every tensor costs the host as much as a launch. Only N and M have to reach the host,
+    which sizes outputs by them: whatever needs them first waits for them (``finish``), and until then the host has had
+    time for everything else.
+
+    Args:
+        topk_idx: [T, K] int64.
+        finish: waits for N and M and returns them; None where ``sizes`` gives them.
+        sizes: N and M.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        alignment: int,
+        topk_idx: Tensor,
+        num_ranks: int,
+        *,
+        finish: Callable[[DevicePlan], tuple[int, int]] | None = None,
+        sizes: tuple[int, int] | None = None,
+    ) -> None:
+        self.num_experts, self.alignment, self.topk_idx = num_experts, alignment, topk_idx
+        self._ranks, self._finish, self._sizes = num_ranks, finish, sizes
+        self._tokens, self._topk = topk_idx.shape
+        self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1
+        self._received_words = 1 + 2 * self._topk
+        self._memory: Tensor | None = None  # counted and send_slot ...
+        self._room: Tensor | None = None  # ... received and row_recv; often the same
+        self._room_starts = self._room_recv = 0
+        self._counts: Tensor | None = None
+        if finish is not None:
+            self._counts = torch.empty(num_experts // num_ranks, dtype=torch.int64)
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def allocate(self, max_recv: int, max_rows: int) -> None:
+        """Make room for N and M up to these."""
+        fixed, room = 0, max_recv * self._received_words + max_rows
+        if self._memory is None:
+            fixed = 2 * self._counted_size + self._tokens * self._ranks
+        memory = torch.empty_strided((fixed + room,), (1,), dtype=torch.int32, device=self.topk_idx.device)
+        if self._memory is None:
+            self._memory = memory
+        self._room, self._room_starts, self._room_recv = memory, fixed, max_recv
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether there is room for N and M."""
+        return self._room is not None
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of send_slot, counted, received and row_recv."""
+        assert self._memory is not None and self._room is not None
+        counted = self._memory.data_ptr()
+        received = self._room.data_ptr() + _WORD * self._room_starts
+        row_recv = received + _WORD * self._room_recv * self._received_words
+        return counted + 2 * _WORD * self._counted_size, counted, received, row_recv
+
+    @property
+    def counts_address(self) -> int:
+        """Of ``expert_counts_host``."""
+        assert self._counts is not None
+        return self._counts.data_ptr()
+
+    # -- what a Plan has -----------------------------------------------------------------------------------------
+
+    def known_sizes(self) -> tuple[int, int]:
+        if self._sizes is None:
+            if self._finish is None:
+                raise HandleError("this plan failed when it was made; make another")
+            finish, self._finish = self._finish, None
+            self._sizes = finish(self)
+        return self._sizes
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def num_topk(self) -> int:
+        return self._topk
+
+    @property
+    def num_ranks(self) -> int:
+        return self._ranks
+
+    @property
+    def num_recv(self) -> int:
+        return self.known_sizes()[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.known_sizes()[1]
+
+    @cached_property
+    def counted(self) -> Tensor:  # type: ignore[override]
+        self.known_sizes()
+        assert self._memory is not None
+        return self._memory[: 2 * self._counted_size].view(torch.int64)
+
+    @cached_property
+    def send_slot(self) -> Tensor:  # type: ignore[override]
+        self.known_sizes()
+        assert self._memory is not None
+        first = 2 * self._counted_size
+        return self._memory[first : first + self._tokens * self._ranks].view(self._tokens, self._ranks)
+
+    @cached_property
+    def received(self) -> Tensor:  # type: ignore[override]
+        num_recv, _ = self.known_sizes()
+        assert self._room is not None
+        words = self._room[self._room_starts : self._room_starts + num_recv * self._received_words]
+        return words.view(num_recv, self._received_words)
+
+    @cached_property
+    def row_recv(self) -> Tensor:  # type: ignore[override]
+        _, num_rows = self.known_sizes()
+        assert self._room is not None
+        first = self._room_starts + self._room_recv * self._received_words
+        return self._room[first : first + num_rows]
+
+    @cached_property
+    def expert_counts_host(self) -> Tensor | None:  # type: ignore[override]
+        self.known_sizes()
+        return self._counts
+
+
+def addresses(plan: Plan) -> tuple[int, int, int, int]:
+    """Of send_slot, counted, received and row_recv."""
+    if isinstance(plan, DevicePlan):
+        return plan.addresses()
+    return plan.send_slot.data_ptr(), plan.counted.data_ptr(), plan.received.data_ptr(), plan.row_recv.data_ptr()
