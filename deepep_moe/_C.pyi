@@ -92,9 +92,9 @@ class Buffer:
     def dispatch(
         self,
         x: int,
+        format: int,
         row_bytes: int,
         pitch: int,
-        quantise: bool,
         scales: int,
         scale_row_stride: int,
         scale_channel_stride: int,

@@ -41,7 +41,8 @@ class DispatcherConfig:
     max_tokens_per_rank: int = 0
     """Staging memory is sized for this many tokens of one rank; 0 grows on demand."""
     fp8_dispatch: bool = False
-    """Send BF16 tokens as e4m3 with one fp32 scale per 128 channels in the forward dispatch."""
+    """Send BF16 tokens as e4m3 with one fp32 scale per 128 channels in the forward dispatch.
+    They arrive as BF16, rounded."""
     fp8_dispatch_grad: bool = False
     """The same for gradients that travel by dispatch, which is the backward of combine."""
     capacity_factor: float = 0.0

@@ -22,8 +22,10 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
     blocks = x.float().reshape(x.shape[0], x.shape[1] // BLOCK, BLOCK)
     largest = blocks.abs().amax(2).clamp(min=_TINY)
-    quantized = (blocks * (E4M3_MAX / largest).unsqueeze(2)).to(torch.float8_e4m3fn)
-    return quantized.view(x.shape), largest / E4M3_MAX
+    # Divided by a tensor: by a number PyTorch multiplies with a rounded reciprocal, on some devices and not on others.
+    limit = torch.full_like(largest, E4M3_MAX)
+    quantized = (blocks * (limit / largest).unsqueeze(2)).to(torch.float8_e4m3fn)
+    return quantized.view(x.shape), largest / limit
 
 
 def dequantize_e4m3(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

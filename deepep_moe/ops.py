@@ -25,7 +25,6 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Backend, Plan
 from deepep_moe.errors import HandleError
-from deepep_moe.fp8 import dequantize_e4m3
 from deepep_moe.watched import watched
 from deepep_moe.weigh import weigh_gradients
 
@@ -144,11 +143,10 @@ def combine(
 def _run_dispatch(
     x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if fp8 and x.dtype == torch.bfloat16:
-        sent = _backend(backend).dispatch(plan, x, weights=weights, quantize=True, grouped=True)
-        assert sent.scales is not None
-        return dequantize_e4m3(sent.x, sent.scales, x.dtype), sent.weights
-    sent = _backend(backend).dispatch(plan, x, weights=weights, grouped=True)
+    through_fp8 = fp8 and x.dtype == torch.bfloat16
+    sent = _backend(backend).dispatch(
+        plan, x, weights=weights, quantize=through_fp8, dequantize=through_fp8, grouped=True
+    )
     return sent.x, sent.weights
 
 

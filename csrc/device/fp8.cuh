@@ -1,7 +1,8 @@
-// BF16 -> FP8 e4m3 with one fp32 scale per 128 channels.
+// BF16 -> FP8 e4m3 with one fp32 scale per 128 channels, and back. To the last bit what deepep_moe/fp8.py computes.
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include "device/ptx.cuh"
@@ -9,30 +10,63 @@
 namespace deepep_moe {
 
 constexpr int kScaleChannels = 128;
-constexpr float kFp8Max = 448.0f;    // largest e4m3 value
-constexpr float kAmaxFloor = 1e-4f;  // keeps the scale of an all-zero block finite
+constexpr int kScaleVectors = kScaleChannels / 8;  // lanes that hold one block, eight channels each
+constexpr float kFp8Max = 448.0f;                  // largest e4m3 value
+constexpr float kAmaxFloor = 1e-4f;                // keeps the scale of an all-zero block finite
+
+// Rounded as division rounds, without its branches for numbers that a block's largest cannot be. Both hold for every
+// BF16 number from the floor on (tests/gpu/test_nvlink.py tries them all); an infinity gives NaN.
+__device__ __forceinline__ float scale_of(float amax) {
+    constexpr float kInverse = 1.0f / kFp8Max;
+    const float q = amax * kInverse;
+    return fmaf(fmaf(-kFp8Max, q, amax), kInverse, q);
+}
+
+__device__ __forceinline__ float inverse_scale_of(float amax) {
+    constexpr float kShift = 1.0f / 512;  // the reciprocal of a large amax would be subnormal
+    const float t = amax * kShift, reciprocal = reciprocal_approximate(t);
+    const float q = kFp8Max * kShift * reciprocal;
+    return fmaf(fmaf(-t, q, kFp8Max * kShift), reciprocal, q);
+}
 
 // Quantise eight consecutive channels. The sixteen lanes that hold one block of 128 channels must call together
 // and lane 0 of the sixteen holds the first eight channels. Returns e4m3 bytes; `scale` is what to multiply them by.
+// A NaN or an infinity makes its whole block NaN.
 __device__ __forceinline__ int2 quantise_block(int4 bf16, float& scale) {
     const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bf16);
-    float2 v[4];
-    float amax = kAmaxFloor;
+    __nv_bfloat162 largest = __habs2(pairs[0]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        v[i] = __bfloat1622float2(pairs[i]);
-        amax = fmaxf(amax, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
-    }
+    for (int i = 1; i < 4; ++i) largest = __hmax2_nan(largest, __habs2(pairs[i]));
 #pragma unroll
-    for (int d = 8; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, d));
-    scale = amax / kFp8Max;
-    const float inverse = kFp8Max / amax;
+    for (int d = kScaleVectors / 2; d > 0; d /= 2)
+        largest = __hmax2_nan(largest, __shfl_xor_sync(kFullMask, largest, d));
+    const float of_block = __bfloat162float(__hmax_nan(largest.x, largest.y));
+    const float amax = of_block < kAmaxFloor ? kAmaxFloor : of_block;
+    scale = scale_of(amax);
+    const float inverse = inverse_scale_of(amax);
+    const int words[4] = {bf16.x, bf16.y, bf16.z, bf16.w};
     int2 bytes;
     __nv_fp8x2_storage_t* out = reinterpret_cast<__nv_fp8x2_storage_t*>(&bytes);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        out[i] = __nv_cvt_float2_to_fp8x2(make_float2(v[i].x * inverse, v[i].y * inverse), __NV_SATFINITE, __NV_E4M3);
+    for (int i = 0; i < 4; ++i) {
+        // what __bfloat1622float2 gives, in one instruction less
+        const float low = __int_as_float(words[i] << 16), high = __int_as_float(words[i] & 0xffff0000);
+        out[i] = __nv_cvt_float2_to_fp8x2(make_float2(low * inverse, high * inverse), __NV_SATFINITE, __NV_E4M3);
+    }
     return bytes;
+}
+
+// The inverse, up to rounding: eight channels, multiplied in fp32 and rounded once.
+__device__ __forceinline__ int4 dequantise(int2 bytes, float scale) {
+    const __nv_fp8x2_storage_t* pairs = reinterpret_cast<const __nv_fp8x2_storage_t*>(&bytes);
+    int4 bf16;
+    __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(&bf16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 v = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pairs[i], __NV_E4M3)));
+        out[i] = __floats2bfloat162_rn(v.x * scale, v.y * scale);
+    }
+    return bf16;
 }
 
 }  // namespace deepep_moe

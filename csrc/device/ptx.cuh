@@ -41,6 +41,16 @@ __device__ __forceinline__ void store_streaming(int2* p, int2 v) {
 #endif
 }
 
+__device__ __forceinline__ int2 load_streaming(const int2* p) {
+    int2 v;
+#ifdef DISABLE_AGGRESSIVE_PTX_INSTRS
+    v = *p;
+#else
+    asm volatile("ld.global.L1::no_allocate.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+#endif
+    return v;
+}
+
 // Acquire / release at system scope: what a rank wrote before the release is seen by whoever acquires the value.
 __device__ __forceinline__ int load_acquire_system(const int* p) {
     int v;
@@ -66,6 +76,13 @@ __device__ __forceinline__ int load_relaxed_system(const int* p) {
 __device__ __forceinline__ void store_tagged_system(Tagged* p, int value, int tag) {
     const uint64_t both = static_cast<uint64_t>(static_cast<uint32_t>(tag)) << 32 | static_cast<uint32_t>(value);
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(both) : "memory");
+}
+
+// 1 / x, off by one in the last place at most.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Nanoseconds of a clock that all multiprocessors share.

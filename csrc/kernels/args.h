@@ -205,19 +205,26 @@ struct Route {
 struct Scales {
     int* data;  // null: none
     int64_t row_stride, channel_stride;
-    int count;  // per row
+};
+
+// What becomes of rows on their way.
+enum class Format : int {
+    kAsGiven,     // nothing; with scales, if there are any
+    kToFp8,       // BF16 comes, FP8 and its scales cross and are delivered
+    kThroughFp8,  // BF16 comes, FP8 and its scales cross, BF16 is delivered
 };
 
 struct DispatchArgs {
     Runtime runtime;
     Staging staging;
     Route route;
-    int row_bytes;  // as sent
-    int pitch;      // bytes of a staged row: row, scales, weights, rounded up to 16
-    const char* x;  // [T] rows of row_bytes; when quantising, rows of 2 * row_bytes
-    Scales scales;
+    int row_bytes;         // as sent; BF16 that crosses as FP8 has twice as many
+    int num_scales;        // per row, as sent
+    int pitch;             // bytes of a staged row: row, scales, weights, rounded up to 16
+    const char* x;         // [T] rows
+    Scales scales;         // given with them
     const float* weights;  // [T, K] or null
-    char* out;             // [N or M] rows of row_bytes
+    char* out;             // [N or M] rows
     Scales out_scales;
     float* out_weights;  // [N, K] or [M], or null
     int num_send_blocks;
@@ -270,7 +277,7 @@ cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
 // At most num_blocks: they wait for the peers, whose kernels may need room on the same GPU.
 cudaError_t launch_collect_places(const PlanArgs& args, int num_blocks, cudaStream_t stream);
-cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
 cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream);
 

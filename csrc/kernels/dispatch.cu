@@ -4,6 +4,8 @@
 //   receive   a warp per row: own rows straight from x, peers' rows from staging once their flag is up;
 //             load once, store to the row's place (rank layout) or to each of its experts' rows (expert layout)
 //
+// Between load and store BF16 may become FP8 (send, own rows) and BF16 again (own rows, peers' rows).
+//
 // The first blocks send and then help to receive; the others receive from the start, own rows first, so the link
 // and the memory work at the same time. Senders never wait, hence nobody waits for something that cannot come.
 #include "device/flags.cuh"
@@ -15,9 +17,10 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kVectors = 4;         // 16-byte loads that a lane keeps in flight
+constexpr int kVectors = 4;         // of each row, that a lane keeps in flight
 constexpr int kTokensPerFence = 2;  // a fence waits for the link; one serves the flags of this many tokens
 
+// Where a row comes from.
 struct Source {
     const char* row;
     const int* scales;  // of this row
@@ -31,6 +34,29 @@ struct Destination {
     int64_t channel_stride;
 };
 
+// Whether BF16 rows become FP8 before they cross, and BF16 again where they are delivered.
+template <Format kFormat>
+constexpr bool kQuantises = kFormat != Format::kAsGiven;
+template <Format kFormat>
+constexpr bool kDequantises = kFormat == Format::kThroughFp8;
+
+template <typename T>
+__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Store a lane's vectors number `first + u * 32` of a row, those below `vectors`, to all destinations.
+template <typename Vector>
+__device__ __forceinline__ void store_copies(const Vector (&v)[kVectors], int first, int vectors, char* to,
+                                             unsigned mask) {
+    for (unsigned m = mask; m; m &= m - 1) {
+        Vector* row = reinterpret_cast<Vector*>(of_lane(to, __ffs(m) - 1)) + first;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u)
+            if (first + u * kWarpSize < vectors) store_streaming(row + u * kWarpSize, v[u]);
+    }
+}
+
 // Copy one row, and its scales, to the destinations of all lanes in `mask`. The whole warp calls.
 __device__ __forceinline__ void copy_row(const Source& from, const Destination& to, unsigned mask, int row_bytes,
                                          int num_scales) {
@@ -41,76 +67,89 @@ __device__ __forceinline__ void copy_row(const Source& from, const Destination& 
 #pragma unroll
         for (int u = 0; u < kVectors; ++u)
             if (base + u * kWarpSize < vectors) v[u] = load_streaming(source + base + u * kWarpSize);
-        for (unsigned m = mask; m; m &= m - 1) {
-            char* row = reinterpret_cast<char*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), __ffs(m) - 1));
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u)
-                if (base + u * kWarpSize < vectors)
-                    store_streaming(reinterpret_cast<int4*>(row) + base + u * kWarpSize, v[u]);
-        }
+        store_copies(v, base, vectors, to.row, mask);
     }
     for (int c = lane; c - lane < num_scales; c += kWarpSize) {
         const int scale = c < num_scales ? from.scales[c * from.channel_stride] : 0;
         for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = reinterpret_cast<int*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), __ffs(m) - 1));
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
             if (c < num_scales) scales[c * to.channel_stride] = scale;
         }
     }
 }
 
-// The same for a BF16 row that leaves as FP8 of `row_bytes` channels.
+// The same for a BF16 row, which becomes FP8 of `row_bytes` channels and, if kBack, BF16 again.
+template <bool kBack>
 __device__ __forceinline__ void quantise_row(const char* from, const Destination& to, unsigned mask, int row_bytes) {
-    constexpr int kAtOnce = 4;
     const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
     const int4* source = reinterpret_cast<const int4*>(from);
-    for (int base = lane; base - lane < vectors; base += kWarpSize * kAtOnce) {
-        int4 v[kAtOnce];
-        int2 bytes[kAtOnce];
-        float scale[kAtOnce];
+    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
+        int4 v[kVectors];
+        int2 bytes[kVectors];
+        float scale[kVectors];
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
+        for (int u = 0; u < kVectors; ++u) {
             const int i = base + u * kWarpSize;
             v[u] = i < vectors ? load_streaming(source + i) : make_int4(0, 0, 0, 0);
         }
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) bytes[u] = quantise_block(v[u], scale[u]);
+        for (int u = 0; u < kVectors; ++u) {
+            bytes[u] = quantise_block(v[u], scale[u]);
+            if (kBack) v[u] = dequantise(bytes[u], scale[u]);
+        }
+        if (kBack) {
+            store_copies(v, base, vectors, to.row, mask);
+            continue;
+        }
+        store_copies(bytes, base, vectors, to.row, mask);
         for (unsigned m = mask; m; m &= m - 1) {
-            const int k = __ffs(m) - 1;
-            char* row =
-                reinterpret_cast<char*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.row), k));
-            int* scales =
-                reinterpret_cast<int*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), k));
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
+            for (int u = 0; u < kVectors; ++u) {
                 const int i = base + u * kWarpSize;
-                if (i >= vectors) continue;
-                store_streaming(reinterpret_cast<int2*>(row) + i, bytes[u]);
-                if (i % 16 == 0) scales[i / 16 * to.channel_stride] = __float_as_int(scale[u]);
+                if (i < vectors && i % kScaleVectors == 0)
+                    scales[i / kScaleVectors * to.channel_stride] = __float_as_int(scale[u]);
             }
         }
     }
 }
 
-template <bool kQuantise>
-__device__ __forceinline__ Source token_source(const DispatchArgs& args, int token) {
-    const int64_t row_bytes = kQuantise ? 2 * args.row_bytes : args.row_bytes;
-    return {args.x + token * row_bytes, args.scales.data ? args.scales.data + token * args.scales.row_stride : nullptr,
-            args.scales.channel_stride};
+// And for an FP8 row with its scales, which becomes BF16.
+__device__ __forceinline__ void dequantise_row(const Source& from, const Destination& to, unsigned mask,
+                                               int row_bytes) {
+    constexpr int kAtOnce = kVectors * kWarpSize, kScalesAtOnce = kAtOnce / kScaleVectors;
+    const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
+    const int2* source = reinterpret_cast<const int2*>(from.row);
+    const float* scales = reinterpret_cast<const float*>(from.scales);
+    for (int base = lane, block = lane % kScalesAtOnce; base - lane < vectors;
+         base += kAtOnce, block += kScalesAtOnce) {
+        int2 bytes[kVectors];
+        int4 v[kVectors];
+        const float scale = block * kScaleVectors < vectors ? scales[block] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u)
+            if (base + u * kWarpSize < vectors) bytes[u] = load_streaming(source + base + u * kWarpSize);
+#pragma unroll
+        for (int u = 0; u < kVectors; ++u)
+            v[u] = dequantise(bytes[u], __shfl_sync(kFullMask, scale, (u * kWarpSize + lane) / kScaleVectors));
+        store_copies(v, base, vectors, to.row, mask);
+    }
 }
 
-template <bool kQuantise>
+// Copy a token of this rank, in the form in which it is delivered or, if it has yet to cross, sent.
+template <Format kFormat, bool kCrosses>
 __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, const Destination& to, unsigned mask) {
-    const Source from = token_source<kQuantise>(args, token);
-    if (kQuantise)
-        quantise_row(from.row, to, mask, args.row_bytes);
-    else
-        copy_row(from, to, mask, args.row_bytes, args.scales.count);
+    const char* row = args.x + token * (kQuantises<kFormat> ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
+    if (kQuantises<kFormat>) {
+        quantise_row<kDequantises<kFormat> && !kCrosses>(row, to, mask, args.row_bytes);
+    } else {
+        const int* scales = args.scales.data ? args.scales.data + token * args.scales.row_stride : nullptr;
+        copy_row({row, scales, args.scales.channel_stride}, to, mask, args.row_bytes, args.num_scales);
+    }
 }
 
 // Store one token into the staging of each rank that wants it. Returns the flag that this lane has to raise, if any.
-template <bool kQuantise>
+template <Format kFormat>
 __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, int token) {
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
@@ -125,19 +164,18 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
         to.row = staged_row(rt, args.staging, epoch, lane, rt.rank, slot, args.pitch);
         to.scales = reinterpret_cast<int*>(to.row + args.row_bytes);
     }
-    copy_token<kQuantise>(args, token, to, mask);
+    copy_token<kFormat, true>(args, token, to, mask);
     if (args.weights) {
         const float weight = lane < topk ? args.weights[static_cast<int64_t>(token) * topk + lane] : 0.0f;
         for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = reinterpret_cast<int*>(
-                __shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(to.scales), __ffs(m) - 1));
-            if (lane < topk) reinterpret_cast<float*>(scales + args.out_scales.count)[lane] = weight;
+            int* scales = of_lane(to.scales, __ffs(m) - 1);
+            if (lane < topk) reinterpret_cast<float*>(scales + args.num_scales)[lane] = weight;
         }
     }
     return slot >= 0 ? arrived_flag(rt, args.staging, epoch, lane, rt.rank, slot) : nullptr;
 }
 
-template <bool kQuantise>
+template <Format kFormat>
 __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     const int warp = blockIdx.x * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     const int warps = args.num_send_blocks * (kThreads / kWarpSize);
@@ -146,7 +184,7 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
         bool any = false;
 #pragma unroll
         for (int i = 0; i < kTokensPerFence; ++i) {
-            flags[i] = send_token<kQuantise>(args, epoch, token + i * warps);
+            flags[i] = send_token<kFormat>(args, epoch, token + i * warps);
             any |= flags[i] != nullptr;
         }
         __syncwarp();  // whole rows are written before any lane says so
@@ -157,14 +195,16 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <bool kQuantise>
+template <Format kFormat, bool kGrouped>
 __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize, topk = route.num_topk;
     const Received received(rt, route.rank_prefix);
     const int peer_items = received.items(rt);
-    const int padding_items = route.grouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
+    const int out_row_bytes = kDequantises<kFormat> ? 2 * args.row_bytes : args.row_bytes;
+    const int out_scales = kDequantises<kFormat> ? 0 : args.num_scales;
+    const int padding_items = kGrouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
 
     WorkQueue queue(&rt.local->next_item);
     for (int item = queue.take(); item < received.own_count + peer_items + padding_items; item = queue.take()) {
@@ -174,10 +214,10 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             if (padding && args.out_weights) args.out_weights[first + lane] = 0.0f;
             for (unsigned m = __ballot_sync(kFullMask, padding); m; m &= m - 1) {
                 const int64_t row = first + __ffs(m) - 1;
-                int4* to = reinterpret_cast<int4*>(args.out + row * args.row_bytes);
-                for (int i = lane; i < args.row_bytes / 16; i += kWarpSize)
+                int4* to = reinterpret_cast<int4*>(args.out + row * out_row_bytes);
+                for (int i = lane; i < out_row_bytes / static_cast<int>(sizeof(int4)); i += kWarpSize)
                     store_streaming(to + i, make_int4(0, 0, 0, 0));
-                for (int c = lane; c < args.out_scales.count; c += kWarpSize)
+                for (int c = lane; c < out_scales; c += kWarpSize)
                     args.out_scales.data[row * args.out_scales.row_stride + c * args.out_scales.channel_stride] = 0;
             }
             continue;
@@ -190,19 +230,19 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         if (n < 0 || n >= route.max_recv) continue;
 
         int place = -1;  // of this lane's copy
-        if (route.grouped) {
+        if (kGrouped) {
             if (lane < topk) place = route.expert_row(n, lane);
         } else if (lane == 0) {
             place = n;
         }
         const unsigned mask = __ballot_sync(kFullMask, place >= 0);
-        const Destination to{args.out + static_cast<int64_t>(place) * args.row_bytes,
+        const Destination to{args.out + static_cast<int64_t>(place) * out_row_bytes,
                              args.out_scales.data + static_cast<int64_t>(place) * args.out_scales.row_stride,
                              args.out_scales.channel_stride};
         const float* weights;
         if (own) {
             const int token = route.source_token(n);
-            copy_token<kQuantise>(args, token, to, mask);
+            copy_token<kFormat, false>(args, token, to, mask);
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
             if (lane == 0)
@@ -211,11 +251,14 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             __syncwarp();
             const char* staged = staged_row(rt, args.staging, epoch, rt.rank, row.source, row.slot, args.pitch);
             const int* scales = reinterpret_cast<const int*>(staged + args.row_bytes);
-            copy_row({staged, scales, 1}, to, mask, args.row_bytes, args.out_scales.count);
-            weights = reinterpret_cast<const float*>(scales + args.out_scales.count);
+            if (kDequantises<kFormat>)
+                dequantise_row({staged, scales, 1}, to, mask, args.row_bytes);
+            else
+                copy_row({staged, scales, 1}, to, mask, args.row_bytes, args.num_scales);
+            weights = reinterpret_cast<const float*>(scales + args.num_scales);
         }
         if (args.out_weights && lane < topk) {
-            if (!route.grouped) {
+            if (!kGrouped) {
                 const bool owned = route.local_expert(n, lane) >= 0;
                 args.out_weights[static_cast<int64_t>(n) * topk + lane] = owned ? weights[lane] : 0.0f;
             } else if (place >= 0) {
@@ -225,27 +268,39 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     }
 }
 
-template <bool kQuantise>
+// One kernel for each format and layout: what only one of them needs costs registers, and those hold the loads in
+// flight.
+template <Format kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;
     if (rt.local->failed) return;
     const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kDispatchStart | args.route.grouped << 8, args.pitch};
+    const Operation operation{kDispatchStart | kGrouped << 8, args.pitch};
     enter_operation(rt, epoch, operation);
-    if (blockIdx.x < args.num_send_blocks) send<kQuantise>(args, epoch);
-    receive<kQuantise>(args, epoch);
+    if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
+    receive<kFormat, kGrouped>(args, epoch);
     await_peers(rt, epoch, operation, kDispatchStart);
     leave_operation(rt, epoch);
 }
 
+template <Format kFormat>
+cudaError_t launch(const DispatchArgs& args, int num_blocks, cudaStream_t stream) {
+    if (args.route.grouped)
+        dispatch_kernel<kFormat, true><<<num_blocks, kThreads, 0, stream>>>(args);
+    else
+        dispatch_kernel<kFormat, false><<<num_blocks, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
 }  // namespace
 
-cudaError_t launch_dispatch(const DispatchArgs& args, bool quantise, int num_blocks, cudaStream_t stream) {
-    if (quantise)
-        dispatch_kernel<true><<<num_blocks, kThreads, 0, stream>>>(args);
-    else
-        dispatch_kernel<false><<<num_blocks, kThreads, 0, stream>>>(args);
-    return cudaGetLastError();
+cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream) {
+    switch (format) {
+        case Format::kAsGiven: return launch<Format::kAsGiven>(args, num_blocks, stream);
+        case Format::kToFp8: return launch<Format::kToFp8>(args, num_blocks, stream);
+        case Format::kThroughFp8: return launch<Format::kThroughFp8>(args, num_blocks, stream);
+    }
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace deepep_moe

@@ -182,7 +182,7 @@ void Buffer::set_route(int num_tokens, int num_topk, int max_recv, int max_rows,
     route_.grouped = grouped;
 }
 
-void Buffer::dispatch(Address x, int row_bytes, int pitch, bool quantise, Address scales, int64_t scale_row_stride,
+void Buffer::dispatch(Address x, int format, int row_bytes, int pitch, Address scales, int64_t scale_row_stride,
                       int64_t scale_channel_stride, int num_scales, Address weights, Address out, Address out_scales,
                       int64_t out_scale_row_stride, int64_t out_scale_channel_stride, Address out_weights,
                       int num_blocks, int num_send_blocks, Address stream) {
@@ -191,15 +191,16 @@ void Buffer::dispatch(Address x, int row_bytes, int pitch, bool quantise, Addres
     args.staging = staging_;
     args.route = route_;
     args.row_bytes = row_bytes;
+    args.num_scales = num_scales;
     args.pitch = pitch;
     args.x = at<char>(x);
-    args.scales = {at<int>(scales), scale_row_stride, scale_channel_stride, scales ? num_scales : 0};
+    args.scales = {at<int>(scales), scale_row_stride, scale_channel_stride};
     args.weights = at<float>(weights);
     args.out = at<char>(out);
-    args.out_scales = {at<int>(out_scales), out_scale_row_stride, out_scale_channel_stride, num_scales};
+    args.out_scales = {at<int>(out_scales), out_scale_row_stride, out_scale_channel_stride};
     args.out_weights = at<float>(out_weights);
     args.num_send_blocks = num_send_blocks;
-    check(launch_dispatch(args, quantise, num_blocks, as_stream(stream)), "dispatch");
+    check(launch_dispatch(args, static_cast<Format>(format), num_blocks, as_stream(stream)), "dispatch");
 }
 
 void Buffer::combine(Address x, int dtype, int row_bytes, int pitch, Address weights, bool apply_weights,

@@ -58,7 +58,7 @@ class Buffer {
 
     void set_route(int num_tokens, int num_topk, int max_recv, int max_rows, Address send_slot, Address counted,
                    Address received, Address row_recv, bool grouped);
-    void dispatch(Address x, int row_bytes, int pitch, bool quantise, Address scales, int64_t scale_row_stride,
+    void dispatch(Address x, int format, int row_bytes, int pitch, Address scales, int64_t scale_row_stride,
                   int64_t scale_channel_stride, int num_scales, Address weights, Address out, Address out_scales,
                   int64_t out_scale_row_stride, int64_t out_scale_channel_stride, Address out_weights, int num_blocks,
                   int num_send_blocks, Address stream);

@@ -207,13 +207,16 @@ class Backend(Protocol):
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         quantize: bool = False,
+        dequantize: bool = False,
         grouped: bool = False,
     ) -> Rows:
         """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
 
         ``grouped=False`` delivers the rank layout, ``grouped=True`` the expert layout, padding rows zeroed.
         ``quantize``: BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py), so
-        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice.
+        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice. ``dequantize``, which
+        needs ``quantize``: they travel as that and arrive as BF16 again, without scales. A rank's own rows are rounded
+        alike, so that values do not depend on where an expert is.
         """
         ...
 

@@ -52,6 +52,7 @@ def check_dispatch(
     scales: Tensor | None,
     weights: Tensor | None,
     quantize: bool,
+    dequantize: bool,
     grouped: bool,
     world_size: int,
     device: torch.device,
@@ -68,6 +69,8 @@ def check_dispatch(
         check_shape("topk_weights", weights, (tokens, plan.num_topk), device, torch.float32)
     if quantize and (x.dtype != torch.bfloat16 or scales is not None):
         raise InputError("quantize", True, f"needs bfloat16 tokens without scales, x is {x.dtype}")
+    if dequantize and not quantize:
+        raise InputError("dequantize", True, "needs quantize: only what was sent as FP8 becomes BF16 again")
     if quantize and x.shape[1] % BLOCK:
         raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
 

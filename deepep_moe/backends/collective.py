@@ -32,7 +32,7 @@ from deepep_moe.backends.checks import (
 from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
-from deepep_moe.fp8 import quantize_e4m3
+from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 
 
 class CollectiveBackend:
@@ -196,12 +196,13 @@ class CollectiveBackend:
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         quantize: bool = False,
+        dequantize: bool = False,
         grouped: bool = False,
     ) -> Rows:
         exchange = self._open()
         problem: DeepEPMoEError | None = None
         try:
-            check_dispatch(plan, x, scales, weights, quantize, grouped, self.world_size, self.device)
+            check_dispatch(plan, x, scales, weights, quantize, dequantize, grouped, self.world_size, self.device)
             if quantize:
                 x, scales = quantize_e4m3(x)
         except DeepEPMoEError as error:
@@ -224,6 +225,10 @@ class CollectiveBackend:
         if weights is not None:
             recv_weights = _typed(columns.pop(), torch.float32)
             recv_weights = torch.where(plan.recv_topk_idx >= 0, recv_weights, 0.0)
+        dtype, kind = x.dtype, None if scales is None else scales.dtype
+        if dequantize:
+            rows = dequantize_e4m3(_typed(columns[0], dtype), _typed(columns[1], torch.float32), torch.bfloat16)
+            columns, dtype, kind = [as_bytes(rows)], rows.dtype, None
         if grouped:
             used = (plan.row_recv >= 0).nonzero()[:, 0]
             source = plan.row_recv[used]
@@ -234,8 +239,8 @@ class CollectiveBackend:
                 row_weights[plan.recv_rows[placed].long()] = recv_weights[placed]
                 recv_weights = row_weights
         return Rows(
-            x=_typed(columns[0], x.dtype),
-            scales=None if scales is None else _typed(columns[1], scales.dtype),
+            x=_typed(columns[0], dtype),
+            scales=None if kind is None else _typed(columns[1], kind),
             weights=recv_weights,
         )
 

@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 _CHANNELS_PER_SCALE = 128
 _MOST_EARLY_WORDS = 2 << 20  # int32 words of a plan that are allocated before it is known how many are needed
 
-# enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
+# enum Format, enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
+_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)
 _TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING, _BAD_PEER_INPUT = range(1, 9)
 _PHASES = (
     "plan (exchanging counts)",
@@ -251,23 +252,24 @@ class NVLinkBackend:
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         quantize: bool = False,
+        dequantize: bool = False,
         grouped: bool = False,
     ) -> Rows:
         runtime = self._open()
-        check_dispatch(plan, x, scales, weights, quantize, grouped, self.world_size, self.device)
+        check_dispatch(plan, x, scales, weights, quantize, dequantize, grouped, self.world_size, self.device)
         x = x.contiguous()
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
-        out_dtype = torch.float8_e4m3fn if quantize else x.dtype
-        row_bytes = self._row_bytes("x", x, out_dtype)
+        sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
+        row_bytes = self._row_bytes("x", x, sent_dtype)
         pitch = _pitch(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
         stream = self._enter_stream()
         self._reserve(self._staging_tokens, plan.num_topk, pitch)
 
         count = plan.num_rows if grouped else plan.num_recv
-        out = self._empty(out_dtype, count, hidden)
+        out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
         out_scales = out_weights = None
-        if num_scales:
+        if num_scales and not dequantize:
             kind = torch.float32 if scales is None else scales.dtype
             # Column-major, as block-scaled GEMMs load them: the scales of one channel block lie together.
             if scales is not None and scales.stride(1) == 1:
@@ -284,9 +286,9 @@ class NVLinkBackend:
         blocks = self._blocks()
         runtime.dispatch(
             x.data_ptr(),
+            _THROUGH_FP8 if dequantize else _TO_FP8 if quantize else _AS_GIVEN,
             row_bytes,
             pitch,
-            quantize,
             0 if scales is None else scales.data_ptr(),
             0 if scales is None else scales.stride(0),
             0 if scales is None else scales.stride(1),

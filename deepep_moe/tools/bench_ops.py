@@ -148,6 +148,8 @@ class Case:
         if self.fp8 is not None:
             yield Operation("grouped dispatch FP8", self.fp8_bytes, lambda: grouped(x=e4m3, scales=scales))
             yield Operation("grouped dispatch BF16, sent as FP8", self.fp8_bytes, lambda: grouped(quantize=True))
+            through: dict[str, bool] = {"quantize": True, "dequantize": True}
+            yield Operation("grouped dispatch BF16, through FP8", self.fp8_bytes, lambda: grouped(**through))
         expert_rows = grouped().x
         yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, expert_rows, grouped=True))
 

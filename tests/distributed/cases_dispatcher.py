@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepep_moe import Dispatched, DispatcherConfig, TokenDispatcher, ops
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, RankMismatchError
+from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from tests.launch import case
 from tests.reference import dense_moe, expert_rows
 
@@ -304,8 +305,31 @@ def fp8_dispatch_is_close_and_halves_nothing_else(group: dist.ProcessGroup) -> N
     for a, b in (outs, grads):
         error = (a.float() - b.float()).norm() / a.float().norm()
         assert error < 0.06, f"relative error {error}"
+    rounded = exact.dispatch(dequantize_e4m3(*quantize_e4m3(x.detach()), x.dtype), topk_idx, weights).rows
+    assert torch.equal(outs[1], rounded)
     with raises(InputError, "hidden size", "multiple of 128"):
         coarse.dispatch(x[:, :100], topk_idx, weights)
+
+
+@case()
+def what_crosses_as_fp8_is_rounded_and_nothing_else(group: dist.ProcessGroup) -> None:
+    """In both layouts, with sizes known or fixed, and where a rank has no tokens."""
+    world = dist.get_world_size(group)
+    backend = TokenDispatcher(group, 2 * world).backend
+    for tokens in (12, 0):
+        x, topk_idx, weights = random_batch(backend.rank, tokens, 384, 3, 2 * world, torch.bfloat16)
+        x, weights = x.detach(), weights.detach()
+        rounded = dequantize_e4m3(*quantize_e4m3(x), x.dtype)
+        for limits in ({}, {"max_recv": 12 * world + 3, "max_rows": 36 * world + 8}):
+            plan = backend.plan(topk_idx, 2 * world, alignment=4, **limits)
+            for grouped in (False, True):
+                sent = backend.dispatch(plan, x, weights=weights, quantize=True, dequantize=True, grouped=grouped)
+                wanted = backend.dispatch(plan, rounded, weights=weights, grouped=grouped)
+                assert sent.x.dtype == torch.bfloat16 and sent.scales is None
+                assert torch.equal(sent.x, wanted.x)
+                assert torch.equal(sent.weights, wanted.weights)
+    with raises(InputError, "dequantize = True", "needs quantize"):
+        backend.dispatch(plan, x, dequantize=True)
 
 
 @case()

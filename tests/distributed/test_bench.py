@@ -60,6 +60,7 @@ def test_ops(tmp_path: Path) -> None:
             "grouped dispatch BF16 + weights": bf16 + weights,
             "grouped dispatch FP8": fp8,
             "grouped dispatch BF16, sent as FP8": fp8,
+            "grouped dispatch BF16, through FP8": fp8,
             "grouped combine BF16": bf16,
             "call: plan + dispatch BF16, wall clock": bf16,
             "call: plan + dispatch FP8, wall clock": fp8,

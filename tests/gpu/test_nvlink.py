@@ -15,7 +15,7 @@ from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, PeerTimeoutError, RankMismatchError
-from deepep_moe.fp8 import dequantize_e4m3
+from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 
 PLAN_TENSORS = [
@@ -232,12 +232,69 @@ def test_quantized_on_the_way(
     sent = nvlink.dispatch(
         plan, case.x.to(ranks.device), weights=case.weights.to(ranks.device), quantize=True, grouped=grouped
     )
-    wanted = reference.dispatch(wanted_plan, case.x, weights=case.weights, grouped=grouped)
-    assert sent.scales is not None and sent.x.dtype == torch.float8_e4m3fn
+    wanted = reference.dispatch(wanted_plan, case.x, weights=case.weights, quantize=True, grouped=grouped)
+    assert sent.x.dtype == torch.float8_e4m3fn
     assert_same(sent.weights, wanted.weights, "weights")
-    got = dequantize_e4m3(sent.x.cpu(), sent.scales.cpu(), torch.float32)
-    torch.testing.assert_close(got, wanted.x.float(), rtol=0.0625, atol=0.02)
-    assert (got[wanted.x.abs().amax(1) == 0] == 0).all()
+    assert_same(sent.x.float(), wanted.x.float(), "rows")
+    assert_same(sent.scales, wanted.scales, "scales")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("hidden", "tokens"), [(128, 300), (384, 300), (7168, 65), (7168, 0)])
+def test_through_fp8(
+    ranks: Ranks,
+    nvlink: NVLinkBackend,
+    reference: CollectiveBackend,
+    hidden: int,
+    tokens: int,
+    grouped: bool,
+    weighted: bool,
+) -> None:
+    """BF16 arrives: what a dispatch of rounded tokens delivers, wherever a row comes from."""
+    case = Case.draw(ranks, 13, tokens=tokens, hidden_vectors=hidden // 8, dtype=0, topk=3, local_experts=4)
+    plan = nvlink.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=16)
+    wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=16)
+    weights = case.weights if weighted else None
+    sent = nvlink.dispatch(
+        plan,
+        case.x.to(ranks.device),
+        weights=None if weights is None else weights.to(ranks.device),
+        quantize=True,
+        dequantize=True,
+        grouped=grouped,
+    )
+    wanted = reference.dispatch(wanted_plan, through_fp8(case.x), weights=weights, grouped=grouped)
+    assert sent.x.dtype == torch.bfloat16 and sent.scales is None
+    assert_same(sent.x, wanted.x, "rows")
+    assert_same(sent.weights, wanted.weights, "weights")
+
+
+def through_fp8(x: Tensor) -> Tensor:
+    return dequantize_e4m3(*quantize_e4m3(x), x.dtype)
+
+
+def test_every_scale(ranks: Ranks, nvlink: NVLinkBackend) -> None:
+    """The kernel divides in its own way. Blocks with every BF16 number as their largest, infinity and NaN included."""
+    largest = torch.arange(2**15, dtype=torch.int16).view(torch.bfloat16).view(256, 128, 1)
+    generator = torch.Generator().manual_seed(0)
+    blocks = (torch.rand((256, 128, 128), generator=generator) * 2 - 1) * largest.float()
+    blocks[..., :1] = largest.float()
+    x = blocks.bfloat16().view(256, 128 * 128)
+    routes = torch.arange(ranks.size, device=ranks.device).expand(256, -1)  # every token to every rank
+    plan = nvlink.plan(routes.contiguous(), ranks.size)
+
+    def wanted(rows: Tensor) -> Tensor:
+        return torch.cat([rows] * ranks.size)
+
+    rounded = nvlink.dispatch(plan, x.to(ranks.device), quantize=True, dequantize=True)
+    assert_same(rounded.x, wanted(through_fp8(x)), "rows")
+    sent = nvlink.dispatch(plan, x.to(ranks.device), quantize=True)
+    assert sent.scales is not None
+    finite = torch.isfinite(wanted(x)).all(1)
+    fp8, scales = (wanted(part.float()) for part in quantize_e4m3(x))
+    assert_same(sent.x.float().cpu()[finite], fp8[finite], "FP8 rows")
+    assert_same(sent.scales.cpu()[finite], scales[finite], "scales")
 
 
 def test_num_sms_changes_nothing(ranks: Ranks, reference: CollectiveBackend) -> None:
@@ -270,6 +327,12 @@ def test_fixed_sizes_need_no_host(ranks: Ranks, reference: CollectiveBackend) ->
     assert (sent.x[m:] == 0).all()
     tokens = backend.combine(plan, sent.x, grouped=True).x
     assert_sums(tokens, reference.combine(wanted, wanted_rows, grouped=True).x, True)
+
+    x = torch.randn((len(case.x), 640), generator=torch.Generator().manual_seed(ranks.rank)).bfloat16()
+    for grouped, used in ((False, n), (True, m)):
+        sent = backend.dispatch(plan, x.to(device), quantize=True, dequantize=True, grouped=grouped)
+        assert_same(sent.x[:used], reference.dispatch(wanted, through_fp8(x), grouped=grouped).x, "through FP8")
+    assert (sent.x[m:] == 0).all()
     backend.check()
     backend.close()
 

@@ -33,6 +33,24 @@ def test_what_fits_is_exact_and_zero_stays_zero() -> None:
     assert torch.equal(dequantize_e4m3(fp8, scales, torch.bfloat16), x.bfloat16())
 
 
+def test_scales_are_quotients_rounded_once() -> None:
+    """For every BF16 number as a block's largest, so that any device can compute the same."""
+    largest = (torch.arange(0x7F80, dtype=torch.int32) << 16).view(torch.float32)
+    x = largest.unsqueeze(1).repeat(1, 128)
+    floored = largest.clamp(min=1e-4).double()
+    fp8, scales = quantize_e4m3(x)
+    assert torch.equal(scales[:, 0], (floored / 448).float())  # 53 bits are enough to round a quotient twice
+    assert torch.equal(fp8[:, 0].float(), (x[:, 0] * (448 / floored).float()).to(torch.float8_e4m3fn).float())
+
+
+def test_one_nan_or_infinity_makes_its_block_nan() -> None:
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    x[0, 5], x[1, 200] = torch.nan, -torch.inf
+    back = dequantize_e4m3(*quantize_e4m3(x), torch.bfloat16)
+    assert back[0, :128].isnan().all() and back[1, 128:].isnan().all()
+    assert torch.equal(back[0, 128:], x[0, 128:]) and torch.equal(back[1, :128], x[1, :128])
+
+
 def test_rows_may_be_strided() -> None:
     x = torch.randn(128, 6).t()
     for strided, dense in zip(quantize_e4m3(x), quantize_e4m3(x.contiguous()), strict=True):
