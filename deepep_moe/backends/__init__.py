@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "Layout", "Plan", "Rows", "Tokens", "default_device", "get_backend"]
 
 _log = logging.getLogger(__name__)
-# Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the id stays the group's own.
+# Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the id stays the group's own. When
+# the garbage collector ends one differs between ranks: they agree before they use one that is found here.
 _backends: WeakValueDictionary[tuple[int, torch.device, DispatcherConfig], Backend] = WeakValueDictionary()
 
 
@@ -45,9 +46,11 @@ def get_backend(
     device = _with_index(device) if device is not None else default_device(chosen)
     key = (id(chosen), device, config)
     backend = _backends.get(key)
-    if backend is None:
-        backend = _make(chosen, device, config)
-        _backends[key] = backend
+    found = backend is not None
+    if device.type == "cuda" and config.backend != "collective":  # else a backend is made without the other ranks
+        found = _all_found_one(chosen, found)
+    if backend is None or not found:
+        backend = _backends[key] = _make(chosen, device, config)
     return backend
 
 
@@ -75,6 +78,12 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
         raise UnsupportedError(f"backend nvlink cannot run here: {reason}; backend collective runs anywhere")
     _log.info("deepep_moe: backend collective on %s, %d ranks: %s", device, dist.get_world_size(group), reason)
     return CollectiveBackend(group, device, config)
+
+
+def _all_found_one(group: dist.ProcessGroup, found: bool) -> bool:
+    answers = [False] * dist.get_world_size(group)
+    dist.all_gather_object(answers, found, group=group)
+    return all(answers)
 
 
 def _why_not_nvlink(group: dist.ProcessGroup, device: torch.device) -> tuple[str | None, type[NVLinkBackend] | None]:

@@ -5,6 +5,7 @@ The same calls on the CPU (a gloo group) are the reference.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -170,6 +171,21 @@ def test_gradients(ranks: Ranks, cpu_group: dist.ProcessGroup, way: str) -> None
         results.append([out.detach().cpu(), x.grad.cpu(), weights.grad.cpu()])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_share_a_backend_only_if_all_still_have_it(ranks: Ranks, cpu_group: dist.ProcessGroup) -> None:
+    """When the garbage collector ends a dispatcher differs between ranks; what they use next must not."""
+    x, routes, weights = batch(ranks, 64)
+    wanted = layer(TokenDispatcher(cpu_group, LOCAL_EXPERTS * ranks.size, settings(ranks)), x, routes, weights)
+    kept = []
+    for number in range(3):
+        dispatcher = make_dispatcher(ranks, max_tokens_per_rank=64)
+        got = layer(dispatcher, *(t.to(ranks.device) for t in (x, routes, weights)))
+        torch.testing.assert_close(got.cpu(), wanted, rtol=2e-2, atol=2e-2)
+        if number == ranks.rank:
+            kept.append(dispatcher)
+        del dispatcher
+        gc.collect()
 
 
 def test_fp8_dispatch_is_close(ranks: Ranks) -> None:
