@@ -46,7 +46,7 @@ def register_backend(backend: Backend) -> int:
 
 def _backend(number: int) -> Backend:
     try:
-        return _by_number[number]
+        return _by_number[int(number)]  # symbolic while torch.compile traces for several dispatchers
     except KeyError:
         raise HandleError("the dispatcher that made this plan is gone; keep it until the backward is done") from None
 
