@@ -32,8 +32,8 @@ HOT = 4  # times the load of the other experts, in imbalanced routing
 NOTES = [
     "dispatch and combine: kernel time, back-to-back calls on a ready plan between CUDA events, ranks aligned (wall "
     "clock on CPUs). call: from an idle device until the results are there, host included, nothing cached; a combine "
-    "alone uses the plan of its dispatch, as a training step does. plan: until the host has enqueued all of it; before "
-    "that it gets to know the counts, which size the outputs. Every sample is that of the slowest rank.",
+    "alone uses the plan of its dispatch, as a training step does. plan: until the host knows the counts, which size "
+    "the outputs; the rest of it is enqueued by then. Every sample is that of the slowest rank.",
     "link: bytes between ranks only, of the busiest rank and direction; logical: all rows it receives, its own too. "
     "Bytes are tokens with their scales and weights.",
 ]

@@ -243,7 +243,7 @@ def plot(tables: list[Table], title: str, path: Path) -> None:
         bars = axis.barh(range(len(rows)), values, color=colours)
         axis.bar_label(bars, fmt="{:,.3g}", padding=3, fontsize=8)
         axis.set_yticks(range(len(rows)), labels, fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
         axis.margins(x=0.1)
         axis.set_xlabel("GB/s over the link, bytes of other ranks only" if over_link else "ms, median")
         axis.set_title(table.title, fontsize=9, loc="right")
