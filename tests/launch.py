@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP_TIMEOUT = timedelta(seconds=60)
@@ -89,6 +90,11 @@ def case(ranks: Iterable[int] | None = None) -> Callable[[Callable], Callable]:
         return function
 
     return mark
+
+
+def on_ranks(module: str) -> Callable[[], ModuleType]:
+    """What gives ``module``, imported by the ranks that run cases and not by the pytest process that lists them."""
+    return functools.partial(importlib.import_module, module)
 
 
 def include(module: str, *others: str) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.launch import case, include
+from tests.launch import case, include, on_ranks
 
-
-def _util() -> ModuleType:
-    """Imported by ranks only, not by the pytest process that lists the cases."""
-    from tests.distributed import megatron_util
-
-    return megatron_util
+_util = on_ranks("tests.distributed.megatron_util")
 
 
 @case(ranks=(2,))

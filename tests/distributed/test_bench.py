@@ -71,7 +71,7 @@ def test_ops(tmp_path: Path) -> None:
         }.items():
             assert rows[name]["link_bytes"] == link * row_bytes, name
             assert rows[name]["logical_bytes"] == logical * row_bytes, name
-        assert "plan: call until the host has it" in rows
+        assert "plan: until the host knows the counts" in rows
         assert "host time of dispatch + combine" in rows
 
 
