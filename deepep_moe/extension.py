@@ -7,6 +7,7 @@ import torch
 try:
     from deepep_moe import _C as _C
 except ImportError as error:  # not built, or for another Python
+    _C = None  # type: ignore[assignment]  # whoever imports it asks why_missing first
     why_missing: str | None = f"the CUDA extension is not there ({error}); install with nvcc in PATH to build it"
 else:
     why_missing = None

@@ -3,7 +3,8 @@
 How one batch travels (csrc/kernels has the device side of each step):
 
 * :meth:`NVLinkBackend.plan` counts tokens, exchanges the counts through peer memory and places every row. The host
-  waits once, for the numbers that size the outputs; with ``max_recv`` it does not wait and can be captured.
+  waits once, for the numbers that size the outputs, and only where it makes these (nvlink_plan.py); with ``max_recv``
+  it does not wait and can be captured.
 * :meth:`NVLinkBackend.dispatch` and :meth:`NVLinkBackend.combine` are one kernel each. Rows in flight lie in
   staging, double-buffered by epoch, so no barrier separates calls.
 

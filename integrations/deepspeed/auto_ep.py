@@ -24,7 +24,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-_stock_row_weights = getattr(auto_ep_layer, "apply_deepep_row_weights", None)
+_stock_row_weights: Any = getattr(auto_ep_layer, "apply_deepep_row_weights", None)  # missing() reports None
 
 
 def missing() -> list[str]:
@@ -83,7 +83,7 @@ def install(settings: DispatcherConfig) -> None:
 
 def _row_weights(rows: Tensor, weights: Tensor, row_weighting_impl: str) -> Tensor:
     """``rows [M, H]`` times ``weights [M, 1]`` fp32; what is not AutoEP's default way stays AutoEP's."""
-    if row_weighting_impl == "eager" or _stock_row_weights is None:
+    if row_weighting_impl == "eager":
         return deepep_moe.weigh_rows(rows, weights.reshape(-1))
     weighed: Tensor = _stock_row_weights(rows, weights, row_weighting_impl)
     return weighed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -50,6 +52,28 @@ def test_auto_says_what_it_took_and_why(group: dist.ProcessGroup, caplog: pytest
 def test_asking_for_what_cannot_run_is_an_error(group: dist.ProcessGroup) -> None:
     with pytest.raises(UnsupportedError, match=r"nvlink cannot run here: nvlink needs CUDA.*collective runs anywhere"):
         get_backend(group, CPU, DispatcherConfig(backend="nvlink"))
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["deepep_moe._C"] = None  # an import of it fails, as where it was not built
+import torch, torch.distributed as dist
+from deepep_moe import Buffer, weigh_rows
+from deepep_moe.backends.nvlink import NVLinkBackend
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+print(NVLinkBackend.why_not(dist.group.WORLD, torch.device("cuda", 0)))
+assert not Buffer.is_sm90_compiled()
+assert weigh_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0])).tolist() == [[1.0] * 3, [2.0] * 3]
+dist.destroy_process_group()
+"""
+
+
+def test_without_the_extension_nvlink_says_why_and_nothing_else_misses_it() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA extension is not there" in done.stdout
+    assert "install with nvcc in PATH to build it" in done.stdout
 
 
 def test_a_closed_backend_says_so(group: dist.ProcessGroup) -> None:
