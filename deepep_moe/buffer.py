@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.backends import Backend, Layout, Plan, get_backend
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
@@ -207,15 +207,15 @@ class Buffer:
             [E] int32; is_token_in_rank [T, R] bool; the event.
         """
         backend = self._open()
-        layout, event = self._runner.run(
-            lambda: backend.layout(topk_idx, num_experts),
+        counts, event = self._runner.run(
+            lambda: backend.destinations(topk_idx, num_experts),
             previous_event=previous_event,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             reads=(topk_idx,),
             made=lambda result: result,
         )
-        return (*layout, event)
+        return (*counts, event)
 
     def dispatch(
         self,
@@ -265,7 +265,7 @@ class Buffer:
                 raise InputError("handle", "given", "a cached dispatch takes neither topk_idx nor topk_weights")
             plan = self._plan_of(handle)
             rows, event = self._runner.run(
-                lambda: backend.dispatch(plan, tokens, scales=scales),
+                lambda: backend.dispatch(plan, tokens, layout=Layout.BY_SOURCE, scales=scales),
                 previous_event=previous_event,
                 async_finish=async_finish,
                 allocate_on_comm_stream=allocate_on_comm_stream,
@@ -290,7 +290,8 @@ class Buffer:
                 num_tokens_per_expert=num_tokens_per_expert,
                 max_recv=num_worst_tokens or None,
             )
-            return plan, backend.dispatch(plan, tokens, scales=scales, weights=topk_weights)
+            rows = backend.dispatch(plan, tokens, layout=Layout.BY_SOURCE, scales=scales, weights=topk_weights)
+            return plan, rows
 
         (plan, rows), event = self._runner.run(
             call,
@@ -339,7 +340,7 @@ class Buffer:
         plan = self._plan_of(handle)
         biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
         tokens, event = self._runner.run(
-            lambda: backend.combine(plan, x, weights=topk_weights, bias=biases),
+            lambda: backend.combine(plan, x, layout=Layout.BY_SOURCE, weights=topk_weights, bias=biases),
             previous_event=previous_event,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,

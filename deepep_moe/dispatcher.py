@@ -22,7 +22,7 @@ from torch import Tensor
 from deepep_moe import ops
 from deepep_moe.backends import Backend, Plan, get_backend
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import HandleError, InputError
+from deepep_moe.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,6 @@ class Dispatched:
     """[M] fp32: the routing weight of each row, 0 on padding; None when none were given."""
     plan: Plan
     """The routing; valid for any number of combines with the dispatcher that made it."""
-    owner: int
-    """Which backend made the plan."""
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -118,7 +116,7 @@ class TokenDispatcher:
         if topk_weights is not None:
             topk_weights = topk_weights.float()
         rows, weights = ops.dispatch(x, topk_weights, plan, self._backend_number, self.config.fp8_dispatch)
-        return Dispatched(rows, weights, plan, self._backend_number)
+        return Dispatched(rows, weights, plan)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> Tensor:
         """Sum the rows of each token at the rank it came from. Collective; differentiable in rows and weights.
@@ -136,8 +134,6 @@ class TokenDispatcher:
             HandleError: ``dispatched`` comes from a dispatcher with another group or configuration.
             InputError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
-        if dispatched.owner != self._backend_number:
-            raise HandleError("dispatched was made by a dispatcher with another group or configuration")
         tokens, _ = ops.combine(
             rows,
             None if weights is None else weights.float(),

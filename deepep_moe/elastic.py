@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.backends import Backend, Plan, Rows, get_backend
+from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
 from deepep_moe.buffer import Buffer
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
@@ -219,7 +219,7 @@ class ElasticBuffer:
                 if do_cpu_sync is False:
                     max_recv, max_rows = self._worst_case(topk_idx, num_experts, bound, alignment)
                 plan = backend.plan(topk_idx, num_experts, alignment=alignment, max_recv=max_recv, max_rows=max_rows)
-            rows = backend.dispatch(plan, tokens, scales=scales, weights=topk_weights, grouped=do_expand)
+            rows = backend.dispatch(plan, tokens, layout=_layout(do_expand), scales=scales, weights=topk_weights)
             if use_tma_aligned_col_major_sf and rows.scales is not None:
                 rows = rows._replace(scales=_column_major(rows.scales))
             if cumulative_local_expert_recv_stats is not None:
@@ -271,9 +271,9 @@ class ElasticBuffer:
         backend = self._open()
         self._check_owner(handle)
         biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
-        plan = handle.plan
+        plan, layout = handle.plan, _layout(handle.do_expand)
         tokens, event = self._runner.run(
-            lambda: backend.combine(plan, x, weights=topk_weights, bias=biases, grouped=handle.do_expand),
+            lambda: backend.combine(plan, x, layout=layout, weights=topk_weights, bias=biases),
             previous_event=(previous_event, previous_event_before_epilogue),
             async_finish=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
@@ -322,6 +322,10 @@ class ElasticBuffer:
             raise HandleError(f"handle is a {type(handle).__name__}; pass on the object that dispatch returned")
         if handle.owner is not self._identity:
             raise HandleError("the handle was made by another ElasticBuffer")
+
+
+def _layout(do_expand: bool) -> Layout:
+    return Layout.BY_EXPERT if do_expand else Layout.BY_SOURCE
 
 
 def _column_major(scales: Tensor) -> Tensor:

@@ -16,14 +16,13 @@ watches (watched.py).
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.base import Backend, Plan
+from deepep_moe.backends.base import Backend, Backward, Layout, Plan, Wire
 from deepep_moe.errors import HandleError
 from deepep_moe.watched import watched
 from deepep_moe.weigh import weigh_gradients
@@ -31,17 +30,12 @@ from deepep_moe.weigh import weigh_gradients
 NO_LIMIT = -1
 
 _by_number: WeakValueDictionary[int, Backend] = WeakValueDictionary()
-_numbers: WeakKeyDictionary[Backend, int] = WeakKeyDictionary()
-_next_number = itertools.count()
 
 
 def register_backend(backend: Backend) -> int:
     """The number under which the ops find ``backend``; it ends with the backend's last reference."""
-    number = _numbers.get(backend)
-    if number is None:
-        number = _numbers[backend] = next(_next_number)
-        _by_number[number] = backend
-    return number
+    _by_number[backend.number] = backend
+    return backend.number
 
 
 def _backend(number: int) -> Backend:
@@ -79,7 +73,7 @@ def plan(
         max_rows=None if max_rows == NO_LIMIT else max_rows,
     )
     # Copies, because what an operator returns must not share memory.
-    return [torch.empty(0, dtype=torch.int64) if t is None else t.clone() for t in made.tensors()[1:]]
+    return [torch.empty(0, dtype=torch.int64, device="cpu") if t is None else t.clone() for t in made.tensors()[1:]]
 
 
 @plan.register_fake
@@ -96,6 +90,7 @@ def _(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv
         return topk_idx.new_empty(shape, dtype=dtype)
 
     return [
+        torch.empty(2, dtype=torch.int64, device="cpu"),
         made(tokens, ranks),
         made(ranks * ranks + 2 * local + 1, dtype=torch.int64),
         made(received, 1 + 2 * topk),
@@ -117,11 +112,11 @@ def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: b
     ``fp8``: BF16 tokens travel as e4m3.
     """
     if watched(x):
-        rows, row_weights = _dispatch_op(x, weights, *_flat(plan, backend), fp8)
+        rows, row_weights = _dispatch_op(x, weights, *_flat(plan, backend), 0, fp8)
         return rows, None if weights is None else row_weights
     if _wants_grad(x, weights):
         return _Dispatch.apply(x, weights, plan, backend, fp8)  # type: ignore[no-any-return]
-    return _run_dispatch(x, weights, plan, backend, fp8)
+    return _run_dispatch(x, weights, plan, backend, fp8, 0)
 
 
 def combine(
@@ -133,27 +128,34 @@ def combine(
     back beside them (the second result is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
     """
     if watched(rows):
-        tokens, carried = _combine_op(rows, weights, *_flat(plan, backend), apply_weights, fp8_grad)
+        tokens, carried = _combine_op(rows, weights, *_flat(plan, backend), 0, apply_weights, fp8_grad)
         return tokens, None if weights is None or apply_weights else carried
     if _wants_grad(rows, weights):
         return _Combine.apply(rows, weights, plan, backend, apply_weights, fp8_grad)  # type: ignore[no-any-return]
-    return _run_combine(rows, weights, plan, backend, apply_weights)
+    return _run_combine(rows, weights, plan, backend, apply_weights, 0)
 
 
 def _run_dispatch(
-    x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool
+    x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool, backward: int
 ) -> tuple[Tensor, Tensor | None]:
-    through_fp8 = fp8 and x.dtype == torch.bfloat16
+    wire = Wire.E4M3_TO_BF16 if fp8 and x.dtype == torch.bfloat16 else Wire.AS_GIVEN
     sent = _backend(backend).dispatch(
-        plan, x, weights=weights, quantize=through_fp8, dequantize=through_fp8, grouped=True
+        plan, x, layout=Layout.BY_EXPERT, wire=wire, weights=weights, backward=Backward(backward)
     )
     return sent.x, sent.weights
 
 
 def _run_combine(
-    rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool
+    rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool, backward: int
 ) -> tuple[Tensor, Tensor | None]:
-    back = _backend(backend).combine(plan, rows, weights=weights, apply_weights=apply_weights, grouped=True)
+    back = _backend(backend).combine(
+        plan,
+        rows,
+        layout=Layout.BY_EXPERT,
+        weights=weights,
+        apply_weights=apply_weights,
+        backward=Backward(backward),
+    )
     return back.x, back.weights
 
 
@@ -167,16 +169,18 @@ class _Dispatch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.plan, ctx.backend, ctx.has_weights = plan, backend, weights is not None
+        ctx.plan, ctx.backend = plan, backend
+        ctx.carries = weights is not None and ctx.needs_input_grad[1]
+        backward = Backward.ROWS_AND_WEIGHTS if ctx.carries else Backward.ROWS
         if not watched(x):
-            return _run_dispatch(x, weights, plan, backend, fp8)
+            return _run_dispatch(x, weights, plan, backend, fp8, backward)
         with torch._C._AutoDispatchBelowAutograd():
-            return _dispatch_op(x, weights, *_flat(plan, backend), fp8)  # type: ignore[no-any-return]
+            return _dispatch_op(x, weights, *_flat(plan, backend), int(backward), fp8)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_rows, grad_weights = grads
-        carried = grad_weights if ctx.has_weights and ctx.needs_input_grad[1] else None
+        carried = grad_weights if ctx.carries else None
         grad_x, grad_topk = combine(grad_rows, carried, ctx.plan, ctx.backend, False, False)
         return grad_x, grad_topk, None, None, None
 
@@ -193,20 +197,21 @@ class _Combine(torch.autograd.Function):
         fp8_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.plan, ctx.backend, ctx.apply_weights, ctx.fp8_grad = plan, backend, apply_weights, fp8_grad
-        ctx.has_weights = weights is not None
+        ctx.carries = weights is not None and not apply_weights and ctx.needs_input_grad[1]
+        backward = Backward.ROWS_AND_WEIGHTS if ctx.carries else Backward.ROWS
         if apply_weights:
             ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
         if not watched(rows):
-            return _run_combine(rows, weights, plan, backend, apply_weights)
+            return _run_combine(rows, weights, plan, backend, apply_weights, backward)
         with torch._C._AutoDispatchBelowAutograd():
             return _combine_op(  # type: ignore[no-any-return]
-                rows, weights, *_flat(plan, backend), apply_weights, fp8_grad
+                rows, weights, *_flat(plan, backend), int(backward), apply_weights, fp8_grad
             )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_tokens, grad_topk = grads
-        carried = grad_topk if ctx.has_weights and not ctx.apply_weights and ctx.needs_input_grad[1] else None
+        carried = grad_topk if ctx.carries else None
         sent, grad_weights = dispatch(grad_tokens, carried, ctx.plan, ctx.backend, ctx.fp8_grad)
         grad_rows: Tensor | None = sent
         if ctx.apply_weights:  # of w * rows: the product rule
@@ -224,7 +229,8 @@ def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:
 
 # -- the operators: their own plumbing around the same functions -------------------------------------------------------
 
-_PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment"
+# backward: a Backward, put in by the autograd kernel below; callers pass 0.
+_PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment, int backward"
 torch.library.define("deepep_moe::dispatch", f"(Tensor x, Tensor? weights, {_PLAN}, bool fp8) -> (Tensor, Tensor)")
 torch.library.define(
     "deepep_moe::combine",
@@ -238,10 +244,17 @@ Flat = list[Tensor | None]
 
 @torch.library.impl("deepep_moe::dispatch", "default")
 def _(
-    x: Tensor, weights: Tensor | None, plan: Flat, backend: int, num_experts: int, alignment: int, fp8: bool
+    x: Tensor,
+    weights: Tensor | None,
+    plan: Flat,
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    backward: int,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     routing = Plan.from_tensors(num_experts, alignment, plan)
-    rows, row_weights = _run_dispatch(x, weights, routing, backend, fp8)
+    rows, row_weights = _run_dispatch(x, weights, routing, backend, fp8, backward)
     return rows, _or_empty(row_weights, x)
 
 
@@ -253,11 +266,12 @@ def _(
     backend: int,
     num_experts: int,
     alignment: int,
+    backward: int,
     apply_weights: bool,
     fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     routing = Plan.from_tensors(num_experts, alignment, plan)
-    tokens, carried = _run_combine(rows, weights, routing, backend, apply_weights)
+    tokens, carried = _run_combine(rows, weights, routing, backend, apply_weights, backward)
     return tokens, _or_empty(carried, rows)
 
 
@@ -267,7 +281,14 @@ def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("deepep_moe::dispatch")
 def _(
-    x: Tensor, weights: Tensor | None, plan: Flat, backend: int, num_experts: int, alignment: int, fp8: bool
+    x: Tensor,
+    weights: Tensor | None,
+    plan: Flat,
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    backward: int,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor]:
     count = Plan.from_tensors(num_experts, alignment, plan).num_rows
     return x.new_empty((count, x.shape[1])), x.new_empty(0 if weights is None else count, dtype=torch.float32)
@@ -281,6 +302,7 @@ def _(
     backend: int,
     num_experts: int,
     alignment: int,
+    backward: int,
     apply_weights: bool,
     fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -302,6 +324,7 @@ def _register_autograd(name: str, operator: Any, function: type[torch.autograd.F
         backend: int,
         num_experts: int,
         alignment: int,
+        backward: int,
         *switches: bool,
     ) -> tuple[Tensor, Tensor]:
         if _wants_grad(x, weights):
@@ -309,7 +332,7 @@ def _register_autograd(name: str, operator: Any, function: type[torch.autograd.F
             out, out_weights = function.apply(x, weights, routing, backend, *switches)
             return out, _or_empty(out_weights, out)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(x, weights, plan, backend, num_experts, alignment, *switches)
+            return operator(x, weights, plan, backend, num_experts, alignment, backward, *switches)
 
     torch.library.impl(name, "Autograd")(kernel)
 

@@ -16,27 +16,63 @@ N     rows received: one per (token, rank that owns at least one of its experts)
 M     expert rows: one per (received row, local expert chosen by it), plus padding
 ====  =====================================================================================
 
-Two layouts of received data:
-
-* **rank layout** ``[N, ...]``: ordered by source rank, then by source token. The DeepEP 1.x ``Buffer`` uses it.
-* **expert layout** ``[M, ...]``: grouped by local expert; inside a group ordered by source rank, token and
-  top-k position; each group padded at its end with zero rows to a multiple of ``alignment``. ``TokenDispatcher``
-  uses it.
-
-Both orders are a function of the routing alone, so results are deterministic.
+Both layouts of received data (:class:`Layout`) are a function of the routing alone, so results are deterministic.
 """
 
 from __future__ import annotations
 
+import enum
+import itertools
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import DeepEPMoEError
 
-class Layout(NamedTuple):
+Phase = Literal["plan", "dispatch", "combine"]
+
+_backend_numbers = itertools.count()
+
+
+def new_backend_number() -> int:
+    """A number that no other backend of this process has."""
+    return next(_backend_numbers)
+
+
+class Layout(enum.Enum):
+    """The order of received rows."""
+
+    BY_SOURCE = "by source"
+    """Rank layout ``[N, ...]``: ordered by source rank, then by source token. The DeepEP 1.x ``Buffer`` uses it."""
+    BY_EXPERT = "by expert"
+    """Expert layout ``[M, ...]``: grouped by local expert; inside a group ordered by source rank, token and top-k
+    position; each group padded at its end with zero rows to a multiple of ``alignment``. ``TokenDispatcher`` uses it.
+    """
+
+
+class Wire(enum.Enum):
+    """The form in which dispatched rows travel and arrive."""
+
+    AS_GIVEN = "as given"
+    E4M3 = "e4m3"
+    """BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py)."""
+    E4M3_TO_BF16 = "e4m3 to bf16"
+    """BF16 tokens travel as e4m3 with scales and arrive as BF16 again, without scales."""
+
+
+class Backward(enum.IntEnum):
+    """What the backward of a call will send. Ranks must agree: otherwise one waits in it for another that has none."""
+
+    NONE = 0
+    ROWS = 1
+    ROWS_AND_WEIGHTS = 2
+
+
+class Destinations(NamedTuple):
     """Who gets what, counted on this rank alone (no communication)."""
 
     num_tokens_per_rank: Tensor  # [R] int32: tokens of this rank that go to each rank
@@ -50,17 +86,28 @@ class Plan:
     """Routing metadata of one batch. Owns its tensors: it survives later plans of the same backend.
 
     What belongs together shares a tensor; properties give the parts. All tensors live on the backend's device except
-    ``expert_counts_host``. -1 marks "no route" everywhere.
+    ``identity`` and ``expert_counts_host``. -1 marks "no route" everywhere.
     """
 
     num_experts: int
     alignment: int  # rows of one expert are padded to a multiple of this
+    identity: tuple[int, int] | Tensor  # owner and number; [2] int64 on the CPU in a plan that went through operators
     topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped); may be the caller's own tensor
     send_slot: Tensor  # [T, R] int32: position of the token among those this rank sends to r, or -1
     counted: Tensor  # [R * R + 2 * L + 1] int64: rank_prefix, expert_counts, expert_offsets
     received: Tensor  # [N, 1 + 2 * K] int32: recv_src_idx, recv_topk_idx, recv_rows
     row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
     expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
+
+    @property
+    def owner(self) -> int:
+        """:attr:`Backend.number` of the backend that made the plan; no other can execute it."""
+        return int(self.identity[0])
+
+    @property
+    def number(self) -> int:
+        """Counts the plans of a backend, refused ones too, so that it is equal on all ranks for the same plan."""
+        return int(self.identity[1])
 
     @property
     def num_tokens(self) -> int:
@@ -128,9 +175,13 @@ class Plan:
         return ranks * ranks, self.num_experts // ranks
 
     def tensors(self) -> list[Tensor | None]:
-        """Its tensors in declaration order: what custom ops take."""
+        """Its tensors in the order of :meth:`from_tensors`: what custom ops take."""
+        identity = self.identity
+        if not isinstance(identity, Tensor):
+            identity = torch.tensor(identity, dtype=torch.int64, device="cpu")
         return [
             self.topk_idx,
+            identity,
             self.send_slot,
             self.counted,
             self.received,
@@ -141,7 +192,8 @@ class Plan:
     @classmethod
     def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> Plan:
         """Inverse of :meth:`tensors`."""
-        return cls(num_experts, alignment, *tensors)  # type: ignore[arg-type]
+        topk_idx, identity, *others = tensors
+        return cls(num_experts, alignment, identity, topk_idx, *others)  # type: ignore[arg-type]
 
 
 class Rows(NamedTuple):
@@ -168,12 +220,26 @@ class Backend(Protocol):
     """
 
     name: str
+    number: int  # from new_backend_number()
     group: dist.ProcessGroup
     rank: int
     world_size: int
     device: torch.device
+    config: DispatcherConfig
 
-    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None: ...
+
+    @staticmethod
+    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        """The reason why this rank cannot use the backend, or None. Collective where ``device`` is a GPU."""
+        ...
+
+    @property
+    def usable(self) -> bool:
+        """False once closed, or broken for good by a lost peer: then every call raises. Local."""
+        ...
+
+    def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
         """Count destinations of ``topk_idx [T, K]`` (int32 or int64, -1 = dropped). Local, not collective."""
         ...
 
@@ -204,19 +270,17 @@ class Backend(Protocol):
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
+        wire: Wire = Wire.AS_GIVEN,
         scales: Tensor | None = None,
         weights: Tensor | None = None,
-        quantize: bool = False,
-        dequantize: bool = False,
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Rows:
         """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
 
-        ``grouped=False`` delivers the rank layout, ``grouped=True`` the expert layout, padding rows zeroed.
-        ``quantize``: BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py), so
-        that ``Rows.scales`` is ``[N or M, H / 128]``; its strides are the backend's choice. ``dequantize``, which
-        needs ``quantize``: they travel as that and arrive as BF16 again, without scales. A rank's own rows are rounded
-        alike, so that values do not depend on where an expert is.
+        ``Rows.scales`` are as given, or with ``Wire.E4M3`` ``[N or M, H / 128]`` with strides of the backend's choice.
+        Where ``wire`` rounds, a rank's own rows are rounded alike, so that values do not depend on where an expert is.
+        Padding rows of the expert layout are zero.
         """
         ...
 
@@ -225,10 +289,11 @@ class Backend(Protocol):
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
         weights: Tensor | None = None,
         apply_weights: bool = False,
         bias: tuple[Tensor, ...] = (),
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Tokens:
         """Transpose of :meth:`dispatch`: sum the rows of each token, in fp32 and in a fixed order, at its source.
 
@@ -236,6 +301,13 @@ class Backend(Protocol):
         carried back and summed into ``[T, K]``, or, with ``apply_weights`` (expert layout only), multiplied into
         the rows before summing and not returned. ``bias``: up to two ``[T, H]`` tensors added to the result.
         Rows of other dtypes than the fp32 accumulator are rounded once per hop: one partial sum per (token, rank).
+        """
+        ...
+
+    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+        """Take this rank's place in an operation that it refuses: its peers raise too instead of waiting for it.
+
+        For callers that check more than the backend does. Raises ``error``.
         """
         ...
 

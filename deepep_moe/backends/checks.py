@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.base import Plan
+from deepep_moe.backends.base import Backend, Layout, Plan, Wire
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
 
@@ -36,30 +36,31 @@ def check_plan_inputs(
         raise InputError("alignment", alignment, "must be at least 1")
 
 
-def check_plan(plan: Plan, grouped: bool, world_size: int, device: torch.device) -> None:
-    """That ``plan`` can be executed by a group of ``world_size`` on ``device`` in the layout asked for."""
-    if plan.num_ranks != world_size:
-        raise HandleError(f"the plan was made for {plan.num_ranks} ranks, this group has {world_size}")
-    if plan.topk_idx.device != device:
-        raise HandleError(f"the plan was made on {plan.topk_idx.device}, this group's backend is on {device}")
-    if grouped and plan.num_topk == 0:
+def check_plan(backend: Backend, plan: Plan, layout: Layout) -> None:
+    """That ``backend`` made ``plan``, and that the plan has ``layout``."""
+    if not isinstance(plan, Plan):
+        raise HandleError(f"plan is a {type(plan).__name__}; pass on what plan() or dispatch() returned")
+    if plan.owner != backend.number:
+        raise HandleError("the plan was made by a dispatcher or Buffer with another group or configuration")
+    if not isinstance(layout, Layout):
+        raise InputError("layout", layout, "must be Layout.BY_SOURCE or Layout.BY_EXPERT")
+    if layout is Layout.BY_EXPERT and plan.num_topk == 0:
         raise HandleError("the plan was made without expert indices: it has no expert layout")
 
 
 def check_dispatch(
+    backend: Backend,
     plan: Plan,
     x: Tensor,
+    *,
+    layout: Layout,
+    wire: Wire,
     scales: Tensor | None,
     weights: Tensor | None,
-    quantize: bool,
-    dequantize: bool,
-    grouped: bool,
-    world_size: int,
-    device: torch.device,
 ) -> None:
     """The arguments of :meth:`Backend.dispatch`."""
-    check_plan(plan, grouped, world_size, device)
-    tokens = plan.num_tokens
+    check_plan(backend, plan, layout)
+    tokens, device = plan.num_tokens, backend.device
     check_rows("x", x, tokens, "the plan's tokens", SENT_DTYPES, device)
     if scales is not None:
         check_shape("scales", scales, (tokens, None), device)
@@ -67,31 +68,34 @@ def check_dispatch(
             raise InputError("scales", scales.dtype, "must be a 4-byte type (float32, or int32 holding packed UE8M0)")
     if weights is not None:
         check_shape("topk_weights", weights, (tokens, plan.num_topk), device, torch.float32)
-    if quantize and (x.dtype != torch.bfloat16 or scales is not None):
-        raise InputError("quantize", True, f"needs bfloat16 tokens without scales, x is {x.dtype}")
-    if dequantize and not quantize:
-        raise InputError("dequantize", True, "needs quantize: only what was sent as FP8 becomes BF16 again")
-    if quantize and x.shape[1] % BLOCK:
-        raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
+    if not isinstance(wire, Wire):
+        raise InputError("wire", wire, "must be a Wire")
+    if wire is not Wire.AS_GIVEN:
+        if x.dtype != torch.bfloat16 or scales is not None:
+            raise InputError("wire", wire.value, f"needs bfloat16 tokens without scales, x is {x.dtype}")
+        if x.shape[1] % BLOCK:
+            raise InputError("hidden size", x.shape[1], f"must be a multiple of {BLOCK} to be sent as FP8")
 
 
 def check_combine(
+    backend: Backend,
     plan: Plan,
     x: Tensor,
+    *,
+    layout: Layout,
     weights: Tensor | None,
     apply_weights: bool,
     bias: tuple[Tensor, ...],
-    grouped: bool,
-    world_size: int,
-    device: torch.device,
 ) -> None:
     """The arguments of :meth:`Backend.combine`."""
-    check_plan(plan, grouped, world_size, device)
-    expected, what = (plan.num_rows, "expert rows") if grouped else (plan.num_recv, "received rows")
+    check_plan(backend, plan, layout)
+    by_expert, device = layout is Layout.BY_EXPERT, backend.device
+    expected, what = (plan.num_rows, "expert rows") if by_expert else (plan.num_recv, "received rows")
     check_rows("x", x, expected, f"the plan's {what}", SUMMED_DTYPES, device)
     if weights is not None:
-        check_shape("weights", weights, (expected,) if grouped else (expected, plan.num_topk), device, torch.float32)
-    if apply_weights and (weights is None or not grouped):
+        shape = (expected,) if by_expert else (expected, plan.num_topk)
+        check_shape("weights", weights, shape, device, torch.float32)
+    if apply_weights and (weights is None or not by_expert):
         raise InputError("apply_weights", True, "needs weights and the expert layout")
     if len(bias) > 2:
         raise InputError("bias", f"{len(bias)} tensors", "at most two can be added")

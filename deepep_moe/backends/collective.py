@@ -15,21 +15,30 @@ All sums go over gathered rows in a fixed order, so results are bit-for-bit repr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
+from deepep_moe.backends.base import (
+    Backward,
+    Destinations,
+    Layout,
+    Phase,
+    Plan,
+    Rows,
+    Tokens,
+    Wire,
+    new_backend_number,
+)
 from deepep_moe.backends.checks import (
-    SENT_DTYPES,
     check_combine,
     check_dispatch,
     check_plan_inputs,
     check_topk_idx,
 )
-from deepep_moe.backends.exchange import Exchange, as_bytes
+from deepep_moe.backends.exchange import Exchange, Fact, as_bytes
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
@@ -48,19 +57,28 @@ class CollectiveBackend:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
+        self.number, self._plans = new_backend_number(), 0
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise InputError("group", group, "this process must be a member of the group")
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
         self._overflow: CapacityError | None = None
 
+    @staticmethod
+    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        return None
+
+    @property
+    def usable(self) -> bool:
+        return self._exchange is not None
+
     # -- planning ------------------------------------------------------------------------------------------------
 
-    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+    def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         in_rank = self._tokens_in_ranks(topk_idx, num_experts)
         per_expert = torch.bincount(topk_idx[topk_idx >= 0], minlength=num_experts)
-        return Layout(
+        return Destinations(
             num_tokens_per_rank=in_rank.sum(0, dtype=torch.int32),
             num_tokens_per_node=None,
             num_tokens_per_expert=per_expert.to(torch.int32),
@@ -80,6 +98,7 @@ class CollectiveBackend:
     ) -> Plan:
         exchange = self._open()
         ranks = self.world_size
+        self._plans += 1  # refused ones too: the number is equal on all ranks
         problem: DeepEPMoEError | None = self._overflow
         try:
             check_plan_inputs(
@@ -94,7 +113,8 @@ class CollectiveBackend:
             in_rank = (
                 is_token_in_rank if topk_idx is None else self._tokens_in_ranks(topk_idx, num_experts)  # type: ignore[assignment]
             )
-        facts = {
+        facts: dict[str, Fact] = {
+            "plan": self._plans,
             "num_experts": num_experts,
             "top-k": 0 if topk_idx is None or problem is not None else topk_idx.shape[1],
             "expert alignment": alignment,
@@ -124,6 +144,7 @@ class CollectiveBackend:
         return Plan(
             num_experts=num_experts,
             alignment=alignment,
+            identity=(self.number, self._plans),
             topk_idx=topk_idx.to(torch.int64, copy=True),
             send_slot=send_slot,
             counted=torch.cat([prefix.reshape(-1), placed.counts, placed.offsets]),
@@ -186,6 +207,15 @@ class CollectiveBackend:
             offsets=counts.new_zeros(experts_here + 1),
         )
 
+    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+        exchange = self._open()
+        if phase == "plan":
+            self._plans += 1
+            exchange.agree(phase, {}, error)
+        else:
+            self._agree(phase, {}, error)
+        raise error  # has been raised above
+
     # -- moving rows ---------------------------------------------------------------------------------------------
 
     def dispatch(
@@ -193,24 +223,24 @@ class CollectiveBackend:
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
+        wire: Wire = Wire.AS_GIVEN,
         scales: Tensor | None = None,
         weights: Tensor | None = None,
-        quantize: bool = False,
-        dequantize: bool = False,
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Rows:
-        exchange = self._open()
+        self._open()
         problem: DeepEPMoEError | None = None
+        facts: dict[str, Fact] = {}
         try:
-            check_dispatch(plan, x, scales, weights, quantize, dequantize, grouped, self.world_size, self.device)
-            if quantize:
-                x, scales = quantize_e4m3(x)
+            check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
+            facts = _facts(plan, x, layout, weights, backward)
+            facts.update({"wire": wire, "scale columns": 0 if scales is None else scales.shape[1]})
         except DeepEPMoEError as error:
             problem = error
-        if self.config.check_agreement:
-            exchange.agree("dispatch", self._facts(x, grouped, scales, weights), problem)
-        elif problem is not None:
-            raise problem
+        exchange = self._agree("dispatch", facts, problem)
+        if wire is not Wire.AS_GIVEN:
+            x, scales = quantize_e4m3(x)
 
         send_counts, recv_counts = self._counts(plan)
         x = x.detach()
@@ -226,10 +256,10 @@ class CollectiveBackend:
             recv_weights = _typed(columns.pop(), torch.float32)
             recv_weights = torch.where(plan.recv_topk_idx >= 0, recv_weights, 0.0)
         dtype, kind = x.dtype, None if scales is None else scales.dtype
-        if dequantize:
+        if wire is Wire.E4M3_TO_BF16:
             rows = dequantize_e4m3(_typed(columns[0], dtype), _typed(columns[1], torch.float32), torch.bfloat16)
             columns, dtype, kind = [as_bytes(rows)], rows.dtype, None
-        if grouped:
+        if layout is Layout.BY_EXPERT:
             used = (plan.row_recv >= 0).nonzero()[:, 0]
             source = plan.row_recv[used]
             columns = [c.new_zeros((plan.num_rows, c.shape[1])).index_copy_(0, used, c[source]) for c in columns]
@@ -249,26 +279,27 @@ class CollectiveBackend:
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
         weights: Tensor | None = None,
         apply_weights: bool = False,
         bias: tuple[Tensor, ...] = (),
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Tokens:
         """See the protocol. Weights of the rank layout are summed as given, also where the route is elsewhere."""
-        exchange = self._open()
+        self._open()
         problem: DeepEPMoEError | None = None
+        facts: dict[str, Fact] = {}
         try:
-            check_combine(plan, x, weights, apply_weights, bias, grouped, self.world_size, self.device)
+            check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
+            facts = {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
         except DeepEPMoEError as error:
             problem = error
-        if self.config.check_agreement:
-            carried = None if apply_weights else weights
-            exchange.agree("combine", self._facts(x, grouped, None, carried), problem)
-        elif problem is not None:
-            raise problem
+        exchange = self._agree("combine", facts, problem)
 
         x = x.detach()
-        partial, back_weights = (x, weights) if not grouped else _sum_routes(plan, x, weights, apply_weights)
+        partial, back_weights = x, weights
+        if layout is Layout.BY_EXPERT:
+            partial, back_weights = _sum_routes(plan, x, weights, apply_weights)
         parts = [partial] + ([back_weights] if back_weights is not None else [])
         packed = torch.cat([as_bytes(part) for part in parts], dim=1)
         send_counts, recv_counts = self._counts(plan)
@@ -316,17 +347,14 @@ class CollectiveBackend:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
         return self._exchange
 
-    def _facts(
-        self, x: Tensor, grouped: bool, scales: Tensor | None, weights: Tensor | None
-    ) -> dict[str, int | torch.dtype]:
-        known = x.dtype in SENT_DTYPES
-        return {
-            "hidden size": x.shape[-1] if x.dim() else 0,
-            "dtype": x.dtype if known else -1,
-            "expert layout": grouped,
-            "scale columns": -1 if scales is None else scales.shape[-1],
-            "weights": weights is not None,
-        }
+    def _agree(self, phase: Phase, facts: dict[str, Fact], problem: DeepEPMoEError | None) -> Exchange:
+        """Where ``config.check_agreement`` says so, all ranks compare ``facts`` or learn of another's ``problem``."""
+        exchange = self._open()
+        if self.config.check_agreement:
+            exchange.agree(phase, facts, problem)
+        elif problem is not None:
+            raise problem
+        return exchange
 
 
 class _Placed(NamedTuple):
@@ -336,6 +364,18 @@ class _Placed(NamedTuple):
     row_recv: Tensor
     counts: Tensor
     offsets: Tensor
+
+
+def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:
+    """What ranks must share in both directions, by the names that users know."""
+    return {
+        "plan": plan.number,
+        "hidden size": x.shape[1],
+        "dtype": x.dtype,
+        "layout": layout,
+        "weights": weights is not None,
+        "backward": backward,
+    }
 
 
 def _sum_routes(plan: Plan, rows: Tensor, weights: Tensor | None, apply_weights: bool) -> tuple[Tensor, Tensor | None]:

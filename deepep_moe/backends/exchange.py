@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from enum import Enum
+from typing import TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepep_moe.backends.base import Phase
 from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 
-Phase = Literal["plan", "dispatch", "combine"]
-_PHASES: tuple[Phase, ...] = ("plan", "dispatch", "combine")
+Fact: TypeAlias = int | torch.dtype | Enum
+_PHASES: tuple[Phase, ...] = get_args(Phase)
 _DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -30,7 +32,7 @@ _DTYPES = (
     torch.uint8,
     torch.float8_e8m0fnu,
 )
-_MAX_FACTS = 8
+_MAX_FACTS = 10
 _UNUSED = -(2**62)
 
 
@@ -67,7 +69,7 @@ class Exchange:
     def agree(
         self,
         phase: Phase,
-        facts: Mapping[str, int | torch.dtype],
+        facts: Mapping[str, Fact],
         problem: DeepEPMoEError | None = None,
         private: Sequence[int] = (),
     ) -> Tensor:
@@ -101,8 +103,7 @@ class Exchange:
             self._raise_problem(phase, problem, headers)
         self._compare("call", [_PHASES[i] for i in headers[:, 1].tolist()])
         for column, name in enumerate(facts, start=2):
-            is_dtype = isinstance(facts[name], torch.dtype)
-            self._compare(name, [_decode(value, is_dtype) for value in headers[:, column].tolist()])
+            self._compare(name, [_decode(value, facts[name]) for value in headers[:, column].tolist()])
         return headers[:, 2 + _MAX_FACTS :]
 
     def _raise_problem(self, phase: Phase, problem: DeepEPMoEError | None, headers: Tensor) -> None:
@@ -141,14 +142,21 @@ class Exchange:
             ) from error
 
 
-def _encode(value: int | torch.dtype) -> int:
-    return _DTYPES.index(value) if isinstance(value, torch.dtype) else int(value)
+def _encode(value: Fact) -> int:
+    if isinstance(value, torch.dtype):
+        return _DTYPES.index(value)
+    return list(type(value)).index(value) if isinstance(value, Enum) else int(value)
 
 
-def _decode(value: int, is_dtype: bool) -> str:
-    if value == _UNUSED:
+def _decode(code: int, like: Fact) -> str:
+    """What :func:`_encode` made a number of, in words; ``like`` is another rank's value of the same fact."""
+    if code == _UNUSED:
         return "nothing"
-    return str(_DTYPES[value]) if is_dtype and 0 <= value < len(_DTYPES) else str(value)
+    if isinstance(like, torch.dtype):
+        return str(_DTYPES[code])
+    if isinstance(like, Enum):
+        return list(type(like))[code].name.lower().replace("_", " ")
+    return str(bool(code)) if isinstance(like, bool) else str(code)
 
 
 def as_bytes(rows: Tensor) -> Tensor:

@@ -17,12 +17,23 @@ import logging
 import os
 import socket
 from contextlib import suppress
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.backends.base import Layout, Plan, Rows, Tokens
+from deepep_moe.backends.base import (
+    Backward,
+    Destinations,
+    Layout,
+    Phase,
+    Plan,
+    Rows,
+    Tokens,
+    Wire,
+    new_backend_number,
+)
 from deepep_moe.backends.checks import (
     check_combine,
     check_dispatch,
@@ -85,6 +96,7 @@ class NVLinkBackend:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
+        self.number, self._plans = new_backend_number(), 0
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._device_index: int = device.index
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -100,8 +112,10 @@ class NVLinkBackend:
         self._unfinished: DevicePlan | None = None  # the host has not waited for its numbers yet
 
     @staticmethod
-    def why_not(group: dist.ProcessGroup, device: torch.device) -> str | None:
-        """The reason this rank cannot use the backend, or None. Collective."""
+    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        """The reason this rank cannot use the backend, or None. Collective where ``device`` is a GPU."""
+        if device.type != "cuda":
+            return f"nvlink needs CUDA tensors, the device is {device}"
         ranks = dist.get_world_size(group)
         places: list[tuple[str, int]] = [("", 0)] * ranks
         dist.all_gather_object(places, (_host_id(), device.index), group=group)
@@ -119,9 +133,13 @@ class NVLinkBackend:
                     return f"{device} has no peer access to cuda:{index} of rank {peer}"
         return None
 
+    @property
+    def usable(self) -> bool:
+        return self._runtime is not None and self._runtime.take_failure(True) is None
+
     # -- planning ------------------------------------------------------------------------------------------------
 
-    def layout(self, topk_idx: Tensor, num_experts: int) -> Layout:
+    def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
         runtime = self._open()
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         self._check_limits(num_experts, topk_idx.shape[1])
@@ -142,7 +160,7 @@ class NVLinkBackend:
             in_rank.data_ptr(),
             torch.cuda.current_stream(self.device).cuda_stream,
         )
-        return Layout(per_rank, None, per_expert, in_rank)
+        return Destinations(per_rank, None, per_expert, in_rank)
 
     def plan(
         self,
@@ -156,6 +174,8 @@ class NVLinkBackend:
         max_rows: int | None = None,
     ) -> Plan:
         runtime = self._open()
+        self._plans += 1  # refused ones too: the number is equal on all ranks
+        identity = (self.number, self._plans)
         if self._unfinished is not None:
             with suppress(DeepEPMoEError):  # of a plan whose dispatch was refused: that has been raised
                 self._unfinished.known_sizes()
@@ -198,10 +218,12 @@ class NVLinkBackend:
             stream,
         )
         if max_recv is not None:
-            plan = DevicePlan(num_experts, alignment, topk_idx, self.world_size, sizes=(max_recv, max_rows or 0))
+            plan = DevicePlan(
+                num_experts, alignment, identity, topk_idx, self.world_size, sizes=(max_recv, max_rows or 0)
+            )
             self._place(plan, *plan.known_sizes(), stream)
             return plan
-        plan = DevicePlan(num_experts, alignment, topk_idx, self.world_size, finish=self._finish_plan)
+        plan = DevicePlan(num_experts, alignment, identity, topk_idx, self.world_size, finish=self._finish_plan)
         self._unfinished = plan
         # The device knows the sizes long before the host: everything else is enqueued by now, with room for the most.
         most_recv = self.world_size * self._staging_tokens
@@ -243,6 +265,12 @@ class NVLinkBackend:
         runtime.wait_plan(0)
         runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
 
+    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+        if phase == "plan":
+            self._plans += 1
+            self._refuse_plan()
+        raise error
+
     # -- moving rows ---------------------------------------------------------------------------------------------
 
     def dispatch(
@@ -250,14 +278,15 @@ class NVLinkBackend:
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
+        wire: Wire = Wire.AS_GIVEN,
         scales: Tensor | None = None,
         weights: Tensor | None = None,
-        quantize: bool = False,
-        dequantize: bool = False,
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Rows:
         runtime = self._open()
-        check_dispatch(plan, x, scales, weights, quantize, dequantize, grouped, self.world_size, self.device)
+        check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
+        grouped, quantize, dequantize = layout is Layout.BY_EXPERT, wire is not Wire.AS_GIVEN, wire is Wire.E4M3_TO_BF16
         x = x.contiguous()
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
@@ -311,13 +340,15 @@ class NVLinkBackend:
         plan: Plan,
         x: Tensor,
         *,
+        layout: Layout,
         weights: Tensor | None = None,
         apply_weights: bool = False,
         bias: tuple[Tensor, ...] = (),
-        grouped: bool = False,
+        backward: Backward = Backward.NONE,
     ) -> Tokens:
         runtime = self._open()
-        check_combine(plan, x, weights, apply_weights, bias, grouped, self.world_size, self.device)
+        check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
+        grouped = layout is Layout.BY_EXPERT
         x = x.contiguous()
         carry = weights is not None and not apply_weights
         row_bytes = self._row_bytes("x", x, x.dtype)

@@ -31,6 +31,7 @@ class DevicePlan(Plan):
         self,
         num_experts: int,
         alignment: int,
+        identity: tuple[int, int],
         topk_idx: Tensor,
         num_ranks: int,
         *,
@@ -38,6 +39,7 @@ class DevicePlan(Plan):
         sizes: tuple[int, int] | None = None,
     ) -> None:
         self.num_experts, self.alignment, self.topk_idx = num_experts, alignment, topk_idx
+        self.identity = identity
         self._ranks, self._finish, self._sizes = num_ranks, finish, sizes
         self._tokens, self._topk = topk_idx.shape
         self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1

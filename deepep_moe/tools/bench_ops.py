@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend, why_not
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.fp8 import BLOCK, quantize_e4m3
@@ -134,51 +134,58 @@ class Case:
     def kernels(self, backend: Backend, plan: Plan) -> Iterator[Operation]:
         """Operations on a plan that is ready."""
         x, weights, bf16 = self.x, self.weights, self.bf16_bytes
-        yield Operation("dispatch BF16", bf16, lambda: backend.dispatch(plan, x))
+        by_source, by_expert = Layout.BY_SOURCE, Layout.BY_EXPERT
+        yield Operation("dispatch BF16", bf16, lambda: backend.dispatch(plan, x, layout=by_source))
         if self.fp8 is not None:
             e4m3, scales = self.fp8
-            yield Operation("dispatch FP8", self.fp8_bytes, lambda: backend.dispatch(plan, e4m3, scales=scales))
-        rows = backend.dispatch(plan, x).x
-        yield Operation("combine BF16", bf16, lambda: backend.combine(plan, rows))
+            yield Operation(
+                "dispatch FP8", self.fp8_bytes, lambda: backend.dispatch(plan, e4m3, layout=by_source, scales=scales)
+            )
+        rows = backend.dispatch(plan, x, layout=by_source).x
+        yield Operation("combine BF16", bf16, lambda: backend.combine(plan, rows, layout=by_source))
 
         def grouped(**options: Any) -> Any:
-            return backend.dispatch(plan, options.pop("x", x), grouped=True, **options)
+            return backend.dispatch(plan, options.pop("x", x), layout=by_expert, **options)
 
         yield Operation("grouped dispatch BF16 + weights", bf16 + self.weights_bytes, lambda: grouped(weights=weights))
         if self.fp8 is not None:
             yield Operation("grouped dispatch FP8", self.fp8_bytes, lambda: grouped(x=e4m3, scales=scales))
-            yield Operation("grouped dispatch BF16, sent as FP8", self.fp8_bytes, lambda: grouped(quantize=True))
-            through: dict[str, bool] = {"quantize": True, "dequantize": True}
-            yield Operation("grouped dispatch BF16, through FP8", self.fp8_bytes, lambda: grouped(**through))
+            yield Operation("grouped dispatch BF16, sent as FP8", self.fp8_bytes, lambda: grouped(wire=Wire.E4M3))
+            yield Operation(
+                "grouped dispatch BF16, through FP8", self.fp8_bytes, lambda: grouped(wire=Wire.E4M3_TO_BF16)
+            )
         expert_rows = grouped().x
-        yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, expert_rows, grouped=True))
+        yield Operation("grouped combine BF16", bf16, lambda: backend.combine(plan, expert_rows, layout=by_expert))
 
     def calls(self, backend: Backend, plan: Plan) -> Iterator[Operation]:
         """What a user calls, with a new plan each time; ``plan`` serves the combines that stand alone."""
         x, weights, bf16 = self.x, self.weights, self.bf16_bytes
 
-        def dispatch(grouped: bool, **options: Any) -> Any:
-            return backend.dispatch(self.plan(backend), options.pop("x", x), grouped=grouped, **options)
+        def dispatch(layout: Layout, **options: Any) -> Any:
+            return backend.dispatch(self.plan(backend), options.pop("x", x), layout=layout, **options)
 
-        def round_trip(grouped: bool) -> None:
+        def round_trip(layout: Layout) -> None:
             made = self.plan(backend)
-            backend.combine(made, backend.dispatch(made, x, grouped=grouped).x, grouped=grouped)
+            backend.combine(made, backend.dispatch(made, x, layout=layout).x, layout=layout)
 
-        yield Operation("call: plan + dispatch BF16", bf16, lambda: dispatch(False))
+        by_source, by_expert = Layout.BY_SOURCE, Layout.BY_EXPERT
+        yield Operation("call: plan + dispatch BF16", bf16, lambda: dispatch(by_source))
         if self.fp8 is not None:
             e4m3, scales = self.fp8
-            yield Operation("call: plan + dispatch FP8", self.fp8_bytes, lambda: dispatch(False, x=e4m3, scales=scales))
+            yield Operation(
+                "call: plan + dispatch FP8", self.fp8_bytes, lambda: dispatch(by_source, x=e4m3, scales=scales)
+            )
         name = "call: plan + grouped dispatch BF16 + weights"
-        yield Operation(name, bf16 + self.weights_bytes, lambda: dispatch(True, weights=weights))
-        for grouped, kind in ((False, ""), (True, "grouped ")):
-            rows = backend.dispatch(plan, x, grouped=grouped).x
+        yield Operation(name, bf16 + self.weights_bytes, lambda: dispatch(by_expert, weights=weights))
+        for layout, kind in ((by_source, ""), (by_expert, "grouped ")):
+            rows = backend.dispatch(plan, x, layout=layout).x
             yield Operation(
                 f"call: {kind}combine BF16 (plan of its dispatch)",
                 bf16,
-                lambda rows=rows, grouped=grouped: backend.combine(plan, rows, grouped=grouped),  # type: ignore[misc]
+                lambda rows=rows, layout=layout: backend.combine(plan, rows, layout=layout),  # type: ignore[misc]
             )
             name = f"call: plan + {kind}dispatch + {kind}combine BF16"
-            yield Operation(name, 2 * bf16, lambda grouped=grouped: round_trip(grouped))  # type: ignore[misc]
+            yield Operation(name, 2 * bf16, lambda layout=layout: round_trip(layout))  # type: ignore[misc]
 
     def all_to_alls(self, traffic: Traffic) -> Iterator[Operation]:
         """``all_to_all_single`` of the rows of one dispatch, with and without those that stay on their rank."""
@@ -269,16 +276,17 @@ def measure_case(
 def _host_times(
     world: World, case: Case, backend: Backend, plan: Plan, repeats: int
 ) -> Iterator[tuple[str, list[float]]]:
-    rows = backend.dispatch(plan, case.x).x
-    grouped_rows = backend.dispatch(plan, case.x, grouped=True).x
+    by_source, by_expert = Layout.BY_SOURCE, Layout.BY_EXPERT
+    rows = backend.dispatch(plan, case.x, layout=by_source).x
+    grouped_rows = backend.dispatch(plan, case.x, layout=by_expert).x
 
     def pair() -> None:
-        backend.dispatch(plan, case.x)
-        backend.combine(plan, rows)
+        backend.dispatch(plan, case.x, layout=by_source)
+        backend.combine(plan, rows, layout=by_source)
 
     def grouped_pair() -> None:
-        backend.dispatch(plan, case.x, weights=case.weights, grouped=True)
-        backend.combine(plan, grouped_rows, grouped=True)
+        backend.dispatch(plan, case.x, layout=by_expert, weights=case.weights)
+        backend.combine(plan, grouped_rows, layout=by_expert)
 
     def make_plan() -> None:
         case.plan(backend).known_sizes()
@@ -297,10 +305,8 @@ def link_ceiling(world: World, repeats: int) -> list[float]:
     """
     if world.collectives != "nccl" or world.size == 1:
         return []
-    from deepep_moe.backends.nvlink import NVLinkBackend
-
     assert dist.group.WORLD is not None
-    if any(world.gather(NVLinkBackend.why_not(dist.group.WORLD, world.device))):
+    if why_not("nvlink", dist.group.WORLD, world.device) is not None:
         return []
     import torch.distributed._symmetric_memory as symmetric_memory
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepep_moe import DispatcherConfig, TokenDispatcher, __version__
+from deepep_moe.backends import why_not
 from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.tools.bench_timing import ranks_of_this_run
 
@@ -141,11 +142,7 @@ def reason_against_nvlink(dispatcher: TokenDispatcher) -> str:
     backend = dispatcher.backend
     if dispatcher.config.backend != "auto":
         return "chosen by the settings"
-    if backend.device.type != "cuda":
-        return "nvlink needs CUDA tensors"
-    from deepep_moe.backends.nvlink import NVLinkBackend
-
-    return NVLinkBackend.why_not(backend.group, backend.device) or "another rank cannot use nvlink"
+    return why_not("nvlink", backend.group, backend.device) or "it can run here, but was not taken"
 
 
 def round_trip(dispatcher: TokenDispatcher, device: torch.device) -> Finding:

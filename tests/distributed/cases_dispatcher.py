@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepep_moe import Dispatched, DispatcherConfig, TokenDispatcher, ops
+from deepep_moe.backends import Layout, Wire
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, RankMismatchError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from tests.launch import case
@@ -279,17 +280,19 @@ def operators_pass_opcheck(group: dist.ProcessGroup) -> None:
     dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group), DispatcherConfig(expert_alignment=4))
     x, topk_idx, weights = random_batch(dispatcher.rank, 5, 8, 2, dispatcher.num_experts)
     number, experts = ops.register_backend(dispatcher.backend), dispatcher.num_experts
-    torch.library.opcheck(ops.plan, (topk_idx, number, experts, 4, -1, -1))
+    # Without the checks that compare two calls: plans have numbers. compiles_into_one_graph covers the tracing.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.plan, (topk_idx, number, experts, 4, -1, -1), test_utils=checks)
     dispatched = dispatcher.dispatch(x, topk_idx, weights)
     plan = dispatched.plan.tensors()
     rows, row_weights = (t.detach().requires_grad_() for t in (dispatched.rows, dispatched.weights))
-    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, weights, plan, number, experts, 4, False))
-    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, None, plan, number, experts, 4, False))
+    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, weights, plan, number, experts, 4, 0, False))
+    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, None, plan, number, experts, 4, 0, False))
     for apply_weights in (False, True):
         torch.library.opcheck(
-            torch.ops.deepep_moe.combine.default, (rows, row_weights, plan, number, experts, 4, apply_weights, False)
+            torch.ops.deepep_moe.combine.default, (rows, row_weights, plan, number, experts, 4, 0, apply_weights, False)
         )
-    torch.library.opcheck(torch.ops.deepep_moe.combine.default, (rows, None, plan, number, experts, 4, False, False))
+    torch.library.opcheck(torch.ops.deepep_moe.combine.default, (rows, None, plan, number, experts, 4, 0, False, False))
 
 
 @case()
@@ -326,14 +329,18 @@ def what_crosses_as_fp8_is_rounded_and_nothing_else(group: dist.ProcessGroup) ->
         rounded = dequantize_e4m3(*quantize_e4m3(x), x.dtype)
         for limits in ({}, {"max_recv": 12 * world + 3, "max_rows": 36 * world + 8}):
             plan = backend.plan(topk_idx, 2 * world, alignment=4, **limits)
-            for grouped in (False, True):
-                sent = backend.dispatch(plan, x, weights=weights, quantize=True, dequantize=True, grouped=grouped)
-                wanted = backend.dispatch(plan, rounded, weights=weights, grouped=grouped)
+            for layout in Layout:
+                sent = backend.dispatch(plan, x, layout=layout, wire=Wire.E4M3_TO_BF16, weights=weights)
+                wanted = backend.dispatch(plan, rounded, layout=layout, weights=weights)
                 assert sent.x.dtype == torch.bfloat16 and sent.scales is None
                 assert torch.equal(sent.x, wanted.x)
                 assert torch.equal(sent.weights, wanted.weights)
-    with raises(InputError, "dequantize = True", "needs quantize"):
-        backend.dispatch(plan, x, dequantize=True)
+    with raises(InputError, "wire = e4m3", "needs bfloat16 tokens", "torch.float32"):
+        backend.dispatch(plan, x.float(), layout=Layout.BY_EXPERT, wire=Wire.E4M3)
+    with raises(InputError, "wire = True", "must be a Wire"):
+        backend.dispatch(plan, x, layout=Layout.BY_EXPERT, wire=True)
+    with raises(InputError, "layout = True", "Layout.BY_SOURCE or Layout.BY_EXPERT"):
+        backend.dispatch(plan, x, layout=True)
 
 
 @case()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe import DispatcherConfig
-from deepep_moe.backends import get_backend
+from deepep_moe.backends import Layout, get_backend
 from deepep_moe.errors import PeerTimeoutError
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import case
@@ -23,8 +23,8 @@ def silence(group: dist.ProcessGroup, phase: str, check_agreement: bool) -> None
     if phase != "plan":
         plan = backend.plan(topk_idx, 2 * backend.world_size)
         rows = torch.ones(plan.num_tokens, 4)
-        steps["dispatch"] = lambda: backend.dispatch(plan, rows, grouped=True)
-        steps["combine"] = lambda: backend.combine(plan, torch.ones(plan.num_rows, 4), grouped=True)
+        steps["dispatch"] = lambda: backend.dispatch(plan, rows, layout=Layout.BY_EXPERT)
+        steps["combine"] = lambda: backend.combine(plan, torch.ones(plan.num_rows, 4), layout=Layout.BY_EXPERT)
     steps["plan"] = lambda: backend.plan(topk_idx, 2 * backend.world_size)
     if backend.rank != backend.world_size - 1:
         with raises(PeerTimeoutError, f"{phase}: rank {backend.rank} of {backend.world_size}", "no answer", "1 s"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.base import Plan
+from deepep_moe.backends.base import Layout, Plan, Wire
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
@@ -32,7 +32,7 @@ PLAN_TENSORS = [
 
 
 def make_backend(ranks: Ranks, **settings: object) -> NVLinkBackend:
-    reason = NVLinkBackend.why_not(ranks.group, ranks.device)
+    reason = NVLinkBackend.supports(ranks.group, ranks.device)
     assert reason is None, reason
     config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms, **settings)  # type: ignore[arg-type]
     return NVLinkBackend(ranks.group, ranks.device, config)
@@ -100,9 +100,9 @@ def assert_same(got: Tensor | None, wanted: Tensor | None, what: str) -> None:
         torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
-def assert_sums(got: Tensor, wanted: Tensor, grouped: bool) -> None:
+def assert_sums(got: Tensor, wanted: Tensor, layout: Layout) -> None:
     """Bit for bit in rank layout. In expert layout the reference rounds a rank's own sum too, the kernel does not."""
-    if grouped:
+    if layout is Layout.BY_EXPERT:
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[got.dtype]
         torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance)
     else:
@@ -118,36 +118,36 @@ def assert_same_plan(got: Plan, wanted: Plan) -> None:
 def compare(ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend, case: Case) -> None:
     """Every verb on one batch, both layouts, bit for bit where nothing is multiplied."""
     device = ranks.device
-    layout, wanted_layout = (
-        nvlink.layout(case.topk_idx.to(device), case.num_experts),
-        reference.layout(case.topk_idx, case.num_experts),
+    counts, wanted_counts = (
+        nvlink.destinations(case.topk_idx.to(device), case.num_experts),
+        reference.destinations(case.topk_idx, case.num_experts),
     )
-    for got, wanted, name in zip(layout, wanted_layout, wanted_layout._fields, strict=True):
+    for got, wanted, name in zip(counts, wanted_counts, wanted_counts._fields, strict=True):
         assert_same(got, wanted, name)
     plan = nvlink.plan(case.topk_idx.to(device), case.num_experts, alignment=case.alignment)
     wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment)
     assert_same_plan(plan, wanted_plan)
     x, weights, bias = case.x.to(device), case.weights.to(device), tuple(b.to(device) for b in case.bias)
-    for grouped in (False, True):
-        sent = nvlink.dispatch(plan, x, weights=weights, grouped=grouped)
-        wanted_sent = reference.dispatch(wanted_plan, case.x, weights=case.weights, grouped=grouped)
-        assert_same(sent.x, wanted_sent.x, f"dispatched rows, grouped={grouped}")
-        assert_same(sent.weights, wanted_sent.weights, f"dispatched weights, grouped={grouped}")
+    for layout in Layout:
+        sent = nvlink.dispatch(plan, x, weights=weights, layout=layout)
+        wanted_sent = reference.dispatch(wanted_plan, case.x, weights=case.weights, layout=layout)
+        assert_same(sent.x, wanted_sent.x, f"dispatched rows, {layout}")
+        assert_same(sent.weights, wanted_sent.weights, f"dispatched weights, {layout}")
 
         rows = (wanted_sent.x.float() * 1.5).to(case.x.dtype)
-        back = nvlink.combine(plan, rows.to(device), weights=sent.weights, bias=bias, grouped=grouped)
-        wanted_back = reference.combine(wanted_plan, rows, weights=wanted_sent.weights, bias=case.bias, grouped=grouped)
-        assert_sums(back.x, wanted_back.x, grouped)
-        assert_same(back.weights, wanted_back.weights, f"combined weights, grouped={grouped}")
-        plain = nvlink.combine(plan, rows.to(device), grouped=grouped)
+        back = nvlink.combine(plan, rows.to(device), weights=sent.weights, bias=bias, layout=layout)
+        wanted_back = reference.combine(wanted_plan, rows, weights=wanted_sent.weights, bias=case.bias, layout=layout)
+        assert_sums(back.x, wanted_back.x, layout)
+        assert_same(back.weights, wanted_back.weights, f"combined weights, {layout}")
+        plain = nvlink.combine(plan, rows.to(device), layout=layout)
         assert plain.weights is None
-        assert_sums(plain.x, reference.combine(wanted_plan, rows, grouped=grouped).x, grouped)
+        assert_sums(plain.x, reference.combine(wanted_plan, rows, layout=layout).x, layout)
     assert sent.weights is not None and wanted_sent.weights is not None
-    weighted = nvlink.combine(plan, rows.to(device), weights=sent.weights, apply_weights=True, grouped=True)
+    weighted = nvlink.combine(plan, rows.to(device), weights=sent.weights, apply_weights=True, layout=Layout.BY_EXPERT)
     wanted_weighted = reference.combine(
-        wanted_plan, rows, weights=wanted_sent.weights, apply_weights=True, grouped=True
+        wanted_plan, rows, weights=wanted_sent.weights, apply_weights=True, layout=Layout.BY_EXPERT
     )
-    assert_sums(weighted.x, wanted_weighted.x, True)
+    assert_sums(weighted.x, wanted_weighted.x, Layout.BY_EXPERT)
 
 
 @pytest.mark.parametrize("first_seed", range(0, 200, 20))
@@ -183,30 +183,37 @@ def test_int32_indices(ranks: Ranks, nvlink: NVLinkBackend) -> None:
 
 def test_without_expert_indices(ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend) -> None:
     case = Case.draw(ranks, 5, tokens=300)
-    layout = reference.layout(case.topk_idx, case.num_experts)
+    counts = reference.destinations(case.topk_idx, case.num_experts)
     given = {
-        "is_token_in_rank": layout.is_token_in_rank,
-        "num_tokens_per_expert": layout.num_tokens_per_expert,
+        "is_token_in_rank": counts.is_token_in_rank,
+        "num_tokens_per_expert": counts.num_tokens_per_expert,
     }
     plan = nvlink.plan(None, case.num_experts, **{k: v.to(ranks.device) for k, v in given.items()})
     wanted_plan = reference.plan(None, case.num_experts, **given)
     assert_same_plan(plan, wanted_plan)
-    sent, wanted = nvlink.dispatch(plan, case.x.to(ranks.device)), reference.dispatch(wanted_plan, case.x)
+    sent, wanted = (
+        nvlink.dispatch(plan, case.x.to(ranks.device), layout=Layout.BY_SOURCE),
+        reference.dispatch(wanted_plan, case.x, layout=Layout.BY_SOURCE),
+    )
     assert_same(sent.x, wanted.x, "rows")
-    assert_same(nvlink.combine(plan, sent.x).x, reference.combine(wanted_plan, wanted.x).x, "tokens")
+    assert_same(
+        nvlink.combine(plan, sent.x, layout=Layout.BY_SOURCE).x,
+        reference.combine(wanted_plan, wanted.x, layout=Layout.BY_SOURCE).x,
+        "tokens",
+    )
     with pytest.raises(HandleError, match="expert layout"):
-        nvlink.dispatch(plan, case.x.to(ranks.device), grouped=True)
+        nvlink.dispatch(plan, case.x.to(ranks.device), layout=Layout.BY_EXPERT)
 
 
 @pytest.mark.parametrize("column_major", [False, True])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("kind", [torch.float32, torch.int32])
 def test_fp8_rows_with_scales(
     ranks: Ranks,
     nvlink: NVLinkBackend,
     reference: CollectiveBackend,
     kind: torch.dtype,
-    grouped: bool,
+    layout: Layout,
     column_major: bool,
 ) -> None:
     case = Case.draw(ranks, 11, tokens=300, hidden_vectors=64, dtype=0, topk=3, local_experts=4)
@@ -215,24 +222,24 @@ def test_fp8_rows_with_scales(
     plan = nvlink.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=16)
     wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=16)
     on_gpu = scales.t().contiguous().to(ranks.device).t() if column_major else scales.to(ranks.device)
-    sent = nvlink.dispatch(plan, x.to(ranks.device), scales=on_gpu, grouped=grouped)
-    wanted = reference.dispatch(wanted_plan, x, scales=scales, grouped=grouped)
+    sent = nvlink.dispatch(plan, x.to(ranks.device), scales=on_gpu, layout=layout)
+    wanted = reference.dispatch(wanted_plan, x, scales=scales, layout=layout)
     assert_same(sent.x.view(torch.uint8), wanted.x.view(torch.uint8), "rows")
     assert_same(sent.scales, wanted.scales, "scales")
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("hidden", [128, 640, 4096])
 def test_quantized_on_the_way(
-    ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend, hidden: int, grouped: bool
+    ranks: Ranks, nvlink: NVLinkBackend, reference: CollectiveBackend, hidden: int, layout: Layout
 ) -> None:
     case = Case.draw(ranks, 13, tokens=300, hidden_vectors=hidden // 8, dtype=0, topk=3, local_experts=4)
     plan = nvlink.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=16)
     wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=16)
     sent = nvlink.dispatch(
-        plan, case.x.to(ranks.device), weights=case.weights.to(ranks.device), quantize=True, grouped=grouped
+        plan, case.x.to(ranks.device), weights=case.weights.to(ranks.device), wire=Wire.E4M3, layout=layout
     )
-    wanted = reference.dispatch(wanted_plan, case.x, weights=case.weights, quantize=True, grouped=grouped)
+    wanted = reference.dispatch(wanted_plan, case.x, weights=case.weights, wire=Wire.E4M3, layout=layout)
     assert sent.x.dtype == torch.float8_e4m3fn
     assert_same(sent.weights, wanted.weights, "weights")
     assert_same(sent.x.float(), wanted.x.float(), "rows")
@@ -240,7 +247,7 @@ def test_quantized_on_the_way(
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(("hidden", "tokens"), [(128, 300), (384, 300), (7168, 65), (7168, 0)])
 def test_through_fp8(
     ranks: Ranks,
@@ -248,7 +255,7 @@ def test_through_fp8(
     reference: CollectiveBackend,
     hidden: int,
     tokens: int,
-    grouped: bool,
+    layout: Layout,
     weighted: bool,
 ) -> None:
     """BF16 arrives: what a dispatch of rounded tokens delivers, wherever a row comes from."""
@@ -260,11 +267,10 @@ def test_through_fp8(
         plan,
         case.x.to(ranks.device),
         weights=None if weights is None else weights.to(ranks.device),
-        quantize=True,
-        dequantize=True,
-        grouped=grouped,
+        wire=Wire.E4M3_TO_BF16,
+        layout=layout,
     )
-    wanted = reference.dispatch(wanted_plan, through_fp8(case.x), weights=weights, grouped=grouped)
+    wanted = reference.dispatch(wanted_plan, through_fp8(case.x), weights=weights, layout=layout)
     assert sent.x.dtype == torch.bfloat16 and sent.scales is None
     assert_same(sent.x, wanted.x, "rows")
     assert_same(sent.weights, wanted.weights, "weights")
@@ -287,9 +293,9 @@ def test_every_scale(ranks: Ranks, nvlink: NVLinkBackend) -> None:
     def wanted(rows: Tensor) -> Tensor:
         return torch.cat([rows] * ranks.size)
 
-    rounded = nvlink.dispatch(plan, x.to(ranks.device), quantize=True, dequantize=True)
+    rounded = nvlink.dispatch(plan, x.to(ranks.device), wire=Wire.E4M3_TO_BF16, layout=Layout.BY_SOURCE)
     assert_same(rounded.x, wanted(through_fp8(x)), "rows")
-    sent = nvlink.dispatch(plan, x.to(ranks.device), quantize=True)
+    sent = nvlink.dispatch(plan, x.to(ranks.device), wire=Wire.E4M3, layout=Layout.BY_SOURCE)
     assert sent.scales is not None
     finite = torch.isfinite(wanted(x)).all(1)
     fp8, scales = (wanted(part.float()) for part in quantize_e4m3(x))
@@ -321,17 +327,17 @@ def test_fixed_sizes_need_no_host(ranks: Ranks, reference: CollectiveBackend) ->
         assert_same(tensor[:used], getattr(wanted, name), name)
         assert (tensor[used:] == -1).all(), name
     assert_same(plan.expert_offsets, wanted.expert_offsets, "expert_offsets")
-    sent = backend.dispatch(plan, case.x.to(device), grouped=True)
-    wanted_rows = reference.dispatch(wanted, case.x, grouped=True).x
+    sent = backend.dispatch(plan, case.x.to(device), layout=Layout.BY_EXPERT)
+    wanted_rows = reference.dispatch(wanted, case.x, layout=Layout.BY_EXPERT).x
     assert_same(sent.x[:m], wanted_rows, "rows")
     assert (sent.x[m:] == 0).all()
-    tokens = backend.combine(plan, sent.x, grouped=True).x
-    assert_sums(tokens, reference.combine(wanted, wanted_rows, grouped=True).x, True)
+    tokens = backend.combine(plan, sent.x, layout=Layout.BY_EXPERT).x
+    assert_sums(tokens, reference.combine(wanted, wanted_rows, layout=Layout.BY_EXPERT).x, Layout.BY_EXPERT)
 
     x = torch.randn((len(case.x), 640), generator=torch.Generator().manual_seed(ranks.rank)).bfloat16()
-    for grouped, used in ((False, n), (True, m)):
-        sent = backend.dispatch(plan, x.to(device), quantize=True, dequantize=True, grouped=grouped)
-        assert_same(sent.x[:used], reference.dispatch(wanted, through_fp8(x), grouped=grouped).x, "through FP8")
+    for layout, used in ((Layout.BY_SOURCE, n), (Layout.BY_EXPERT, m)):
+        sent = backend.dispatch(plan, x.to(device), wire=Wire.E4M3_TO_BF16, layout=layout)
+        assert_same(sent.x[:used], reference.dispatch(wanted, through_fp8(x), layout=layout).x, "through FP8")
     assert (sent.x[m:] == 0).all()
     backend.check()
     backend.close()
@@ -341,8 +347,8 @@ def test_overflow_is_an_error(ranks: Ranks) -> None:
     backend = make_backend(ranks, max_tokens_per_rank=64)
     topk_idx = torch.zeros((64, 1), dtype=torch.int64, device=ranks.device)  # all tokens to expert 0 on rank 0
     plan = backend.plan(topk_idx, ranks.size, max_recv=64 * ranks.size - 1, max_rows=64 * ranks.size)
-    sent = backend.dispatch(plan, torch.ones((64, 64), device=ranks.device), grouped=True)
-    backend.combine(plan, sent.x, grouped=True)
+    sent = backend.dispatch(plan, torch.ones((64, 64), device=ranks.device), layout=Layout.BY_EXPERT)
+    backend.combine(plan, sent.x, layout=Layout.BY_EXPERT)
     torch.cuda.synchronize()
     with pytest.raises(CapacityError, match=f"rank 0 needs room for {64 * ranks.size} received tokens"):
         backend.check()  # on every rank
@@ -363,8 +369,8 @@ def test_graph_replays_other_routing(ranks: Ranks, reference: CollectiveBackend)
         plan = backend.plan(
             topk_idx, experts, max_recv=tokens * ranks.size, max_rows=tokens * topk * ranks.size, alignment=8
         )
-        rows = backend.dispatch(plan, x, grouped=True).x
-        return backend.combine(plan, rows * 2, grouped=True).x
+        rows = backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x
+        return backend.combine(plan, rows * 2, layout=Layout.BY_EXPERT).x
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -382,8 +388,8 @@ def test_graph_replays_other_routing(ranks: Ranks, reference: CollectiveBackend)
         graph.replay()
         torch.cuda.synchronize()
         plan = reference.plan(routes, experts, alignment=8)
-        rows = reference.dispatch(plan, values, grouped=True).x
-        assert_sums(out, reference.combine(plan, rows * 2, grouped=True).x, True)
+        rows = reference.dispatch(plan, values, layout=Layout.BY_EXPERT).x
+        assert_sums(out, reference.combine(plan, rows * 2, layout=Layout.BY_EXPERT).x, Layout.BY_EXPERT)
     backend.check()
     backend.close()
 
@@ -395,14 +401,16 @@ def test_several_backends_and_layers_in_flight(ranks: Ranks, reference: Collecti
         backends[i % 4].plan(c.topk_idx.to(ranks.device), c.num_experts, alignment=c.alignment)
         for i, c in enumerate(cases)
     ]
-    rows = [backends[i % 4].dispatch(plans[i], c.x.to(ranks.device), grouped=True).x for i, c in enumerate(cases)]
+    rows = [
+        backends[i % 4].dispatch(plans[i], c.x.to(ranks.device), layout=Layout.BY_EXPERT).x for i, c in enumerate(cases)
+    ]
     for i in reversed(range(8)):
         case = cases[i]
-        tokens = backends[i % 4].combine(plans[i], rows[i], grouped=True).x
+        tokens = backends[i % 4].combine(plans[i], rows[i], layout=Layout.BY_EXPERT).x
         wanted_plan = reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment)
-        wanted_rows = reference.dispatch(wanted_plan, case.x, grouped=True).x
+        wanted_rows = reference.dispatch(wanted_plan, case.x, layout=Layout.BY_EXPERT).x
         assert_same(rows[i], wanted_rows, f"rows of layer {i}")
-        assert_sums(tokens, reference.combine(wanted_plan, wanted_rows, grouped=True).x, True)
+        assert_sums(tokens, reference.combine(wanted_plan, wanted_rows, layout=Layout.BY_EXPERT).x, Layout.BY_EXPERT)
     for backend in backends:
         backend.close()
 
@@ -411,12 +419,12 @@ def test_other_streams_wait_their_turn(ranks: Ranks, nvlink: NVLinkBackend) -> N
     case = Case.draw(ranks, 41, tokens=700, ragged=0, hidden_vectors=448, topk=8, local_experts=8, distinct=1)
     plan = nvlink.plan(case.topk_idx.to(ranks.device), case.num_experts)
     x = case.x.to(ranks.device)
-    wanted = nvlink.dispatch(plan, x).x.clone()
+    wanted = nvlink.dispatch(plan, x, layout=Layout.BY_SOURCE).x.clone()
     torch.cuda.synchronize()
     results = []
     for stream in [torch.cuda.Stream() for _ in range(6)]:
         with torch.cuda.stream(stream):
-            results.append(nvlink.dispatch(plan, x).x)
+            results.append(nvlink.dispatch(plan, x, layout=Layout.BY_SOURCE).x)
     torch.cuda.synchronize()
     for got in results:
         assert torch.equal(got, wanted)
@@ -467,8 +475,12 @@ def test_a_plan_waits_only_where_its_sizes_are_needed(ranks: Ranks, reference: C
     with pytest.raises(InputError if ranks.rank == 0 else PeerError):
         bad.known_sizes()
     with pytest.raises(HandleError, match="failed when it was made"):
-        backend.dispatch(bad, torch.zeros((10, 64), device=ranks.device))
-    assert_same(backend.dispatch(plain, case.x.to(ranks.device)).x, reference.dispatch(wanted, case.x).x, "rows")
+        backend.dispatch(bad, torch.zeros((10, 64), device=ranks.device), layout=Layout.BY_SOURCE)
+    assert_same(
+        backend.dispatch(plain, case.x.to(ranks.device), layout=Layout.BY_SOURCE).x,
+        reference.dispatch(wanted, case.x, layout=Layout.BY_SOURCE).x,
+        "rows",
+    )
     backend.close()
 
 
@@ -498,8 +510,9 @@ def test_ranks_that_disagree(ranks: Ranks) -> None:
     with pytest.raises(RankMismatchError, match="top-k"):
         backend.plan(topk_idx[:, : 1 + (ranks.rank == 0)].contiguous(), ranks.size).known_sizes()
     plan = backend.plan(topk_idx, ranks.size)
-    backend.dispatch(plan, torch.zeros((10, 64), device=ranks.device))  # staging is large enough for both below
-    backend.dispatch(plan, torch.zeros((10, 32 if ranks.rank == 0 else 64), device=ranks.device))
+    hidden = 32 if ranks.rank == 0 else 64
+    for size in (64, hidden):  # the first makes staging large enough for both
+        backend.dispatch(plan, torch.zeros((10, size), device=ranks.device), layout=Layout.BY_SOURCE)
     torch.cuda.synchronize()
     with pytest.raises((RankMismatchError, PeerError), match=r"row bytes|gave up"):
         backend.check()
@@ -514,14 +527,14 @@ def test_a_silent_peer_is_named(ranks: Ranks) -> None:
     topk_idx = torch.zeros((10, 1), dtype=torch.int64, device=ranks.device)
     plan = backend.plan(topk_idx, ranks.size)
     x = torch.zeros((10, 64), device=ranks.device)
-    backend.dispatch(plan, x)
+    backend.dispatch(plan, x, layout=Layout.BY_SOURCE)
     if ranks.rank != ranks.size - 1:  # the last rank does not call
-        backend.dispatch(plan, x)
+        backend.dispatch(plan, x, layout=Layout.BY_SOURCE)
         torch.cuda.synchronize()
         with pytest.raises((PeerTimeoutError, PeerError), match=f"rank {ranks.size - 1} in dispatch|gave up"):
             backend.plan(topk_idx, ranks.size)
         with pytest.raises(PeerError):
-            backend.combine(plan, x)
+            backend.combine(plan, x, layout=Layout.BY_SOURCE)
     torch.cuda.synchronize()
     backend.close()
     with pytest.raises(HandleError):

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe import Buffer
+from deepep_moe.backends.base import Layout
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
 from tests.gpu import lost_rank
@@ -61,7 +62,7 @@ def one_backend(ranks: Ranks) -> None:
     config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms)
     backend = NVLinkBackend(ranks.group, ranks.device, config)
     plan = backend.plan(torch.zeros((16, 1), dtype=torch.int64, device=ranks.device), ranks.size)
-    backend.dispatch(plan, torch.zeros((16, 64), device=ranks.device))
+    backend.dispatch(plan, torch.zeros((16, 64), device=ranks.device), layout=Layout.BY_SOURCE)
     backend.close()
 
 

@@ -6,14 +6,15 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from deepep_moe import DispatcherConfig, TokenDispatcher
-from deepep_moe.backends import Backend, get_backend
+from deepep_moe.backends import BACKENDS, Backend, Layout, get_backend
+from deepep_moe.config import BackendName
 from deepep_moe.errors import HandleError, InputError, UnsupportedError
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ from deepep_moe import Buffer, weigh_rows
 from deepep_moe.backends.nvlink import NVLinkBackend
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-print(NVLinkBackend.why_not(dist.group.WORLD, torch.device("cuda", 0)))
+print(NVLinkBackend.supports(dist.group.WORLD, torch.device("cuda", 0)))
 assert not Buffer.is_sm90_compiled()
 assert weigh_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0])).tolist() == [[1.0] * 3, [2.0] * 3]
 dist.destroy_process_group()
@@ -84,12 +85,44 @@ def test_a_closed_backend_says_so(group: dist.ProcessGroup) -> None:
         backend.plan(torch.zeros(1, 1, dtype=torch.int64), 1)
 
 
-def test_a_plan_for_another_group_size_is_refused(group: dist.ProcessGroup) -> None:
+def test_a_closed_backend_is_not_handed_out_again(group: dist.ProcessGroup) -> None:
+    config = DispatcherConfig(num_sms=6)
+    first = get_backend(group, CPU, config)
+    assert first.usable
+    first.close()
+    assert not first.usable
+    second = get_backend(group, CPU, config)
+    assert second is not first and second.usable
+    assert get_backend(group, CPU, config) is second
+
+
+def test_a_plan_of_another_backend_is_refused(group: dist.ProcessGroup) -> None:
+    first, second = get_backend(group, CPU), get_backend(group, CPU, DispatcherConfig(num_sms=8))
+    assert first.number != second.number
+    plan = first.plan(torch.zeros(2, 1, dtype=torch.int64), 2)
+    assert plan.owner == first.number
+    x = torch.ones(2, 4)
+    for call in (second.dispatch, second.combine):
+        with pytest.raises(HandleError, match="another group or configuration"):
+            call(plan, x, layout=Layout.BY_SOURCE)
+        with pytest.raises(HandleError, match="plan is a str"):
+            call("plan", x, layout=Layout.BY_SOURCE)  # type: ignore[arg-type]
+    assert torch.equal(first.dispatch(plan, x, layout=Layout.BY_SOURCE).x, x)
+
+
+def test_plans_are_numbered_and_refused_ones_count(group: dist.ProcessGroup) -> None:
     backend = get_backend(group, CPU)
-    plan = backend.plan(torch.zeros(2, 1, dtype=torch.int64), 2)
-    foreign = replace(plan, send_slot=torch.zeros(2, 3, dtype=torch.int32))
-    with pytest.raises(HandleError, match="made for 3 ranks, this group has 1"):
-        backend.dispatch(foreign, torch.ones(2, 4))
+    routes = torch.zeros(2, 1, dtype=torch.int64)
+    first = backend.plan(routes, 2)
+    with pytest.raises(InputError):
+        backend.plan(routes.float(), 2)
+    with pytest.raises(InputError, match="told"):
+        backend.refuse("plan", InputError("told", 1, "a rule"))
+    assert backend.plan(routes, 2).number == first.number + 3
+
+
+def test_the_setting_and_the_registry_know_the_same_backends() -> None:
+    assert get_args(BackendName) == ("auto", *sorted(BACKENDS))
 
 
 def test_plans_survive_later_plans_and_changed_inputs(group: dist.ProcessGroup) -> None:
@@ -100,7 +133,7 @@ def test_plans_survive_later_plans_and_changed_inputs(group: dist.ProcessGroup) 
     backend.plan(topk_idx, 2)
     assert plan.topk_idx.tolist() == [[1], [0], [1]]
     x = torch.tensor([[1.0], [2.0], [3.0]])
-    assert backend.dispatch(plan, x, grouped=True).x.tolist() == [[2.0], [1.0], [3.0]]
+    assert backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x.tolist() == [[2.0], [1.0], [3.0]]
 
 
 def test_second_derivatives_of_a_linear_path(group: dist.ProcessGroup) -> None:
