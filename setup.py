@@ -133,7 +133,7 @@ def gpus_here() -> list[str]:
 
 def nvcc_archs(cuda_home: Path) -> list[str]:
     """Every architecture that nvcc compiles for, ascending."""
-    command = [cuda_home / "bin" / "nvcc", "--list-gpu-arch"]
+    command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sorted((f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", text)), key=by_number)
 
