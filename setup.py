@@ -6,10 +6,10 @@
 Environment variables:
 
 ``TORCH_CUDA_ARCH_LIST``
-    GPU architectures, for example ``9.0``, ``8.0;9.0``, ``9.0a`` or ``9.0+PTX``. Default: ``9.0``.
+    GPU architectures, for example ``9.0``, ``8.0;9.0``, ``9.0a`` or ``9.0+PTX``. Default: those of this machine's GPUs;
+    without a GPU ``8.0;9.0;10.0+PTX``, whose PTX also runs on GPUs that are newer than all of them.
 ``DISABLE_SM90_FEATURES``
-    ``1`` for GPUs before sm_90. Kernels use nothing that only Hopper has, so this only changes what
-    ``Buffer.is_sm90_compiled()`` reports.
+    ``1`` makes the default ``8.0`` alone, as in DeepEP. The kernels are the same for every architecture.
 ``DISABLE_AGGRESSIVE_PTX_INSTRS``
     ``1`` avoids load/store instructions whose cache hints are undocumented for this use.
 ``NVSHMEM_DIR``
@@ -35,6 +35,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -42,7 +43,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-DEFAULT_ARCHS = "9.0"
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # where there is no GPU to ask; the last one as PTX too
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"setuptools {setuptools.__version__} is too old to read pyproject.toml: pip install 'setuptools>=77'")
@@ -96,18 +97,57 @@ def find_nvshmem() -> tuple[Path | None, str]:
     return (wheel, "nvidia-nvshmem wheel") if wheel else (None, "")
 
 
-def gencode_flags(archs: str) -> list[str]:
-    """nvcc flags of a TORCH_CUDA_ARCH_LIST."""
+def split_archs(text: str) -> list[str]:
+    """Architectures of a TORCH_CUDA_ARCH_LIST."""
+    archs = [arch for arch in re.split(r"[;,\s]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST={text}: '{arch}' is not like 8.0, 9.0, 9.0a or 9.0+PTX")
+    return archs
+
+
+def gencode_flags(archs: list[str]) -> list[str]:
+    """nvcc flags for code that runs on ``archs``, and PTX where they end in ``+PTX``."""
     flags = []
-    for arch in re.split(r"[;,\s]+", archs.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-        if not match:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST={archs}: '{arch}' is not like 8.0, 9.0, 9.0a or 9.0+PTX")
-        number = "".join(match.group(1, 2, 3))
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match.group(4):
+        if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def by_number(arch: str) -> tuple[int, ...]:
+    return tuple(map(int, arch.split(".")))
+
+
+def gpus_here() -> list[str]:
+    """Compute capabilities of this machine's GPUs, such as ``9.0``, each once; none where nvidia-smi finds no GPU."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted(set(re.findall(r"^\d+\.\d$", text, re.MULTILINE)), key=by_number)
+
+
+def nvcc_archs(cuda_home: Path) -> list[str]:
+    """Every architecture that nvcc compiles for, ascending."""
+    command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sorted((f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", text)), key=by_number)
+
+
+def default_archs(gpus: list[str], supported: list[str]) -> list[str]:
+    """What to build for on a machine with ``gpus`` by an nvcc that knows ``supported``.
+
+    A GPU newer than nvcc gets PTX of the newest architecture before it, which its driver compiles.
+    """
+    archs = [arch for arch in gpus or DEFAULT_ARCHS if arch in supported]
+    if gpus and len(archs) == len(gpus):
+        return archs
+    newest = [arch for arch in supported if by_number(arch) <= by_number((gpus or DEFAULT_ARCHS)[-1])]
+    return [*(arch for arch in archs if arch != newest[-1]), f"{newest[-1]}+PTX"] if newest else archs
 
 
 def nvcc_version(cuda_home: Path) -> str:
@@ -116,71 +156,89 @@ def nvcc_version(cuda_home: Path) -> str:
     return match.group(1) if match else "unknown version"
 
 
-class CudaBuild:
-    """What was found on this machine and switched on: the flags of every compilation."""
+class Toolchain:
+    """What was found on this machine and switched on: the commands of every compilation."""
 
     def __init__(self) -> None:
         self.cuda_home = find_cuda_home()
         self.pybind11 = package_directory("pybind11")
         self.nvshmem, self.nvshmem_source = find_nvshmem()
-        self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-        self.sm90 = not switch("DISABLE_SM90_FEATURES")
         self.aggressive_ptx = not switch("DISABLE_AGGRESSIVE_PTX_INSTRS")
         self.wanted = switch("DEEPEP_MOE_CUDA")
         self.cxx = shlex.split(os.environ.get("CXX", "g++"))
         self.jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        self.archs, self.archs_source = self._archs()
         self.why_not = self._why_not()
         if self.why_not and self.wanted:
             sys.exit(f"DEEPEP_MOE_CUDA=1, but the extension cannot be built: {self.why_not}")
+
+    def _archs(self) -> tuple[list[str], str]:
+        """Architectures to build for, and who says so."""
+        if given := split_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+            return given, "TORCH_CUDA_ARCH_LIST"
+        if switch("DISABLE_SM90_FEATURES"):
+            return ["8.0"], "DISABLE_SM90_FEATURES"
+        if self.cuda_home is None or self.wanted is False:
+            return [], ""
+        gpus = gpus_here()
+        source = f"GPUs found: {', '.join(gpus)}" if gpus else "no GPU found"
+        return default_archs(gpus, nvcc_archs(self.cuda_home)), source
 
     def _why_not(self) -> str:
         if self.wanted is False:
             return "DEEPEP_MOE_CUDA=0"
         if self.cuda_home is None:
             return "no CUDA toolkit found (nvcc in PATH, or CUDA_HOME)"
+        if not self.archs:
+            return f"nvcc {nvcc_version(self.cuda_home)} compiles for none of the {self.archs_source}"
         if not shutil.which(self.cxx[0]):
             return f"no host compiler ({self.cxx[0]}; set CXX)"
         if self.pybind11 is None:
             return "pybind11 is not installed for this Python (pip install pybind11)"
-        if not self.sources():
-            return "csrc holds no sources"
         return ""
 
-    @staticmethod
-    def sources() -> list[Path]:
-        return sorted([*CSRC.glob("*.cpp"), *CSRC.glob("runtime/*.cpp"), *CSRC.glob("kernels/*.cu")])
+    def nvcc(self) -> list[str]:
+        assert self.cuda_home is not None
+        return [str(self.cuda_home / "bin" / "nvcc"), "-ccbin", self.cxx[0], *gencode_flags(self.archs)]
 
-    @staticmethod
-    def headers() -> list[Path]:
-        return sorted(path for suffix in ("h", "hpp", "cuh") for path in CSRC.rglob(f"*.{suffix}"))
-
-    def command(self, source: Path) -> list[str]:
-        """Compiler call for one source, without its output."""
+    def compile(self, module: Module, source: Path) -> list[str]:
+        """Compiler call for one source of ``module``, without its output."""
         assert self.cuda_home is not None
         assert self.pybind11 is not None
-        common = ["-O3", "-std=c++17", f"-I{CSRC}"]
-        common += [] if self.sm90 else ["-DDISABLE_SM90_FEATURES"]
+        common = ["-c", str(source), "-O3", "-std=c++17", f"-I{CSRC}", *(f"-I{path}" for path in module.include_dirs)]
         common += [] if self.aggressive_ptx else ["-DDISABLE_AGGRESSIVE_PTX_INSTRS"]
         if source.suffix == ".cu":
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-            nvcc = [str(self.cuda_home / "bin" / "nvcc"), "-ccbin", self.cxx[0]]
-            return [*nvcc, "-c", str(source), *common, "-lineinfo", *host, *gencode_flags(self.archs)]
+            device = ["-lineinfo", *(["-rdc=true"] if module.device_link else [])]
+            return [*self.nvcc(), *common, *device, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
         includes = [self.cuda_home / "include", self.pybind11 / "include", sysconfig.get_paths()["include"]]
         flags = ["-fPIC", "-fvisibility=hidden", "-Wall", *(f"-isystem{path}" for path in includes)]
-        return [*self.cxx, "-c", str(source), *common, *flags]
+        return [*self.cxx, *common, f'-DDEEPEP_MOE_ARCHITECTURES="{";".join(self.archs)}"', *flags]
 
-    def summary(self) -> str:
+    def device_link(self, module: Module, objects: list[Path]) -> list[str]:
+        """nvcc call that resolves device code between ``objects`` and the module's archives, without its output."""
+        archives = [path for path in module.extra_objects if path.endswith(".a")]
+        return [*self.nvcc(), "-dlink", "-Xcompiler", "-fPIC", *map(str, objects), *archives]
+
+    def link(self, module: Module, objects: list[Path], version_script: Path, target: Path) -> list[str]:
+        """Linker call for the module itself."""
+        assert self.cuda_home is not None
+        directories = [self.cuda_home / name for name in ("lib64", "lib")]
+        libraries = [*module.extra_objects, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link = [*self.cxx, "-shared", "-o", str(target), *map(str, objects)]
+        link += [*(f"-L{path}" for path in directories if path.is_dir()), *libraries]
+        return [*link, f"-Wl,--version-script={version_script}"]
+
+    def summary(self, modules: list[Module]) -> str:
         on_off = {True: "on", False: "off"}
         rows = [("Python", f"{sys.version.split()[0]}, {sysconfig.get_config_var('EXT_SUFFIX')}")]
         if self.why_not:
             rows.append(("CUDA extension", f"not built: {self.why_not}"))
         else:
             assert self.cuda_home is not None
+            rows += [("CUDA extension", f"{module.name} from {len(module.sources)} sources") for module in modules]
             rows += [
-                ("CUDA extension", f"deepep_moe._C from {len(self.sources())} sources"),
                 ("CUDA toolkit", f"{nvcc_version(self.cuda_home)} in {self.cuda_home}"),
-                ("architectures", self.archs),
-                ("sm_90 features", on_off[self.sm90]),
+                ("architectures", f"{';'.join(self.archs)} ({self.archs_source})"),
                 ("aggressive PTX", on_off[self.aggressive_ptx]),
             ]
         found = f"found by {self.nvshmem_source}: {self.nvshmem}" if self.nvshmem else "not found"
@@ -189,29 +247,50 @@ class CudaBuild:
         return "\n".join(["deepep_moe build:", *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
+class Module(Extension):
+    """An extension module; of what setuptools has for one, sources, include_dirs and extra_objects count.
+
+    Args:
+        device_link: kernels call functions of other sources or of archives in extra_objects (relocatable device code).
+    """
+
+    def __init__(self, name: str, sources: list[str], *, device_link: bool = False, **given: Any) -> None:
+        super().__init__(name, sources, **given)
+        self.device_link = device_link
+
+
 class BuildExtension(build_ext):
     """Compiles what changed, in parallel, and links without torch."""
 
+    toolchain: Toolchain
+
     def build_extension(self, ext: Extension) -> None:
+        assert isinstance(ext, Module)
         target = Path(self.get_ext_fullpath(ext.name))
-        with ThreadPoolExecutor(BUILD.jobs) as pool:
-            objects = list(pool.map(self.compile_one, BUILD.sources()))
-        assert BUILD.cuda_home is not None
-        library_dirs = [BUILD.cuda_home / name for name in ("lib64", "lib")]
-        link = [*BUILD.cxx, "-shared", "-o", str(target), *map(str, objects)]
-        link += [f"-L{path}" for path in library_dirs if path.is_dir()]
-        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        with ThreadPoolExecutor(self.toolchain.jobs) as pool:
+            objects = list(pool.map(lambda source: self.compile_one(ext, ROOT / source), ext.sources))
+        name = ext.name.rpartition(".")[2]
+        temporary = Path(self.build_temp) / name
+        temporary.mkdir(parents=True, exist_ok=True)
+        if ext.device_link:
+            resolved = temporary / "device_link.o"
+            self.call([*self.toolchain.device_link(ext, objects), "-o", str(resolved)])
+            objects.append(resolved)
+        # Everything else stays inside, so that it never meets a library of the process that has the same names.
+        version_script = temporary / "version_script"
+        version_script.write_text(f"{{ global: PyInit_{name}; local: *; }};\n")
         # always: the objects of another architecture may be older than what is there
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.call(link)
+        self.call(self.toolchain.link(ext, objects, version_script, target))
 
-    def compile_one(self, source: Path) -> Path:
+    def compile_one(self, module: Module, source: Path) -> Path:
         """Object file of ``source``; recompiled when the source, any header or the command is new."""
-        command = BUILD.command(source)
+        command = self.toolchain.compile(module, source)
         key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
         # the key keeps builds for several Pythons or architectures beside each other
         target = ROOT / "build" / "csrc" / f"{source.stem}-{key}{source.suffix}.o"
-        newest = max(path.stat().st_mtime for path in [source, *BUILD.headers()])
+        headers = (path for suffix in ("h", "hpp", "cuh") for path in CSRC.rglob(f"*.{suffix}"))
+        newest = max(path.stat().st_mtime for path in [source, *headers])
         if not target.exists() or target.stat().st_mtime < newest:
             target.parent.mkdir(parents=True, exist_ok=True)
             unfinished = target.with_suffix(f".{os.getpid()}.tmp.o")
@@ -226,18 +305,22 @@ class BuildExtension(build_ext):
             sys.exit(f"failed: {shlex.join(command)}")
 
 
-BUILD = CudaBuild()
-if {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"} & set(sys.argv):
-    print(BUILD.summary(), flush=True)
+def main() -> None:
+    toolchain = BuildExtension.toolchain = Toolchain()
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cpp"), *CSRC.glob("*/*.cu")]
+    modules = [Module("deepep_moe._C", sorted(str(path.relative_to(ROOT)) for path in sources))]
+    if {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+        print(toolchain.summary(modules), flush=True)
+    # integrations/ stands beside deepep_moe/ in the tree and is imported as deepep_moe.integrations
+    integrations = [f"deepep_moe.integrations.{name}" for name in find_packages("integrations")]
+    setup(
+        packages=[*find_packages(include=["deepep_moe", "deepep_moe.*"]), "deepep_moe.integrations", *integrations],
+        package_dir={"deepep_moe": "deepep_moe", "deepep_moe.integrations": "integrations"},
+        package_data={"deepep_moe": ["py.typed", "_C.pyi"]},
+        ext_modules=[] if toolchain.why_not else modules,
+        cmdclass={"build_ext": BuildExtension},
+    )
 
-# integrations/ stands beside deepep_moe/ in the tree and is imported as deepep_moe.integrations
-INTEGRATIONS = ["deepep_moe.integrations", *(f"deepep_moe.integrations.{p}" for p in find_packages("integrations"))]
-EXTENSION = [Extension("deepep_moe._C", [str(path.relative_to(ROOT)) for path in BUILD.sources()])]
 
-setup(
-    packages=[*find_packages(include=["deepep_moe", "deepep_moe.*"]), *INTEGRATIONS],
-    package_dir={"deepep_moe": "deepep_moe", "deepep_moe.integrations": "integrations"},
-    package_data={"deepep_moe": ["py.typed", "_C.pyi"]},
-    ext_modules=[] if BUILD.why_not else EXTENSION,
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # so that tests can import what is above; pip runs it as __main__ too
+    main()

@@ -16,11 +16,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("MAX_RANKS") = deepep_moe::kMaxRanks;
     m.attr("MAX_TOPK") = deepep_moe::kMaxTopk;
     m.attr("MAX_EXPERTS") = deepep_moe::kMaxExperts;
-#ifdef DISABLE_SM90_FEATURES
-    m.attr("SM90_FEATURES") = false;
-#else
-    m.attr("SM90_FEATURES") = true;
-#endif
+    m.attr("ARCHITECTURES") = DEEPEP_MOE_ARCHITECTURES;  // from setup.py
 
     m.def("routes", [](Address routing_map, Address probs, int dtype, int num_tokens, int num_experts, int num_topk,
                        Address topk_idx, Address weights, bool backward, Address stream) {

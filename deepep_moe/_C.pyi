@@ -3,7 +3,7 @@
 MAX_RANKS: int
 MAX_TOPK: int
 MAX_EXPERTS: int
-SM90_FEATURES: bool
+ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
 
 def routes(
     routing_map: int,

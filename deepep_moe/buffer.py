@@ -121,8 +121,8 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the CUDA extension is there and was built with Hopper features."""
-        return extension.why_missing is None and bool(extension._C.SM90_FEATURES)
+        """Whether the CUDA extension is there and has code for sm_90 (Hopper) or later."""
+        return any(int(arch.split(".")[0]) >= 9 for arch in extension.ARCHITECTURES)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:

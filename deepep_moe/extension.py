@@ -1,6 +1,9 @@
-"""The CUDA extension ``deepep_moe._C``, where it was built: what it is called with, or why it is not there."""
+"""The CUDA extension ``deepep_moe._C``: what it is called with, or why it is not there or does not serve a GPU."""
 
 from __future__ import annotations
+
+import re
+from functools import cache
 
 import torch
 
@@ -9,8 +12,42 @@ try:
 except ImportError as error:  # not built, or for another Python
     _C = None  # type: ignore[assignment]  # whoever imports it asks why_missing first
     why_missing: str | None = f"the CUDA extension is not there ({error}); install with nvcc in PATH to build it"
+    ARCHITECTURES: tuple[str, ...] = ()
 else:
     why_missing = None
+    ARCHITECTURES = tuple(_C.ARCHITECTURES.split(";"))  # as in TORCH_CUDA_ARCH_LIST, such as "9.0" or "10.0+PTX"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType of csrc/kernels/args.h
 VECTOR_BYTES = 16  # kernels move rows in units of this
+
+
+@cache
+def why_not_on(device: torch.device) -> str | None:
+    """The reason why the extension's kernels cannot run on ``device``, or None. The answer is remembered."""
+    if why_missing is not None:
+        return why_missing
+    if device.type != "cuda":
+        return f"the CUDA extension needs a CUDA device, not {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if any(runs_on(architecture, (major, minor)) for architecture in ARCHITECTURES):
+        return None
+    return (
+        f"{torch.cuda.get_device_name(device)} ({device}) has compute capability {major}.{minor}, and the CUDA "
+        f"extension was built for {', '.join(ARCHITECTURES)}: build it on this machine, or with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for one entry of ``ARCHITECTURES`` runs on a GPU of this compute capability.
+
+    Machine code runs within its major version, on its own minor version and later ones; PTX on everything later.
+    ``a`` stands for one GPU and ``f`` for its family, also in PTX.
+    """
+    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
+    assert match is not None, architecture
+    built = (int(match[1]), int(match[2]))
+    if match[3] == "a":
+        return capability == built
+    later = capability >= built
+    return later and (capability[0] == built[0] or (match[4] is not None and not match[3]))

@@ -23,8 +23,7 @@ def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tenso
     Returns:
         [T, K] int64 experts in ascending order, -1 where a row has fewer; [T, K] fp32 probabilities, 0 there.
     """
-    no_kernel = extension.why_missing is not None or not routing_map.is_cuda or probs.dtype not in DTYPE_CODES
-    if no_kernel or watched(probs):
+    if watched(probs) or probs.dtype not in DTYPE_CODES or extension.why_not_on(routing_map.device):
         return _by_sorting(routing_map, probs, topk)
     return _Routes.apply(probs, routing_map, topk)  # type: ignore[no-any-return]
 

@@ -110,12 +110,11 @@ def _times(rows: Tensor, weights: Tensor) -> Tensor:
 def _on_kernel(rows: Tensor, weights: Tensor) -> bool:
     """Whether the kernel serves these rows; it leaves nothing behind that could be differentiated once more."""
     return (
-        extension.why_missing is None
-        and rows.is_cuda
+        not watched(rows)
         and rows.dtype in DTYPE_CODES
         and rows.shape[1] * rows.element_size() % VECTOR_BYTES == 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad))
-        and not watched(rows)
+        and extension.why_not_on(rows.device) is None
     )
 
 

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepep_moe import DispatcherConfig, TokenDispatcher, __version__
+from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension
 from deepep_moe.backends import why_not
 from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.tools.bench_timing import ranks_of_this_run
@@ -57,19 +57,17 @@ def look_at_torch() -> list[Finding]:
     return found
 
 
-def look_at_extension() -> Finding:
-    subject = "extension"
-    spec = importlib.util.find_spec("deepep_moe._C")
-    if spec is None:
-        needed = BAD if torch.cuda.is_available() else NOTE
-        text = "not built: backend nvlink is off; on a machine with nvcc run `python setup.py build_ext --inplace`"
-        return Finding(needed, subject, text)
-    try:
-        extension = importlib.import_module("deepep_moe._C")
-    except ImportError as error:
-        return Finding(BAD, subject, f"{spec.origin} cannot be loaded: {error}")
-    features = "with sm_90 features" if extension.SM90_FEATURES else "without sm_90 features"
-    return Finding(GOOD, subject, f"{features}, {spec.origin}")
+def look_at_extension() -> list[Finding]:
+    """What the extension was built for, and every GPU here that it cannot run on."""
+    if extension.why_missing is not None:
+        there = importlib.util.find_spec("deepep_moe._C") is not None  # but it cannot be loaded
+        state = BAD if there or torch.cuda.is_available() else NOTE
+        return [Finding(state, "extension", f"{extension.why_missing}; without it backend nvlink is off")]
+    found = [Finding(GOOD, "extension", f"built for {', '.join(extension.ARCHITECTURES)}, {extension._C.__file__}")]
+    for index in range(torch.cuda.device_count()):
+        if reason := extension.why_not_on(torch.device("cuda", index)):
+            found.append(Finding(BAD, f"GPU {index}", reason))
+    return found
 
 
 def version_of(package: str) -> str | None:

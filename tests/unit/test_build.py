@@ -1,17 +1,33 @@
-"""setup.py: what it finds, what it says, and that it works without a CUDA toolkit."""
+"""setup.py: what it finds, what it says, that it works without a CUDA toolkit, and how it links."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 from tests.launch import ROOT
 
 NO_TOOLKIT = {"CUDA_HOME": "/nonexistent"}
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("deepep_moe_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SETUP = load_setup()
+NVCC_13 = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]
+NVCC_12_4 = ["5.0", "7.0", "7.5", "8.0", "8.6", "8.9", "9.0"]
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +59,7 @@ def test_the_extension_can_be_required_and_refused(tmp_path: Path) -> None:
     [
         ({"DEEPEP_MOE_CUDA": "maybe"}, "DEEPEP_MOE_CUDA=maybe: use 0 or 1"),
         ({"NVSHMEM_DIR": "/nonexistent"}, "NVSHMEM_DIR=/nonexistent: no include directory there"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "TORCH_CUDA_ARCH_LIST=8.0;Hopper: 'Hopper' is not like 8.0, 9.0"),
     ],
 )
 def test_impossible_variables_are_named(tmp_path: Path, environment: dict[str, str], message: str) -> None:
@@ -55,6 +72,112 @@ def test_nvshmem_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "nvshmem/include").mkdir(parents=True)
     result = build(tmp_path, NVSHMEM_DIR=str(tmp_path / "nvshmem"), **NO_TOOLKIT)
     assert f"found by NVSHMEM_DIR: {tmp_path / 'nvshmem'}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nvcc", "archs"),
+    [
+        ([], NVCC_13, ["8.0", "9.0", "10.0+PTX"]),
+        ([], NVCC_12_4, ["8.0", "9.0+PTX"]),
+        (["9.0"], NVCC_13, ["9.0"]),
+        (["8.0", "12.0"], NVCC_13, ["8.0", "12.0"]),
+        (["10.0"], NVCC_12_4, ["9.0+PTX"]),  # newer than nvcc: the driver compiles the PTX
+        (["8.0", "10.0"], NVCC_12_4, ["8.0", "9.0+PTX"]),
+        (["9.0", "10.0"], NVCC_12_4, ["9.0+PTX"]),
+        (["7.0"], NVCC_13, []),  # older than all that nvcc knows
+    ],
+)
+def test_default_architectures(gpus: list[str], nvcc: list[str], archs: list[str]) -> None:
+    assert SETUP.default_archs(gpus, nvcc) == archs
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with a CUDA toolkit and two kinds of GPU, as far as setup.py asks."""
+    archs = "".join(f"compute_{arch.replace('.', '')}\n" for arch in NVCC_13)
+    program(tmp_path / "bin/nvcc", f"echo '{archs}'")
+    program(tmp_path / "bin/nvidia-smi", "printf '9.0\\n8.0\\n9.0\\n'")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("TORCH_CUDA_ARCH_LIST", "DISABLE_SM90_FEATURES", "DEEPEP_MOE_CUDA", "NVSHMEM_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_architectures_are_those_of_the_gpus_unless_the_caller_says_otherwise(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SETUP.Toolchain().archs == ["8.0", "9.0"]
+    assert "8.0;9.0 (GPUs found: 8.0, 9.0)" in SETUP.Toolchain().summary([])
+    for no_gpu in ("exit 9", "echo 'No devices were found'"):
+        program(machine / "bin/nvidia-smi", no_gpu)
+        assert SETUP.Toolchain().archs == ["8.0", "9.0", "10.0+PTX"]
+    program(machine / "bin/nvidia-smi", "echo 7.0")
+    assert "compiles for none of the GPUs found: 7.0" in SETUP.Toolchain().why_not
+    monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
+    assert SETUP.Toolchain().archs == ["8.0"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a 12.0+PTX")
+    toolchain = SETUP.Toolchain()
+    assert toolchain.archs == ["9.0a", "12.0+PTX"]
+    assert [flag for flag in toolchain.nvcc() if "gencode" in flag] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+KERNEL = """
+extern __device__ int in_the_archive(int x);
+__global__ void kernel(int* out) { *out = in_the_archive(*out); }
+void launch(int* out) { kernel<<<1, 1>>>(out); }
+"""
+PYTHON_MODULE = """
+#include <Python.h>
+void launch(int* out);
+__attribute__((visibility("default"))) int exported_by_mistake(int* out) { launch(out); return 0; }
+static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_tiny", nullptr, -1, nullptr};
+PyMODINIT_FUNC PyInit__tiny() {
+    PyObject* module = PyModule_Create(&definition);
+    PyModule_AddStringConstant(module, "ARCHITECTURES", DEEPEP_MOE_ARCHITECTURES);
+    return module;
+}
+"""
+
+
+@pytest.mark.skipif(SETUP.find_cuda_home() is None, reason="needs nvcc")
+def test_device_code_is_linked_and_only_the_entry_point_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.delenv("DEEPEP_MOE_CUDA", raising=False)
+    monkeypatch.setattr(SETUP, "ROOT", tmp_path)  # where objects go
+    toolchain = SETUP.Toolchain()
+    monkeypatch.setattr(SETUP.BuildExtension, "toolchain", toolchain, raising=False)
+    (tmp_path / "archived.cu").write_text("__device__ int in_the_archive(int x) { return 2 * x; }")
+    archive = tmp_path / "libarchive.a"
+    subprocess.run([*toolchain.nvcc(), "-rdc=true", "-lib", str(tmp_path / "archived.cu"), "-o", archive], check=True)
+    (tmp_path / "kernel.cu").write_text(KERNEL)
+    (tmp_path / "module.cpp").write_text(PYTHON_MODULE)
+
+    module = SETUP.Module("_tiny", ["kernel.cu", "module.cpp"], device_link=True, extra_objects=[str(archive)])
+    command = SETUP.BuildExtension(Distribution({"ext_modules": [module]}))
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.ensure_finalized()
+    command.run()
+
+    (library,) = (tmp_path / "lib").glob("_tiny*.so")
+    exported = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in exported.stdout.splitlines()] == ["PyInit__tiny"]
+    # loading it fails where device code was not linked: its registration is then an undefined symbol
+    code = "import _tiny; print(_tiny.ARCHITECTURES)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=library.parent, capture_output=True, text=True)
+    assert loaded.stdout == "9.0\n", loaded.stderr
 
 
 def test_integrations_are_importable_as_installed() -> None:
