@@ -1,81 +1,121 @@
 // deepep_moe._C: the runtime as Python sees it. Typed in deepep_moe/_C.pyi.
+//
+// This file holds the domain, the enumerations that Python reads, and the kernels of one rank alone; each engine binds
+// itself.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
+#include <memory>
 
-#include "runtime/buffer.h"
+#include "local/args.h"
+#include "runtime/domain.h"
 
 namespace py = pybind11;
-using deepep_moe::Address;
-using deepep_moe::Buffer;
+using namespace deepep_moe;
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "CUDA runtime of deepep_moe: one Buffer per rank and process group.";
-    m.attr("MAX_RANKS") = deepep_moe::kMaxRanks;
-    m.attr("MAX_TOPK") = deepep_moe::kMaxTopk;
-    m.attr("MAX_EXPERTS") = deepep_moe::kMaxExperts;
-    m.attr("ARCHITECTURES") = DEEPEP_MOE_ARCHITECTURES;  // from setup.py
+namespace {
 
-    m.def("routes", [](Address routing_map, Address probs, int dtype, int num_tokens, int num_experts, int num_topk,
-                       Address topk_idx, Address weights, bool backward, Address stream) {
-        const deepep_moe::RoutesArgs args{reinterpret_cast<const bool*>(routing_map),
-                                          reinterpret_cast<void*>(probs),
-                                          num_tokens,
-                                          num_experts,
-                                          num_topk,
-                                          reinterpret_cast<int64_t*>(topk_idx),
-                                          reinterpret_cast<float*>(weights)};
-        const cudaError_t status = deepep_moe::launch_routes(args, static_cast<deepep_moe::DataType>(dtype), backward,
-                                                             reinterpret_cast<cudaStream_t>(stream));
-        if (status != cudaSuccess) throw std::runtime_error(std::string("routes: ") + cudaGetErrorString(status));
-    });
+py::object report_tuple(const std::optional<FailureReport>& report) {
+    if (!report) return py::none();
+    return py::make_tuple(report->failure, report->phase, report->peer, report->field, report->expected, report->seen);
+}
 
-    py::class_<Buffer>(m, "Buffer")
+void bind_enumerations(py::module_& m) {
+    py::enum_<Failure>(m, "Failure", py::arithmetic())
+        .value("TIMEOUT", kTimeout)
+        .value("PEER_FAILED", kPeerFailed)
+        .value("MISMATCH", kMismatch)
+        .value("BAD_EXPERT", kBadExpert)
+        .value("RECV_OVERFLOW", kRecvOverflow)
+        .value("ROWS_OVERFLOW", kRowsOverflow)
+        .value("STAGING", kStaging)
+        .value("BAD_PEER_INPUT", kBadPeerInput);
+    py::enum_<Phase>(m, "Phase", py::arithmetic())
+        .value("PLAN_COUNTS", kPlanCounts)
+        .value("PLAN_PLACES", kPlanPlaces)
+        .value("DISPATCH_START", kDispatchStart)
+        .value("DISPATCH_ROWS", kDispatchRows)
+        .value("COMBINE_START", kCombineStart)
+        .value("COMBINE_ROWS", kCombineRows)
+        .value("GROW_STAGING", kGrowStaging)
+        .value("REFUSED", kRefused)
+        .value("LOW_LATENCY_DISPATCH", kLowLatencyDispatch)
+        .value("LOW_LATENCY_COMBINE", kLowLatencyCombine);
+    py::enum_<Field>(m, "Field", py::arithmetic())
+        .value("NUM_EXPERTS", kNumExperts)
+        .value("NUM_TOPK", kNumTopk)
+        .value("ALIGNMENT", kAlignment)
+        .value("OPERATION", kOperation)
+        .value("PLAN_NUMBER", kPlanNumber)
+        .value("FORMAT", kFormat)
+        .value("ROW_BYTES", kRowBytes)
+        .value("MAX_TOKENS", kMaxTokens)
+        .value("HIDDEN", kHidden);
+    py::enum_<DataType>(m, "DataType")
+        .value("FLOAT32", DataType::kFloat32)
+        .value("BFLOAT16", DataType::kBFloat16)
+        .value("FLOAT16", DataType::kFloat16);
+}
+
+void bind_domain(py::module_& m) {
+    m.attr("MAX_RANKS") = kMaxRanks;
+    py::class_<DomainRuntime, std::shared_ptr<DomainRuntime>>(m, "Domain")
         .def(py::init<int, int, int, double, bool>(), py::arg("rank"), py::arg("num_ranks"), py::arg("device"),
              py::arg("timeout_seconds"), py::arg("record_waits"))
-        .def_static("control_bytes", &Buffer::control_bytes)
-        .def_static("staging_bytes", &Buffer::staging_bytes)
-        .def("set_control", &Buffer::set_control)
-        .def("set_staging", &Buffer::set_staging)
-        .def("layout", &Buffer::layout)
-        .def("begin_plan", &Buffer::begin_plan)
-        .def("wait_plan",
-             [](Buffer& self, Address expert_counts) -> py::object {
-                 std::optional<deepep_moe::PlanNumbers> numbers;
-                 {
-                     py::gil_scoped_release release;
-                     numbers = self.wait_plan(expert_counts);
-                 }
-                 if (!numbers) return py::none();
-                 return py::make_tuple(numbers->num_recv, numbers->num_rows, numbers->max_tokens, numbers->failed);
-             })
-        .def("place_plan", &Buffer::place_plan)
-        .def("set_route", &Buffer::set_route)
-        .def("dispatch", &Buffer::dispatch)
-        .def("combine", &Buffer::combine)
-        .def("take_failure",
-             [](Buffer& self, bool lasting_only) -> py::object {
-                 const auto report = self.take_failure(lasting_only);
-                 if (!report) return py::none();
-                 return py::make_tuple(report->failure, report->phase, report->peer, report->field, report->expected,
-                                       report->seen);
-             })
-        .def("wait_seconds", &Buffer::wait_seconds);
+        .def_static("mailbox_bytes", &DomainRuntime::mailbox_bytes)
+        .def("set_mailboxes", &DomainRuntime::set_mailboxes)
+        .def("take_failure", [](DomainRuntime& self, bool lasting_only,
+                                Address stream) { return report_tuple(self.take_failure(lasting_only, stream)); })
+        .def_property_readonly("failed", &DomainRuntime::failed)
+        .def_property_readonly("broken", &DomainRuntime::broken)
+        .def("wait_seconds", &DomainRuntime::wait_seconds);
+}
 
-    m.def("weigh", [](Address x, Address rows, Address weights, Address row_recv, Address out, Address sums, int dtype,
-                      int num_rows, int row_bytes, Address stream) {
-        const deepep_moe::WeighArgs args{reinterpret_cast<const char*>(x),
-                                         reinterpret_cast<const char*>(rows),
-                                         reinterpret_cast<const float*>(weights),
-                                         reinterpret_cast<const int*>(row_recv),
-                                         reinterpret_cast<char*>(out),
-                                         reinterpret_cast<float*>(sums),
-                                         num_rows,
-                                         row_bytes};
-        const cudaError_t status = deepep_moe::launch_weigh(args, static_cast<deepep_moe::DataType>(dtype),
-                                                            reinterpret_cast<cudaStream_t>(stream));
-        if (status != cudaSuccess) throw std::runtime_error(std::string("weigh: ") + cudaGetErrorString(status));
-    });
+void bind_local(py::module_& m) {
+    m.def(
+        "routes",
+        [](Address routing_map, Address probs, DataType dtype, int num_tokens, int num_experts, int num_topk,
+           Address topk_idx, Address weights, bool backward, Address stream) {
+            RoutesArgs args{};
+            args.routing_map = at<bool>(routing_map);
+            args.probs = at<void>(probs);
+            args.num_tokens = num_tokens;
+            args.num_experts = num_experts;
+            args.num_topk = num_topk;
+            args.topk_idx = at<int64_t>(topk_idx);
+            args.weights = at<float>(weights);
+            check(launch_routes(args, dtype, backward, as_stream(stream)), "routes");
+        },
+        py::arg("routing_map"), py::arg("probs"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_experts"),
+        py::arg("num_topk"), py::arg("topk_idx"), py::arg("weights"), py::arg("backward"), py::arg("stream"));
+    m.def(
+        "weigh",
+        [](Address x, Address rows, Address weights, Address row_recv, Address out, Address sums, DataType dtype,
+           int num_rows, int row_bytes, Address stream) {
+            WeighArgs args{};
+            args.x = at<char>(x);
+            args.rows = at<char>(rows);
+            args.weights = at<float>(weights);
+            args.row_recv = at<int>(row_recv);
+            args.out = at<char>(out);
+            args.sums = at<float>(sums);
+            args.num_rows = num_rows;
+            args.row_bytes = row_bytes;
+            check(launch_weigh(args, dtype, as_stream(stream)), "weigh");
+        },
+        py::arg("x"), py::arg("rows"), py::arg("weights"), py::arg("row_recv"), py::arg("out"), py::arg("sums"),
+        py::arg("dtype"), py::arg("num_rows"), py::arg("row_bytes"), py::arg("stream"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CUDA runtime of deepep_moe: a Domain per rank and process group, and the engines on it.";
+    m.attr("ARCHITECTURES") = DEEPEP_MOE_ARCHITECTURES;  // from setup.py
+    bind_enumerations(m);
+    bind_domain(m);
+    bind_local(m);
+    bind_throughput(m);
 }

@@ -1,14 +1,61 @@
-"""Types of the CUDA runtime (csrc/bindings.cpp). Addresses are ``tensor.data_ptr()`` values, 0 for "none"."""
+"""Types of the CUDA runtime (csrc/bindings.cpp and the bindings of each engine).
 
+Addresses are ``tensor.data_ptr()`` values, 0 for "none"; a stream is its raw address.
+"""
+
+import enum
+
+ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
 MAX_RANKS: int
 MAX_TOPK: int
 MAX_EXPERTS: int
-ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
+NO_EXPERT_ROWS: int  # as max_rows of a plan: expert rows are not asked for
+OPERATION_BY_EXPERT: int  # flags beside an OperationKind
+OPERATION_WITH_WEIGHTS: int
+
+class Failure(enum.IntEnum):
+    TIMEOUT = ...
+    PEER_FAILED = ...
+    MISMATCH = ...
+    BAD_EXPERT = ...
+    RECV_OVERFLOW = ...
+    ROWS_OVERFLOW = ...
+    STAGING = ...
+    BAD_PEER_INPUT = ...
+
+class Phase(enum.IntEnum):
+    """Where a rank was when it failed: the members are in csrc/runtime/domain.h."""
+
+    PLAN_COUNTS = ...
+
+class Field(enum.IntEnum):
+    """What ranks compare: the members are in csrc/runtime/domain.h."""
+
+    NUM_EXPERTS = ...
+
+class OperationKind(enum.IntEnum):
+    DISPATCH = ...
+    COMBINE = ...
+    GROW = ...
+    REFUSE = ...
+    PLAN = ...
+
+class DataType(enum.Enum):
+    FLOAT32 = ...
+    BFLOAT16 = ...
+    FLOAT16 = ...
+
+class Format(enum.Enum):
+    AS_GIVEN = ...
+    TO_FP8 = ...
+    THROUGH_FP8 = ...
+
+# -- kernels of one rank alone ----------------------------------------------------------------------------------------
 
 def routes(
     routing_map: int,
     probs: int,
-    dtype: int,
+    dtype: DataType,
     num_tokens: int,
     num_experts: int,
     num_topk: int,
@@ -16,68 +63,47 @@ def routes(
     weights: int,
     backward: bool,
     stream: int,
-    /,
 ) -> None:
     """Map [T, E] bool and probabilities [T, E] -> indices [T, K] int64, ascending, -1 where a row has fewer, and their
     weights [T, K] fp32; ``backward``: gradients of the weights -> of the probabilities. ``dtype`` is theirs."""
 
-class Buffer:
+def weigh(
+    x: int,
+    rows: int,
+    weights: int,
+    row_recv: int,
+    out: int,
+    sums: int,
+    dtype: DataType,
+    num_rows: int,
+    row_bytes: int,
+    stream: int,
+) -> None:
+    """out [M, H] = x [M, H] * weights [M]; sums [M] fp32 = x * rows over H. Both 0 where row_recv is negative."""
+
+# -- the domain -------------------------------------------------------------------------------------------------------
+
+class Domain:
     def __init__(self, rank: int, num_ranks: int, device: int, timeout_seconds: float, record_waits: bool) -> None: ...
     @staticmethod
-    def control_bytes() -> int: ...
-    @staticmethod
-    def staging_bytes(num_ranks: int, max_tokens: int, num_topk: int, pitch: int, /) -> tuple[int, int]:
-        """Bytes in all, and bytes before the rows."""
+    def mailbox_bytes() -> int: ...
+    def set_mailboxes(self, addresses: list[int], /) -> None: ...
+    def take_failure(self, lasting_only: bool, stream: int, /) -> tuple[int, int, int, int, int, int] | None:
+        """failure, phase, peer, field, expected, seen (csrc/runtime/domain.h)."""
 
-    def set_control(self, addresses: list[int], /) -> None: ...
-    def set_staging(self, addresses: list[int], max_tokens: int, num_topk: int, num_bytes: int, /) -> None: ...
-    def layout(
-        self,
-        topk_idx: int,
-        num_tokens: int,
-        num_topk: int,
-        num_experts: int,
-        ranks_per_node: int,
-        num_tokens_per_rank: int,
-        num_tokens_per_node: int,
-        num_tokens_per_expert: int,
-        is_token_in_rank: int,
-        stream: int,
-        /,
-    ) -> None: ...
-    def begin_plan(
-        self,
-        topk_idx: int,
-        given_membership: int,
-        given_expert_counts: int,
-        num_tokens: int,
-        num_topk: int,
-        num_experts: int,
-        alignment: int,
-        refused: bool,
-        wait: bool,
-        max_recv: int,
-        max_rows: int,
-        stream: int,
-        /,
-    ) -> None: ...
-    def wait_plan(self, expert_counts: int, /) -> tuple[int, int, int, bool] | None:
-        """Received rows, expert rows, most tokens of any rank, whether something failed; None: the kernel never ran."""
+    @property
+    def failed(self) -> bool: ...
+    @property
+    def broken(self) -> bool: ...
+    def wait_seconds(self) -> list[float]: ...
 
-    def place_plan(
+# -- the throughput engine --------------------------------------------------------------------------------------------
+
+class Route:
+    def __init__(
         self,
-        send_slot: int,
-        counted: int,
-        received: int,
-        row_recv: int,
-        max_recv: int,
-        max_rows: int,
-        num_blocks: int,
-        stream: int,
-        /,
-    ) -> None: ...
-    def set_route(
-        self,
+        *,
+        plan: int,
         num_tokens: int,
         num_topk: int,
         max_recv: int,
@@ -87,14 +113,70 @@ class Buffer:
         received: int,
         row_recv: int,
         grouped: bool,
-        /,
+    ) -> None: ...
+
+class ThroughputEngine:
+    def __init__(self, domain: Domain) -> None: ...
+    @staticmethod
+    def control_bytes() -> int: ...
+    @staticmethod
+    def staging_bytes(num_ranks: int, max_tokens: int, num_topk: int, pitch: int, /) -> int: ...
+    def set_control(self, addresses: list[int], /) -> None: ...
+    def set_staging(
+        self, addresses: list[int], max_tokens: int, num_topk: int, num_bytes: int, stream: int, /
+    ) -> None: ...
+    def destinations(
+        self,
+        *,
+        topk_idx: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        num_tokens_per_rank: int,
+        num_tokens_per_expert: int,
+        is_token_in_rank: int,
+        stream: int,
+    ) -> None: ...
+    def begin_plan(
+        self,
+        *,
+        topk_idx: int,
+        given_membership: int,
+        given_expert_counts: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        alignment: int,
+        wait: bool,
+        max_recv: int,
+        max_rows: int,
+        stream: int,
+    ) -> None: ...
+    def refuse_plan(self, stream: int, /) -> None: ...
+    def wait_plan(self, expert_counts: int, /) -> tuple[int, int, int, bool] | None:
+        """Received rows, expert rows, most tokens of any rank, whether something failed; None: the kernel never ran."""
+
+    def place_plan(
+        self,
+        *,
+        send_slot: int,
+        counted: int,
+        received: int,
+        row_recv: int,
+        max_recv: int,
+        max_rows: int,
+        num_blocks: int,
+        stream: int,
     ) -> None: ...
     def dispatch(
         self,
-        x: int,
-        format: int,
+        route: Route,
+        *,
+        format: Format,
+        format_code: int,
         row_bytes: int,
         pitch: int,
+        x: int,
         scales: int,
         scale_row_stride: int,
         scale_channel_stride: int,
@@ -108,14 +190,16 @@ class Buffer:
         num_blocks: int,
         num_send_blocks: int,
         stream: int,
-        /,
     ) -> None: ...
     def combine(
         self,
-        x: int,
-        dtype: int,
+        route: Route,
+        *,
+        dtype: DataType,
+        format_code: int,
         row_bytes: int,
         pitch: int,
+        x: int,
         weights: int,
         apply_weights: bool,
         carry_weights: bool,
@@ -126,24 +210,9 @@ class Buffer:
         num_blocks: int,
         num_send_blocks: int,
         stream: int,
-        /,
     ) -> None: ...
-    def take_failure(self, lasting_only: bool, /) -> tuple[int, int, int, int, int, int] | None:
-        """failure, phase, peer, field, expected, seen (csrc/kernels/args.h)."""
-
-    def wait_seconds(self) -> list[float]: ...
-
-def weigh(
-    x: int,
-    rows: int,
-    weights: int,
-    row_recv: int,
-    out: int,
-    sums: int,
-    dtype: int,
-    num_rows: int,
-    row_bytes: int,
-    stream: int,
-    /,
-) -> None:
-    """out [M, H] = x [M, H] * weights [M]; sums [M] fp32 = x * rows over H. Both 0 where row_recv is negative."""
+    def refuse_operation(self, counted: int, stream: int, /) -> None: ...
+    def meet_to_grow(self, num_bytes: int, pitch: int, stream: int, /) -> None: ...
+    def keep_scratch(self) -> None: ...
+    def set_epochs(self, plan_epoch: int, data_epoch: int, stream: int, /) -> None:
+        """For tests: the next plan and operation get the numbers after these."""

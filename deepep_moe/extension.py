@@ -17,7 +17,9 @@ else:
     why_missing = None
     ARCHITECTURES = tuple(_C.ARCHITECTURES.split(";"))  # as in TORCH_CUDA_ARCH_LIST, such as "9.0" or "10.0+PTX"
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DataType of csrc/kernels/args.h
+_DTYPE_NAMES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
+# The dtypes that kernels compute with, by the name that the extension has for them.
+DTYPE_CODES = {dtype: None if _C is None else getattr(_C.DataType, name) for dtype, name in _DTYPE_NAMES.items()}
 VECTOR_BYTES = 16  # kernels move rows in units of this
 
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/args.h"
+#include "device/tagged.h"
 
 namespace deepep_moe {
 
@@ -72,10 +72,15 @@ __device__ __forceinline__ int load_relaxed_system(const int* p) {
     return v;
 }
 
-// A value and its tag in one store: whoever sees the tag sees the value.
 __device__ __forceinline__ void store_tagged_system(Tagged* p, int value, int tag) {
     const uint64_t both = static_cast<uint64_t>(static_cast<uint32_t>(tag)) << 32 | static_cast<uint32_t>(value);
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(both) : "memory");
+}
+
+__device__ __forceinline__ Tagged load_tagged_system(const Tagged* p) {
+    uint64_t both;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(both) : "l"(p) : "memory");
+    return {static_cast<int>(static_cast<uint32_t>(both)), static_cast<int>(both >> 32)};
 }
 
 // 1 / x, off by one in the last place at most.

@@ -1,6 +1,6 @@
 """One NVLink domain, our kernels: peers write each other's memory, the host only launches.
 
-How one batch travels (csrc/kernels has the device side of each step):
+How one batch travels (csrc/throughput has the device side of each step):
 
 * :meth:`NVLinkBackend.plan` counts tokens, exchanges the counts through peer memory and places every row. The host
   waits once, for the numbers that size the outputs, and only where it makes these (nvlink_plan.py); with ``max_recv``
@@ -8,14 +8,14 @@ How one batch travels (csrc/kernels has the device side of each step):
 * :meth:`NVLinkBackend.dispatch` and :meth:`NVLinkBackend.combine` are one kernel each. Rows in flight lie in
   staging, double-buffered by epoch, so no barrier separates calls.
 
-Kernels never wait longer than ``timeout_seconds``; what went wrong is in pinned memory and raised by the next call.
+Kernels never wait longer than ``timeout_seconds``. What goes wrong while the host is elsewhere is in pinned memory and
+raised by the next call; until then the outputs concerned are NaN. A rank that refuses a call takes its place in it all
+the same, so that its peers raise instead of waiting.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from contextlib import suppress
 from typing import NoReturn
 
@@ -40,18 +40,12 @@ from deepep_moe.backends.checks import (
     check_plan_inputs,
     check_topk_idx,
 )
-from deepep_moe.backends.nvlink_plan import DevicePlan, addresses
+from deepep_moe.backends.nvlink_operation import describe_format, describe_operation, format_code
+from deepep_moe.backends.nvlink_plan import DevicePlan, route_of
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import (
-    CapacityError,
-    DeepEPMoEError,
-    HandleError,
-    InputError,
-    PeerError,
-    PeerTimeoutError,
-    RankMismatchError,
-)
-from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES, why_missing
+from deepep_moe.domain import Domain
+from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerTimeoutError
+from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES
 from deepep_moe.peer_memory import PeerMemory
 
 _log = logging.getLogger(__name__)
@@ -59,27 +53,14 @@ _log = logging.getLogger(__name__)
 _CHANNELS_PER_SCALE = 128
 _MOST_EARLY_WORDS = 2 << 20  # int32 words of a plan that are allocated before it is known how many are needed
 
-# enum Format, enum Failure, enum Phase, PeerCounts::Field and Operation::Field of csrc/kernels/args.h
-_AS_GIVEN, _TO_FP8, _THROUGH_FP8 = range(3)
-_TIMEOUT, _PEER_FAILED, _MISMATCH, _BAD_EXPERT, _RECV_OVERFLOW, _ROWS_OVERFLOW, _STAGING, _BAD_PEER_INPUT = range(1, 9)
-_PHASES = (
-    "plan (exchanging counts)",
-    "plan (placing rows)",
-    "dispatch (start)",
-    "dispatch (rows)",
-    "combine (start)",
-    "combine (rows)",
-)
-_FIELDS = (
-    "num_experts",
-    "top-k",
-    "expert alignment",
-    "number of tokens",
-    "validity",
-    "max_recv",
-    "max_rows",
-    "operation",
-    "staged row bytes",
+_FORMATS = (
+    {}
+    if _C is None
+    else {
+        Wire.AS_GIVEN: _C.Format.AS_GIVEN,
+        Wire.E4M3: _C.Format.TO_FP8,
+        Wire.E4M3_TO_BF16: _C.Format.THROUGH_FP8,
+    }
 )
 
 
@@ -97,50 +78,32 @@ class NVLinkBackend:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
         self.number, self._plans = new_backend_number(), 0
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._device_index: int = device.index
+        self.domain = Domain(group, device, config.timeout_seconds, config.debug_waits)
+        self.domain.describe = {"OPERATION": describe_operation, "FORMAT": describe_format}
+        self.rank, self.world_size = self.domain.rank, self.domain.size
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self._runtime: _C.Buffer | None = _C.Buffer(
-            self.rank, self.world_size, self._device_index, config.timeout_seconds, config.debug_waits
-        )
-        self._control: PeerMemory | None = PeerMemory(group, device, _C.Buffer.control_bytes())
-        self._runtime.set_control(self._control.addresses)
+        self._engine: _C.ThroughputEngine | None = _C.ThroughputEngine(self.domain.runtime)
+        self._control: PeerMemory | None = PeerMemory(group, device, _C.ThroughputEngine.control_bytes())
+        self._engine.set_control(self._control.addresses)
         self._staging: PeerMemory | None = None
         self._staging_tokens = self._staging_topk = self._staging_pitch = 0
-        self._last_stream: torch.cuda.Stream | None = None
-        self._last_stream_address = -1
+        self._captured_staging: list[PeerMemory] = []  # outgrown, but captured graphs use it
         self._unfinished: DevicePlan | None = None  # the host has not waited for its numbers yet
 
     @staticmethod
     def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
-        """The reason this rank cannot use the backend, or None. Collective where ``device`` is a GPU."""
         if device.type != "cuda":
             return f"nvlink needs CUDA tensors, the device is {device}"
-        ranks = dist.get_world_size(group)
-        places: list[tuple[str, int]] = [("", 0)] * ranks
-        dist.all_gather_object(places, (_host_id(), device.index), group=group)
-        if why_missing is not None:
-            return why_missing
-        if ranks > _C.MAX_RANKS:
-            return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
-        elsewhere = sorted({host for host, _ in places if host != places[dist.get_rank(group)][0]})
-        if elsewhere:
-            return "ranks of the group are on several hosts"
-        for peer, (_, index) in enumerate(places):
-            # Under CUDA_VISIBLE_DEVICES a peer's GPU may have no index here; then mapping its memory is the test.
-            if index < torch.cuda.device_count() and index != device.index:
-                if not torch.cuda.can_device_access_peer(device, index):
-                    return f"{device} has no peer access to cuda:{index} of rank {peer}"
-        return None
+        return Domain.supports(group, device)
 
     @property
     def usable(self) -> bool:
-        return self._runtime is not None and self._runtime.take_failure(True) is None
+        return self._engine is not None and self.domain.usable
 
     # -- planning ------------------------------------------------------------------------------------------------
 
     def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
-        runtime = self._open()
+        engine = self._open()
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         self._check_limits(num_experts, topk_idx.shape[1])
         topk_idx = topk_idx.to(torch.int64).contiguous()
@@ -148,17 +111,15 @@ class NVLinkBackend:
         counts = torch.zeros(self.world_size + num_experts, dtype=torch.int32, device=self.device)
         per_rank, per_expert = counts.split([self.world_size, num_experts])
         in_rank = torch.empty((tokens, self.world_size), dtype=torch.bool, device=self.device)
-        runtime.layout(
-            topk_idx.data_ptr(),
-            tokens,
-            topk,
-            num_experts,
-            self.world_size,
-            per_rank.data_ptr(),
-            0,
-            per_expert.data_ptr(),
-            in_rank.data_ptr(),
-            torch.cuda.current_stream(self.device).cuda_stream,
+        engine.destinations(
+            topk_idx=topk_idx.data_ptr(),
+            num_tokens=tokens,
+            num_topk=topk,
+            num_experts=num_experts,
+            num_tokens_per_rank=per_rank.data_ptr(),
+            num_tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+            stream=torch.cuda.current_stream(self.device).cuda_stream,
         )
         return Destinations(per_rank, None, per_expert, in_rank)
 
@@ -173,7 +134,7 @@ class NVLinkBackend:
         max_recv: int | None = None,
         max_rows: int | None = None,
     ) -> Plan:
-        runtime = self._open()
+        engine = self._enter()
         self._plans += 1  # refused ones too: the number is equal on all ranks
         identity = (self.number, self._plans)
         if self._unfinished is not None:
@@ -194,82 +155,99 @@ class NVLinkBackend:
             assert is_token_in_rank is not None
             tokens, topk = is_token_in_rank.shape[0], 0
             topk_idx = torch.empty((tokens, 0), dtype=torch.int64, device=self.device)
-        if is_token_in_rank is not None:
-            is_token_in_rank = is_token_in_rank.contiguous()
-        local_experts = num_experts // self.world_size
-        stream = self._enter_stream()
+        # Late kernels read these, so the plan keeps them.
+        inputs = [None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)]
+        membership, expert_counts = (0 if t is None else t.data_ptr() for t in inputs)
+        stream = self.domain.enter_stream()
 
-        wait = max_recv is None
-        if not wait:
-            # All ranks size staging alike without asking each other: by the configured maximum.
-            self._reserve(max(self.config.max_tokens_per_rank, self._staging_tokens, tokens), topk, 0)
-        runtime.begin_plan(
-            topk_idx.data_ptr(),
-            0 if is_token_in_rank is None else is_token_in_rank.data_ptr(),
-            0 if num_tokens_per_expert is None else num_tokens_per_expert.data_ptr(),
-            tokens,
-            topk,
-            num_experts,
-            alignment,
-            False,
-            wait,
-            max_recv or 0,
-            max_rows or 0,
-            stream,
-        )
-        if max_recv is not None:
-            plan = DevicePlan(
-                num_experts, alignment, identity, topk_idx, self.world_size, sizes=(max_recv, max_rows or 0)
+        def begin(wait: bool) -> None:
+            engine.begin_plan(
+                topk_idx=topk_idx.data_ptr(),
+                given_membership=membership,
+                given_expert_counts=expert_counts,
+                num_tokens=tokens,
+                num_topk=topk,
+                num_experts=num_experts,
+                alignment=alignment,
+                wait=wait,
+                max_recv=max_recv or 0,
+                max_rows=_C.NO_EXPERT_ROWS if max_rows is None else max_rows,
+                stream=stream,
             )
-            self._place(plan, *plan.known_sizes(), stream)
+
+        if max_recv is not None:
+            if self._staging is None or topk > self._staging_topk:
+                # Nothing says yet how much staging the ranks need: they ask each other, this once, with the host.
+                self._check_growth(tokens, topk, 0)
+                begin(wait=True)
+                _, _, max_tokens = self._wait_plan(0)
+                self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
+            begin(wait=False)
+            sizes = (max_recv, max_rows or 0)
+            plan = DevicePlan(num_experts, alignment, identity, topk_idx, self.world_size, inputs=inputs, sizes=sizes)
+            self._place(plan, *sizes, stream)
             return plan
-        plan = DevicePlan(num_experts, alignment, identity, topk_idx, self.world_size, finish=self._finish_plan)
+        begin(wait=True)
+        plan = DevicePlan(
+            num_experts, alignment, identity, topk_idx, self.world_size, inputs=inputs, finish=self._finish_plan
+        )
         self._unfinished = plan
         # The device knows the sizes long before the host: everything else is enqueued by now, with room for the most.
         most_recv = self.world_size * self._staging_tokens
-        most_rows = most_recv * topk + local_experts * (alignment - 1) if topk else 0
+        most_rows = most_recv * topk + num_experts // self.world_size * (alignment - 1) if topk else 0
         staging_serves = topk <= self._staging_topk and self._staging is not None
         if staging_serves and most_recv * (1 + 2 * topk) + most_rows <= _MOST_EARLY_WORDS:
             self._place(plan, most_recv, most_rows, stream)
         return plan
 
     def _place(self, plan: DevicePlan, max_recv: int, max_rows: int, stream: int) -> None:
-        """Enqueue what follows the counts. The device skips it if a rank has more tokens than staging holds."""
+        """Enqueue what follows the counts. It leaves the plan empty if a rank has more tokens than staging holds."""
         plan.allocate(max_recv, max_rows)
-        self._open().place_plan(*plan.addresses(), max_recv, max_rows, self._blocks(), stream)
+        send_slot, counted, received, row_recv = plan.addresses()
+        self._open().place_plan(
+            send_slot=send_slot,
+            counted=counted,
+            received=received,
+            row_recv=row_recv,
+            max_recv=max_recv,
+            max_rows=max_rows,
+            num_blocks=self._blocks(),
+            stream=stream,
+        )
 
     def _finish_plan(self, plan: DevicePlan) -> tuple[int, int]:
         """Wait for N and M of the plan, the last one begun."""
         self._unfinished = None
-        numbers = self._open().wait_plan(plan.counts_address)
+        num_recv, num_rows, max_tokens = self._wait_plan(plan.counts_address)
+        if max_tokens > self._staging_tokens or not plan.is_placed:
+            self._reserve(max(self.config.max_tokens_per_rank, max_tokens), plan.num_topk, 0)
+            self._place(plan, num_recv, num_rows, self.domain.enter_stream())
+        return num_recv, num_rows
+
+    def _wait_plan(self, counts_address: int) -> tuple[int, int, int]:
+        """N, M and the most tokens of any rank, of the plan begun last; raises what it failed of."""
+        numbers = self._open().wait_plan(counts_address)
         if numbers is None:
             self.check()
             raise PeerTimeoutError(
                 f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; "
                 "something before it on this GPU does not end"
             )
-        num_recv, num_rows, max_tokens, failed = numbers
+        *sizes, failed = numbers
         if failed:
             self.check()
-        if max_tokens > self._staging_tokens or not plan.is_placed:
-            self._reserve(max(self.config.max_tokens_per_rank, max_tokens), plan.num_topk, 0)
-            self._place(plan, num_recv, num_rows, self._enter_stream())
-        return num_recv, num_rows
+        num_recv, num_rows, max_tokens = sizes
+        return num_recv, num_rows, max_tokens
 
     def _refuse_plan(self) -> None:
         """Tell the peers, who are on their way into the exchange, not to wait for this rank."""
         if torch.cuda.is_current_stream_capturing():
             return  # nothing runs: nobody waits
-        runtime = self._open()
-        runtime.begin_plan(0, 0, 0, 0, 0, self.world_size, 1, True, True, 0, 0, self._enter_stream())
-        runtime.wait_plan(0)
-        runtime.take_failure(False)  # what it says of the peers follows from this rank's mistake
-
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
-        if phase == "plan":
-            self._plans += 1
-            self._refuse_plan()
-        raise error
+        engine = self._open()
+        engine.refuse_plan(self.domain.enter_stream())
+        engine.wait_plan(0)
+        with suppress(DeepEPMoEError):  # what it says of the peers follows from this rank's mistake
+            self.domain.raise_failure()
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -284,18 +262,22 @@ class NVLinkBackend:
         weights: Tensor | None = None,
         backward: Backward = Backward.NONE,
     ) -> Rows:
-        runtime = self._open()
-        check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
-        grouped, quantize, dequantize = layout is Layout.BY_EXPERT, wire is not Wire.AS_GIVEN, wire is Wire.E4M3_TO_BF16
-        x = x.contiguous()
+        engine = self._enter()
+        quantize = wire is not Wire.AS_GIVEN
+        try:
+            check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
+            sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
+            row_bytes = self._row_bytes("x", x, sent_dtype)
+        except DeepEPMoEError as error:
+            self._refuse_operation(error, plan)
+        x = _aligned(x)
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
-        sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
-        row_bytes = self._row_bytes("x", x, sent_dtype)
         pitch = _pitch(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
-        stream = self._enter_stream()
         self._reserve(self._staging_tokens, plan.num_topk, pitch)
+        stream = self.domain.enter_stream()
 
+        grouped, dequantize = layout is Layout.BY_EXPERT, wire is Wire.E4M3_TO_BF16
         count = plan.num_rows if grouped else plan.num_recv
         out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
         out_scales = out_weights = None
@@ -303,35 +285,34 @@ class NVLinkBackend:
             kind = torch.float32 if scales is None else scales.dtype
             # Column-major, as block-scaled GEMMs load them: the scales of one channel block lie together.
             if scales is not None and scales.stride(1) == 1:
-                out_scales = torch.empty((count, num_scales), dtype=kind, device=self.device)
+                out_scales = self._empty(kind, count, num_scales)
             else:
-                out_scales = torch.empty((num_scales, _pitch(4 * count) // 4), dtype=kind, device=self.device).t()[
-                    :count
-                ]
+                out_scales = self._empty(kind, num_scales, _pitch(4 * count) // 4).t()[:count]
         if weights is not None:
             weights = weights.contiguous()
             out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
 
-        self._set_route(plan, grouped)
         blocks = self._blocks()
-        runtime.dispatch(
-            x.data_ptr(),
-            _THROUGH_FP8 if dequantize else _TO_FP8 if quantize else _AS_GIVEN,
-            row_bytes,
-            pitch,
-            0 if scales is None else scales.data_ptr(),
-            0 if scales is None else scales.stride(0),
-            0 if scales is None else scales.stride(1),
-            num_scales,
-            0 if weights is None else weights.data_ptr(),
-            out.data_ptr(),
-            0 if out_scales is None else out_scales.data_ptr(),
-            0 if out_scales is None else out_scales.stride(0),
-            0 if out_scales is None else out_scales.stride(1),
-            0 if out_weights is None else out_weights.data_ptr(),
-            blocks,
-            _dispatch_send_blocks(blocks, self.world_size),
-            stream,
+        engine.dispatch(
+            route_of(plan, layout),
+            format=_FORMATS[wire],
+            format_code=format_code(x.dtype, wire, scales, num_scales, backward),
+            row_bytes=row_bytes,
+            pitch=pitch,
+            x=x.data_ptr(),
+            scales=0 if scales is None else scales.data_ptr(),
+            scale_row_stride=0 if scales is None else scales.stride(0),
+            scale_channel_stride=0 if scales is None else scales.stride(1),
+            num_scales=num_scales,
+            weights=0 if weights is None else weights.data_ptr(),
+            out=out.data_ptr(),
+            out_scales=0 if out_scales is None else out_scales.data_ptr(),
+            out_scale_row_stride=0 if out_scales is None else out_scales.stride(0),
+            out_scale_channel_stride=0 if out_scales is None else out_scales.stride(1),
+            out_weights=0 if out_weights is None else out_weights.data_ptr(),
+            num_blocks=blocks,
+            num_send_blocks=_dispatch_send_blocks(blocks, self.world_size),
+            stream=stream,
         )
         return Rows(out, out_scales, out_weights)
 
@@ -346,15 +327,19 @@ class NVLinkBackend:
         bias: tuple[Tensor, ...] = (),
         backward: Backward = Backward.NONE,
     ) -> Tokens:
-        runtime = self._open()
-        check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
-        grouped = layout is Layout.BY_EXPERT
-        x = x.contiguous()
+        engine = self._enter()
+        if isinstance(plan, Plan):
+            plan.known_sizes()  # a plan that failed did so on all ranks
+        try:
+            check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
+            row_bytes = self._row_bytes("x", x, x.dtype)
+        except DeepEPMoEError as error:
+            self._refuse_operation(error, plan)
+        x = _aligned(x)
         carry = weights is not None and not apply_weights
-        row_bytes = self._row_bytes("x", x, x.dtype)
         pitch = _pitch(row_bytes + (4 * plan.num_topk if carry else 0))
-        stream = self._enter_stream()
         self._reserve(self._staging_tokens, plan.num_topk, pitch)
+        stream = self.domain.enter_stream()
 
         out = self._empty(x.dtype, plan.num_tokens, x.shape[1])
         out_weights = None
@@ -362,75 +347,100 @@ class NVLinkBackend:
             weights = weights.contiguous()
         if carry:
             out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
-        added = [b.contiguous() for b in bias]
-        self._set_route(plan, grouped)
+        added = [_aligned(b) for b in bias]
         blocks = self._blocks()
-        runtime.combine(
-            x.data_ptr(),
-            DTYPE_CODES[x.dtype],
-            row_bytes,
-            pitch,
-            0 if weights is None else weights.data_ptr(),
-            apply_weights,
-            carry,
-            added[0].data_ptr() if added else 0,
-            added[1].data_ptr() if len(added) > 1 else 0,
-            out.data_ptr(),
-            0 if out_weights is None else out_weights.data_ptr(),
-            blocks,
-            _combine_send_blocks(blocks, self.world_size, grouped),
-            stream,
+        engine.combine(
+            route_of(plan, layout),
+            dtype=DTYPE_CODES[x.dtype],
+            format_code=format_code(x.dtype, Wire.AS_GIVEN, None, 0, backward),
+            row_bytes=row_bytes,
+            pitch=pitch,
+            x=x.data_ptr(),
+            weights=0 if weights is None else weights.data_ptr(),
+            apply_weights=apply_weights,
+            carry_weights=carry,
+            bias0=added[0].data_ptr() if added else 0,
+            bias1=added[1].data_ptr() if len(added) > 1 else 0,
+            out=out.data_ptr(),
+            out_weights=0 if out_weights is None else out_weights.data_ptr(),
+            num_blocks=blocks,
+            num_send_blocks=_combine_send_blocks(blocks, self.world_size, layout is Layout.BY_EXPERT),
+            stream=stream,
         )
         return Tokens(out, out_weights)
 
-    def _set_route(self, plan: Plan, grouped: bool) -> None:
-        self._open().set_route(plan.num_tokens, plan.num_topk, plan.num_recv, plan.num_rows, *addresses(plan), grouped)
+    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+        self._enter()
+        if phase != "plan":
+            self._refuse_operation(error, None)
+        self._plans += 1
+        self._refuse_plan()
+        raise error
 
-    # -- memory and streams --------------------------------------------------------------------------------------
+    def _refuse_operation(self, error: DeepEPMoEError, plan: Plan | None) -> NoReturn:
+        if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
+            # Where the plan itself is not one of ours, this rank cannot know whether it moves anything: it does.
+            own = isinstance(plan, Plan) and plan.owner == self.number
+            counted = plan.counted.data_ptr() if own else 0  # type: ignore[union-attr]
+            self._open().refuse_operation(counted, self.domain.enter_stream())
+        raise error
+
+    # -- memory --------------------------------------------------------------------------------------------------
 
     def _reserve(self, tokens: int, topk: int, pitch: int) -> None:
         """Make staging hold ``tokens`` per rank, ``topk`` places and rows of ``pitch`` bytes. Collective if it grows.
 
-        All ranks come to the same answer: the numbers are exchanged by the plan or equal by contract.
+        All ranks come to the same answer: the numbers are exchanged by the plan, or compared when the ranks meet.
         """
         if tokens <= self._staging_tokens and topk <= self._staging_topk and pitch <= self._staging_pitch:
             return
         if self._unfinished is not None:
             self._unfinished.known_sizes()  # it may need what is replaced here
+        num_bytes = self._check_growth(tokens, topk, pitch)
         tokens = max(tokens, self._staging_tokens, 1)
         topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
-        num_bytes, _ = _C.Buffer.staging_bytes(self.world_size, tokens, topk, pitch)
-        if torch.cuda.is_current_stream_capturing():
-            raise CapacityError(
-                f"staging must grow to {num_bytes} bytes ({tokens} tokens per rank, rows of {pitch} bytes), which a "
-                "CUDA graph cannot capture: set max_tokens_per_rank and run once before capturing"
-            )
+        engine, stream = self._open(), self.domain.enter_stream()
         torch.cuda.synchronize(self.device)  # kernels still read the old staging
-        self._staging = None
+        if self._staging is not None and self.domain.captured:
+            self._captured_staging.append(self._staging)
+        if self.domain.captured:
+            engine.keep_scratch()
+        self._staging, self._staging_tokens, self._staging_topk, self._staging_pitch = None, 0, 0, 0
+
+        def meet(refused: CapacityError | None) -> None:
+            if refused is None:
+                engine.meet_to_grow(num_bytes, pitch, stream)
+            else:
+                engine.refuse_operation(0, stream)
+            torch.cuda.synchronize(self.device)
+            if refused is None:
+                self.check()
+
         try:
-            self._staging = PeerMemory(self.group, self.device, num_bytes)
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"no memory for {num_bytes} bytes of staging ({tokens} tokens per rank, rows of {pitch} bytes)"
-            ) from error
-        self._open().set_staging(self._staging.addresses, tokens, topk, num_bytes)
+            self._staging = PeerMemory(self.group, self.device, num_bytes, meet)
+        except DeepEPMoEError:
+            self.close()  # what plans refer to is gone
+            raise
+        engine.set_staging(self._staging.addresses, tokens, topk, num_bytes, stream)
         self._staging_tokens, self._staging_topk, self._staging_pitch = tokens, topk, pitch
         _log.info(
             "deepep_moe: nvlink staging is %d bytes: %d tokens per rank, rows of %d bytes", num_bytes, tokens, pitch
         )
 
-    def _enter_stream(self) -> int:
-        """The current stream, made to follow the last one used: kernels of one backend share staging."""
-        address: int = torch._C._cuda_getCurrentRawStream(self._device_index)
-        if address != self._last_stream_address:
-            stream = torch.cuda.current_stream(self.device)
-            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
-                stream.wait_stream(self._last_stream)
-            self._last_stream, self._last_stream_address = stream, address
-        return address
+    def _check_growth(self, tokens: int, topk: int, pitch: int) -> int:
+        """Bytes that staging would have; raises where a graph is being captured."""
+        tokens = max(tokens, self._staging_tokens, 1)
+        topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
+        num_bytes: int = _C.ThroughputEngine.staging_bytes(self.world_size, tokens, topk, pitch)
+        if torch.cuda.is_current_stream_capturing():
+            raise CapacityError(
+                f"staging must grow to {num_bytes} bytes ({tokens} tokens per rank, rows of {pitch} bytes), which a "
+                "CUDA graph cannot capture: set max_tokens_per_rank and run once before capturing"
+            )
+        return num_bytes
 
     def _blocks(self) -> int:
-        """Blocks of a kernel whose blocks fill an SM or wait for peers."""
+        """Grid size of kernels that have one block per SM."""
         return self.config.num_sms or self.num_sms
 
     def _empty(self, dtype: torch.dtype, rows: int, columns: int | None = None) -> Tensor:
@@ -442,31 +452,37 @@ class NVLinkBackend:
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        failure = self._runtime.take_failure(False) if self._runtime is not None else None
-        if failure is not None:
-            raise self._error(*failure)
+        self.domain.raise_failure()
 
     def close(self) -> None:
-        if self._runtime is None:
+        if self._engine is None:
             return
         if self.config.debug_waits:
             self.print_waits()
         torch.cuda.synchronize(self.device)
-        self._runtime = self._control = self._staging = self._unfinished = None
+        self._engine = self._control = self._staging = self._unfinished = None
+        self._captured_staging.clear()
 
     def print_waits(self) -> None:
         """Print how long this rank's warps waited for each rank, in milliseconds (``config.debug_waits``)."""
-        waits = ", ".join(f"rank {r}: {s * 1e3:.3f} ms" for r, s in enumerate(self._open().wait_seconds()))
+        seconds = self.domain.runtime.wait_seconds()
+        waits = ", ".join(f"rank {r}: {s * 1e3:.3f} ms" for r, s in enumerate(seconds))
         print(f"deepep_moe: rank {self.rank} waited (summed over warps) for {waits}", flush=True)
 
-    def _open(self) -> _C.Buffer:
-        if self._runtime is None:
+    def _open(self) -> _C.ThroughputEngine:
+        if self._engine is None:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
-        # Only what ended the protocol: a rank that raised alone over its input would leave its peers waiting.
-        failure = self._runtime.take_failure(True)
-        if failure is not None:
-            raise self._error(*failure)
-        return self._runtime
+        return self._engine
+
+    def _enter(self) -> _C.ThroughputEngine:
+        """The engine, for a new call: raises what went wrong in calls that were enqueued before.
+
+        Without taking part in this call. After a failure that does not last the peers raise the same, or were told why
+        they must; ranks that then go on differently find out at once, since every call compares what ranks are in.
+        """
+        engine = self._open()
+        self.domain.raise_failure()
+        return engine
 
     def _check_limits(self, num_experts: int, topk: int) -> None:
         if topk > _C.MAX_TOPK:
@@ -484,40 +500,11 @@ class NVLinkBackend:
             )
         return row_bytes
 
-    def _error(self, failure: int, phase: int, peer: int, field: int, expected: int, seen: int) -> DeepEPMoEError:
-        where = _PHASES[phase]
-        if failure == _TIMEOUT:
-            return PeerTimeoutError(
-                f"rank {self.rank} waited {self.config.timeout_seconds:g} s for rank {peer} in {where}: "
-                f"it is at step {seen}, step {expected} was expected. Destroy this buffer or dispatcher."
-            )
-        if failure == _PEER_FAILED:
-            return PeerError(
-                f"rank {peer} gave up (its own error says why) while rank {self.rank} was in {where}. "
-                "Destroy this buffer or dispatcher."
-            )
-        if failure == _MISMATCH:
-            return RankMismatchError(
-                f"{_FIELDS[field]} differs between ranks in {where}: "
-                f"{expected} on rank {self.rank}, {seen} on rank {peer}"
-            )
-        if failure == _BAD_EXPERT:
-            too_many = (
-                f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
-            )
-            return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
-        if failure == _BAD_PEER_INPUT:
-            return PeerError(f"rank {peer} has bad input in {where}; its own error says what is wrong")
-        if failure == _STAGING:
-            needed, _ = _C.Buffer.staging_bytes(self.world_size, seen, self._staging_topk, self._staging_pitch)
-            return CapacityError(
-                f"a rank has {seen} tokens, staging holds {expected} per rank: {needed} bytes are needed; "
-                "set max_tokens_per_rank"
-            )
-        what, setting = ("received tokens", "max_recv") if failure == _RECV_OVERFLOW else ("expert rows", "max_rows")
-        return CapacityError(
-            f"rank {peer} needs room for {seen} {what}, but {setting} = {expected}: rows beyond it were dropped"
-        )
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as kernels read it: dense, from an address that 16-byte loads can start at (views may start anywhere)."""
+    x = x.contiguous()
+    return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
 
 def _pitch(num_bytes: int) -> int:
@@ -535,12 +522,3 @@ def _combine_send_blocks(blocks: int, ranks: int, grouped: bool) -> int:
         return 0
     most, enough = (blocks * 7 // 12, 28) if grouped else (blocks // 2, 24)
     return max(1, min(most, max(enough, blocks // 4)))
-
-
-def _host_id() -> str:
-    """The same on all processes of one host and different elsewhere (hostnames alone repeat in containers)."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{os.uname().nodename}"

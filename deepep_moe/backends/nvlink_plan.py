@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.base import Plan
+from deepep_moe.backends.base import Layout, Plan
 from deepep_moe.errors import HandleError
+from deepep_moe.extension import _C
 
 _WORD = 4  # bytes of an int32, of which everything below is made
 
@@ -23,6 +24,7 @@ class DevicePlan(Plan):
 
     Args:
         topk_idx: [T, K] int64.
+        inputs: what else the kernels that make the plan read; kept until they have.
         finish: waits for N and M and returns them; None where ``sizes`` gives them.
         sizes: N and M.
     """
@@ -35,11 +37,12 @@ class DevicePlan(Plan):
         topk_idx: Tensor,
         num_ranks: int,
         *,
+        inputs: list[Tensor | None],
         finish: Callable[[DevicePlan], tuple[int, int]] | None = None,
         sizes: tuple[int, int] | None = None,
     ) -> None:
         self.num_experts, self.alignment, self.topk_idx = num_experts, alignment, topk_idx
-        self.identity = identity
+        self.identity, self._inputs = identity, inputs
         self._ranks, self._finish, self._sizes = num_ranks, finish, sizes
         self._tokens, self._topk = topk_idx.shape
         self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1
@@ -49,7 +52,8 @@ class DevicePlan(Plan):
         self._room_starts = self._room_recv = 0
         self._counts: Tensor | None = None
         if finish is not None:
-            self._counts = torch.empty(num_experts // num_ranks, dtype=torch.int64)
+            self._counts = torch.empty(num_experts // num_ranks, dtype=torch.int64, device="cpu")
+        self._routes: dict[Layout, _C.Route] = {}
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -75,6 +79,14 @@ class DevicePlan(Plan):
         received = self._room.data_ptr() + _WORD * self._room_starts
         row_recv = received + _WORD * self._room_recv * self._received_words
         return counted + 2 * _WORD * self._counted_size, counted, received, row_recv
+
+    def route(self, layout: Layout) -> _C.Route:
+        """The plan as kernels take it."""
+        route = self._routes.get(layout)
+        if route is None:
+            self.known_sizes()
+            route = self._routes[layout] = _route(self, layout, self.addresses())
+        return route
 
     @property
     def counts_address(self) -> int:
@@ -145,8 +157,25 @@ class DevicePlan(Plan):
         return self._counts
 
 
-def addresses(plan: Plan) -> tuple[int, int, int, int]:
-    """Of send_slot, counted, received and row_recv."""
+def route_of(plan: Plan, layout: Layout) -> _C.Route:
+    """The plan as kernels take it."""
     if isinstance(plan, DevicePlan):
-        return plan.addresses()
-    return plan.send_slot.data_ptr(), plan.counted.data_ptr(), plan.received.data_ptr(), plan.row_recv.data_ptr()
+        return plan.route(layout)
+    parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
+    return _route(plan, layout, tuple(part.data_ptr() for part in parts))
+
+
+def _route(plan: Plan, layout: Layout, addresses: tuple[int, ...]) -> _C.Route:
+    send_slot, counted, received, row_recv = addresses
+    return _C.Route(
+        plan=plan.number,
+        num_tokens=plan.num_tokens,
+        num_topk=plan.num_topk,
+        max_recv=plan.num_recv,
+        max_rows=plan.num_rows,
+        send_slot=send_slot,
+        counted=counted,
+        received=received,
+        row_recv=row_recv,
+        grouped=layout is Layout.BY_EXPERT,
+    )

@@ -8,9 +8,9 @@
 // Long rows of the expert layout are sent and gathered in pieces, each with a flag and a warp of its own.
 //
 // Sums are fp32 in a fixed order; only what crosses between ranks is rounded to the rows' type.
-#include "device/flags.cuh"
-#include "device/staging.cuh"
 #include "device/sum.cuh"
+#include "throughput/operation.cuh"
+#include "throughput/staging.cuh"
 
 namespace deepep_moe {
 
@@ -176,13 +176,14 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         list.parts = list.count = count;
         __syncwarp();
 
-        char* staged = staged_row(rt, args.staging, epoch, row.source, rt.rank, row.slot, args.pitch);
+        char* staged = staged_row(rt, args.staging, epoch, row.source, rt.domain.rank, row.slot, args.pitch);
         sum_rows<T>(list, pieces.span(piece), staged);
         if (args.carry_weights && piece == 0 && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
         __syncwarp();  // everything is written before lane 0 says so
         if (lane == 0)
-            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.rank, row.slot, piece), epoch);
+            store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.domain.rank, row.slot, piece),
+                                 epoch);
     }
 }
 
@@ -198,17 +199,19 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     for (int item = queue.take(); item < route.num_tokens * pieces.count; item = queue.take()) {
         const int token = item / pieces.count, piece = item % pieces.count;
         int slot = -1;  // of the token at rank `lane`
-        if (lane < rt.num_ranks) slot = route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
-        const int own_slot = __shfl_sync(kFullMask, slot, rt.rank);
+        if (lane < rt.domain.num_ranks)
+            slot = route.send_slot[static_cast<int64_t>(token) * rt.domain.num_ranks + lane];
+        const int own_slot = __shfl_sync(kFullMask, slot, rt.domain.rank);
         float own_weight;
         const LaneRows parts = parts_of<kGrouped>(args, received.own_start + own_slot, own_slot >= 0, own_weight);
 
-        LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.rank)};
+        LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.domain.rank)};
         if (ranks.mask >> lane & 1) {
-            wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, lane, slot, piece), epoch, kCombineRows, lane);
-            ranks.row = staged_row(rt, args.staging, epoch, rt.rank, lane, slot, args.pitch);
+            const int* flag = arrived_flag(rt, args.staging, epoch, rt.domain.rank, lane, slot, piece);
+            wait_row(rt, flag, epoch, kCombineRows, lane);
+            ranks.row = staged_row(rt, args.staging, epoch, rt.domain.rank, lane, slot, args.pitch);
         }
-        const unsigned before = ranks.mask & ((1u << rt.rank) - 1), after = ranks.mask & ~before;
+        const unsigned before = ranks.mask & ((1u << rt.domain.rank) - 1), after = ranks.mask & ~before;
         __syncwarp();  // all lanes are done with the last list, and all flags are up
         int count = 0;
         append(list, count, ranks, before);
@@ -237,20 +240,30 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     }
 }
 
+__device__ __forceinline__ void poison_outputs(const CombineArgs& args) {
+    const int64_t tokens = args.route.num_tokens;
+    poison(args.out, tokens * args.row_bytes);
+    if (args.carry_weights) poison(args.out_weights, tokens * args.route.num_topk * sizeof(float));
+}
+
 // One kernel for each layout: what only one of them needs costs registers, and those hold the loads in flight.
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
     __shared__ RowList lists[kWarps];
     const Runtime& rt = args.runtime;
-    if (rt.local->failed) return;
+    if (rt.domain.state->failed || !is_usable(args.route.rank_prefix)) {
+        if (last_block_done<false>(&rt.local->blocks_done)) poison_outputs(args);
+        return;
+    }
     RowList& list = lists[threadIdx.x / kWarpSize];
-    const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kCombineStart | kGrouped << 8 | args.carry_weights << 9, args.pitch};
+    const int epoch = next_epoch(rt.local->data_epoch);
+    const Operation operation{Operation::kCombine | (kGrouped ? Operation::kByExpert : 0) |
+                                  (args.carry_weights ? Operation::kWithWeights : 0),
+                              args.route.plan, args.format_code, args.pitch};
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<T, kGrouped>(args, epoch, list);
     gather<T, kGrouped>(args, epoch, list);
-    await_peers(rt, epoch, operation, kCombineStart);
-    leave_operation(rt, epoch);
+    if (leave_operation(rt, epoch, operation, kCombineStart)) poison_outputs(args);
 }
 
 template <typename T>

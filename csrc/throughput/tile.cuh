@@ -1,20 +1,22 @@
 // One tile of tokens: which rank and expert gets which token, and how many of each.
 #pragma once
 
-#include "device/flags.cuh"
+#include "device/wait.cuh"
+#include "throughput/args.h"
 
 namespace deepep_moe {
 
 // In shared memory, for the tile of this block.
 struct Tile {
     int first, count;              // tokens
-    unsigned member[kTileTokens];  // bit r: the token goes to rank r
+    RankMask member[kTileTokens];  // bit r: the token goes to rank r
     int expert[kTileEntries];      // [count, K] expert of each route, or -1
 
     // All threads of the block call; a thread per route. Reports indices out of range, which count as dropped.
     __device__ __forceinline__ void read(const Runtime& rt, const int64_t* topk_idx, const bool* given_membership,
                                          int num_tokens, int num_topk, int num_experts, bool report) {
-        const int per_tile = tile_tokens(num_topk), experts_per_rank = num_experts / rt.num_ranks;
+        const int ranks = rt.domain.num_ranks;
+        const int per_tile = tile_tokens(num_topk), experts_per_rank = num_experts / ranks;
         const int start = blockIdx.x * per_tile, tokens = min(per_tile, num_tokens - start);
         if (threadIdx.x == 0) {
             first = start;
@@ -27,27 +29,28 @@ struct Tile {
             const bool routed = given >= 0 && given < num_experts;
             expert[threadIdx.x] = routed ? static_cast<int>(given) : -1;
             if (routed && !given_membership)
-                atomicOr(&member[threadIdx.x / num_topk], 1u << (static_cast<int>(given) / experts_per_rank));
+                atomicOr(&member[threadIdx.x / num_topk], RankMask{1} << (static_cast<int>(given) / experts_per_rank));
             if (report && !routed && given != -1) {
-                rt.local->bad_input = 1;
-                report_problem(rt, kBadExpert, kPlanCounts, rt.rank, 0, num_experts, static_cast<int>(given));
+                rt.local->bad_routes = 1;
+                report_problem(rt.domain,
+                               {kBadExpert, kPlanCounts, rt.domain.rank, 0, num_experts, static_cast<int>(given)});
             }
         }
         if (given_membership) {
-            for (int i = threadIdx.x; i < tokens * rt.num_ranks; i += blockDim.x)
-                if (given_membership[static_cast<int64_t>(start) * rt.num_ranks + i])
-                    atomicOr(&member[i / rt.num_ranks], 1u << (i % rt.num_ranks));
+            for (int i = threadIdx.x; i < tokens * ranks; i += blockDim.x)
+                if (given_membership[static_cast<int64_t>(start) * ranks + i])
+                    atomicOr(&member[i / ranks], RankMask{1} << (i % ranks));
         }
         __syncthreads();
     }
 
     // Which of the 32 tokens from `begin` on go to any rank in `ranks`, a bit each. The whole warp calls.
-    __device__ __forceinline__ unsigned tokens_to(unsigned ranks, int begin) const {
+    __device__ __forceinline__ unsigned tokens_to(RankMask ranks, int begin) const {
         const int t = begin + threadIdx.x % kWarpSize;
         return __ballot_sync(kFullMask, t < count && (member[t] & ranks) != 0);
     }
     // How many tokens of the tile do. The whole warp calls.
-    __device__ __forceinline__ int count_tokens_to(unsigned ranks) const {
+    __device__ __forceinline__ int count_tokens_to(RankMask ranks) const {
         int tokens = 0;
         for (int begin = 0; begin < kTileTokens; begin += kWarpSize) tokens += __popc(tokens_to(ranks, begin));
         return tokens;

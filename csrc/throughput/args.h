@@ -1,17 +1,16 @@
-// What kernels take: one struct each, plain pointers and sizes, filled in one place (runtime/buffer.cpp).
+// What kernels of the throughput engine take: one struct each, plain pointers and sizes, filled by name in engine.cpp.
 //
 // Symbols in shapes are those of deepep_moe/backends/base.py: T tokens, K top-k, R ranks, E experts, L local
 // experts, N received rows, M expert rows. All arrays are row-major and contiguous unless a stride is given.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "device/tagged.h"
+#include "local/args.h"
+#include "runtime/domain.h"
 
 namespace deepep_moe {
 
-constexpr int kMaxRanks = 32;  // one lane of a warp per rank
-constexpr int kMaxTopk = 32;   // one lane of a warp per route of a token
+constexpr int kMaxTopk = 32;  // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;
 constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
 constexpr int kTileTokens = 64;    // and tokens at most
@@ -24,86 +23,74 @@ inline __host__ __device__ int tile_tokens(int num_topk) {
     return fit < kTileTokens ? fit : kTileTokens;
 }
 
-enum Phase : int { kPlanCounts, kPlanPlaces, kDispatchStart, kDispatchRows, kCombineStart, kCombineRows };
-
-enum Failure : int {
-    kNoFailure,
-    kTimeout,       // peer, phase, expected, seen
-    kPeerFailed,    // peer: it reported a failure of its own; phase is where this rank was
-    kMismatch,      // peer, field (PeerCounts::Field or an Operation::Field), expected = own value, seen = the peer's
-    kBadExpert,     // expected = number of experts, seen = the index
-    kRecvOverflow,  // peer: whose; expected = rows there is room for, seen = rows that came (rank layout)
-    kRowsOverflow,  // the same in expert layout
-    kStaging,       // expected = tokens per rank that staging holds, seen = tokens of a rank
-    kBadPeerInput,  // peer: what it was given is bad; its own error says why
-};
-
-// A number and the epoch (or ticket) it belongs to, written at once: whoever waits for the tag has the number, and
-// nobody has to order one write before another.
-struct alignas(8) Tagged {
-    int value, tag;
-};
-
 // What ranks tell each other about one batch before any row moves.
 struct PeerCounts {
     // What ranks must agree on, then what they may differ in.
-    enum Field : int {
-        kNumExperts,
-        kNumTopk,
-        kAlignment,
+    enum Word : int {
+        kExperts,
+        kTopk,
+        kAlign,
         kNumAgreed,
-        kNumTokens = kNumAgreed,
-        kBadInput,  // 1: routes that no expert has, taken as dropped; 2: refused altogether
-        kMaxRecv,   // room for rows of either layout; INT_MAX: as much as it takes
+        kTokens = kNumAgreed,
+        kInput,    // enum Input
+        kMaxRecv,  // room for rows in source order and in expert order; INT_MAX: as much as it takes
         kMaxRows,
-        kNumFields
+        kNumWords
     };
-    int header[kNumFields];
+    enum Input : int { kGood, kBadRoutes, kRefusedInput };  // kBadRoutes: routes that no expert has, taken as dropped
+
+    int header[kNumWords];
     int tokens_to_rank[kMaxRanks];
     int routes_to_expert[kMaxExperts];
 
-    static constexpr int kHeadWords = kNumFields + kMaxRanks;
+    static constexpr int kHeadWords = kNumWords + kMaxRanks;
 };
 
-// What ranks must agree on in every dispatch and combine.
-struct Operation {
-    enum Field : int { kKind = PeerCounts::kNumFields, kRowBytes };  // numbered after PeerCounts::Field
-    int kind;       // enum Phase of its start, plus 1 << 8 in expert layout, 1 << 9 when combine carries weights
+// What ranks must agree on in every dispatch and combine. Written at once: 16 bytes.
+struct alignas(16) Operation {
+    enum Kind : int { kDispatch, kCombine, kGrow, kRefuse, kPlan };
+    enum Flag : int { kByExpert = 1 << 8, kWithWeights = 1 << 9 };
+
+    int kind;       // Kind, with flags
+    int plan;       // number of the plan that rows move by
+    int format;     // dtype, what becomes of rows on their way, scales, backward: encoded by Python, only compared here
     int row_bytes;  // of a staged row
 };
 
 // Symmetric memory that never grows: written by peers, read by its owner.
 struct Control {
-    int entered[kMaxRanks];             // [source] epoch of the last dispatch or combine that the peer has started
+    int entered[kMaxRanks];             // [source] epoch of the last operation that the peer has started
     int placed[kMaxRanks];              // [source] epoch of the last plan whose places in staging are complete
-    int failed[kMaxRanks];              // [source] not 0: the peer gave up
     Operation operation[2][kMaxRanks];  // [data epoch % 2][source]
     // [plan epoch % 2][source] words of PeerCounts, tagged with the plan epoch
     Tagged counts[2][kMaxRanks][sizeof(PeerCounts) / sizeof(int)];
+};
+
+// Where the last plan stands, the same on every rank.
+enum PlanState : int {
+    kPlaceable,
+    kNeedsRoom,  // a rank has more tokens than staging holds: the host makes it grow and places rows then
+    kInvalid,    // refused, or without a host to mend what kNeedsRoom asks for: nothing moves by this plan
 };
 
 // Device memory of this rank alone. Counters live here, not in launch arguments, so that a captured graph can be
 // replayed; the last block of a kernel advances them.
 struct LocalState {
     int plan_epoch;
-    int data_epoch;  // dispatches and combines so far
+    int data_epoch;  // of dispatches, combines and growths
     int blocks_done;
-    int next_item;  // work the receiving warps of the running kernel take one by one
-    int bad_input;
-    int staging_fits;  // the tokens of the last plan, on every rank
-    int failed;
-    unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
+    int next_item;  // work that the receiving warps of the running kernel take one by one
+    int bad_routes;
+    int spoiled;     // rows of the running operation will not come
+    int plan_state;  // enum PlanState
 };
 
-// Pinned host memory, written by the device.
-struct HostStatus {
-    // Of the last plan that the host waits for, tagged with its ticket.
+// Pinned host memory, written by the device: numbers of the last plan that the host waits for, tagged with its ticket.
+struct HostCounts {
     Tagged num_recv;                    // N
     Tagged num_rows;                    // M
     Tagged max_tokens;                  // most tokens of any rank; comes after any failure
     Tagged expert_counts[kMaxExperts];  // [L]
-    int failure;                        // enum Failure; the rest says more
-    int phase, peer, field, expected, seen;
 };
 
 // Symmetric memory for rows in flight, grown when a batch needs more (collectively).
@@ -119,17 +106,17 @@ struct Staging {
     int64_t data_bytes;  // of one of the two halves
 };
 
+// What every kernel of the engine knows.
 struct Runtime {
-    int rank, num_ranks;
+    Domain domain;
     Control* control[kMaxRanks];  // [rank] as mapped here
     LocalState* local;
-    HostStatus* status;
-    uint64_t timeout_nanoseconds;
-    bool record_waits;
+    HostCounts* host;
 };
 
 // The part of a plan that follows from the counts alone, in one array: rank prefix [R, R], rows of each local expert
-// [L], first row of each local expert and the end of the last [L + 1].
+// [L], first row of each local expert and the end of the last [L + 1]. A plan that nothing may move by has -1 in its
+// prefix, and no rows.
 struct Counted {
     int64_t* data;
     int num_ranks, local_experts;
@@ -148,13 +135,11 @@ struct Counted {
 inline __host__ __device__ int received_words(int num_topk) { return 1 + 2 * num_topk; }
 
 // Where tokens go, counted on this rank.
-struct LayoutArgs {
+struct DestinationsArgs {
     Runtime runtime;
     const int64_t* topk_idx;  // [T, K]
     int num_tokens, num_topk, num_experts;
-    int ranks_per_node;
     int* num_tokens_per_rank;    // [R] added to
-    int* num_tokens_per_node;    // [R / ranks_per_node] added to, or null
     int* num_tokens_per_expert;  // [E] added to
     bool* is_token_in_rank;      // [T, R]
 };
@@ -166,23 +151,27 @@ struct PlanArgs {
     const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
     const int* given_expert_counts;  // [E] or null: used when K = 0
     int num_tokens, num_topk, num_experts, alignment;
-    int ticket;              // not 0: publish the counts to the host under this number
-    bool refused;            // this rank's input is bad: it takes part only to say so
-    int* tile_ranks;         // [tiles, R]
-    int* tile_experts;       // [tiles, E]
-    int* rank_totals;        // [R], zero between plans
-    int* expert_totals;      // [E], zero between plans
-    int* row_base;           // [E] expert row at its owner of this rank's first route to the expert
-    Counted counted;         // what follows from the counts, until it is copied to out_counted
-    int max_recv, max_rows;  // room in the outputs below; without a ticket all of it is used
-    int* send_slot;          // [T, R]
-    int64_t* out_counted;    // as Counted
-    int* received;           // [max_recv, received_words]
-    int* row_recv;           // [max_rows]
+    int ticket;            // not 0: publish the counts to the host under this number
+    bool refused;          // this rank's input is bad: it takes part only to say so
+    int* tile_ranks;       // [tiles, R]
+    int* tile_experts;     // [tiles, E]
+    int* rank_totals;      // [R], zero between plans
+    int* expert_totals;    // [E], zero between plans
+    int* row_base;         // [E] expert row at its owner of this rank's first route to the expert
+    Counted counted;       // what follows from the counts, until it is copied to out_counted
+    int max_recv;          // room in the outputs below; without a ticket all of it is used
+    int max_rows;          // the same; kNoExpertRows: expert rows are not asked for
+    int* send_slot;        // [T, R]
+    int64_t* out_counted;  // as Counted
+    int* received;         // [max_recv, received_words]
+    int* row_recv;         // [max_rows]
+
+    static constexpr int kNoExpertRows = -1;
 };
 
 // The part of a plan that moving rows needs.
 struct Route {
+    int plan;  // its number
     int num_tokens, num_topk;
     int max_recv, max_rows;
     const int* send_slot;        // [T, R]
@@ -190,6 +179,9 @@ struct Route {
     const int* received;         // [N, received_words]
     const int* row_recv;         // [M]
     bool grouped;                // expert layout, else rank layout
+
+    // Rows in the layout.
+    __host__ __device__ __forceinline__ int num_out() const { return grouped ? max_rows : max_recv; }
 
     // Of received row n and its route k.
     __device__ __forceinline__ int source_token(int n) const { return entry(n, 0); }
@@ -207,7 +199,7 @@ struct Scales {
     int64_t row_stride, channel_stride;
 };
 
-// What becomes of rows on their way.
+// What becomes of rows on their way (Wire of deepep_moe/backends/base.py).
 enum class Format : int {
     kAsGiven,     // nothing; with scales, if there are any
     kToFp8,       // BF16 comes, FP8 and its scales cross and are delivered
@@ -218,6 +210,7 @@ struct DispatchArgs {
     Runtime runtime;
     Staging staging;
     Route route;
+    int format_code;       // Operation::format
     int row_bytes;         // as sent; BF16 that crosses as FP8 has twice as many
     int num_scales;        // per row, as sent
     int pitch;             // bytes of a staged row: row, scales, weights, rounded up to 16
@@ -225,8 +218,8 @@ struct DispatchArgs {
     Scales scales;         // given with them
     const float* weights;  // [T, K] or null
     char* out;             // [N or M] rows
-    Scales out_scales;
-    float* out_weights;  // [N, K] or [M], or null
+    Scales out_scales;     // one of the strides is 1
+    float* out_weights;    // [N, K] or [M], or null
     int num_send_blocks;
 };
 
@@ -234,6 +227,7 @@ struct CombineArgs {
     Runtime runtime;
     Staging staging;
     Route route;
+    int format_code;  // Operation::format
     int row_bytes;
     int pitch;                     // bytes of a staged row: row, weights, rounded up to 16
     const char* x;                 // [N or M] rows
@@ -247,38 +241,19 @@ struct CombineArgs {
     int num_send_blocks;
 };
 
-// Rows times weights, and the gradients of that.
-struct WeighArgs {
-    const char* x;         // [M] rows
-    const char* rows;      // [M] rows, or null
-    const float* weights;  // [M]
-    const int* row_recv;   // [M], negative: padding, where out and sums are 0; null: there is none
-    char* out;             // [M] rows x * weights, or null; may be x
-    float* sums;           // [M] sums of x * rows over the row; unused without rows
-    int num_rows, row_bytes;
-};
-
-enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
-
-// From a routing map to indices: ascending, -1 where a row has fewer routes. A row with more than K gets the index
-// num_experts + their number, which a plan refuses.
-struct RoutesArgs {
-    const bool* routing_map;  // [T, E]; unused by the backward
-    void* probs;              // [T, E]: read; by the backward written, the gradient
-    int num_tokens, num_experts, num_topk;
-    int64_t* topk_idx;  // [T, K]: written; by the backward read
-    float* weights;     // [T, K]: written, 0 where there is no route; by the backward read, their gradient
-};
-
 // Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
-cudaError_t launch_routes(const RoutesArgs& args, DataType probs, bool backward, cudaStream_t stream);
-cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
+cudaError_t launch_destinations(const DestinationsArgs& args, cudaStream_t stream);
 cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
 // At most num_blocks: they wait for the peers, whose kernels may need room on the same GPU.
 cudaError_t launch_collect_places(const PlanArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
-cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream);
+// An operation that moves nothing: its ranks meet, and learn whether all are in it. It takes the place of one by the
+// plan that `rank_prefix` is of (null: of one that every rank can use).
+cudaError_t launch_meet(const Runtime& runtime, const Operation& operation, const int64_t* rank_prefix,
+                        cudaStream_t stream);
+// For tests: the next plan and operation get the numbers after these.
+cudaError_t launch_set_epochs(const Runtime& runtime, int plan_epoch, int data_epoch, cudaStream_t stream);
 
 }  // namespace deepep_moe

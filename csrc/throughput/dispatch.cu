@@ -8,9 +8,9 @@
 //
 // The first blocks send and then help to receive; the others receive from the start, own rows first, so the link
 // and the memory work at the same time. Senders never wait, hence nobody waits for something that cannot come.
-#include "device/flags.cuh"
 #include "device/fp8.cuh"
-#include "device/staging.cuh"
+#include "throughput/operation.cuh"
+#include "throughput/staging.cuh"
 
 namespace deepep_moe {
 
@@ -154,14 +154,14 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
     int slot = -1;  // of the token at rank `lane`
-    if (token < args.route.num_tokens && lane < rt.num_ranks && lane != rt.rank)
-        slot = args.route.send_slot[static_cast<int64_t>(token) * rt.num_ranks + lane];
+    if (token < args.route.num_tokens && lane < rt.domain.num_ranks && lane != rt.domain.rank)
+        slot = args.route.send_slot[static_cast<int64_t>(token) * rt.domain.num_ranks + lane];
     const unsigned mask = __ballot_sync(kFullMask, slot >= 0);
     if (mask == 0) return nullptr;
 
     Destination to{nullptr, nullptr, 1};
     if (slot >= 0) {
-        to.row = staged_row(rt, args.staging, epoch, lane, rt.rank, slot, args.pitch);
+        to.row = staged_row(rt, args.staging, epoch, lane, rt.domain.rank, slot, args.pitch);
         to.scales = reinterpret_cast<int*>(to.row + args.row_bytes);
     }
     copy_token<kFormat, true>(args, token, to, mask);
@@ -172,7 +172,7 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
             if (lane < topk) reinterpret_cast<float*>(scales + args.num_scales)[lane] = weight;
         }
     }
-    return slot >= 0 ? arrived_flag(rt, args.staging, epoch, lane, rt.rank, slot) : nullptr;
+    return slot >= 0 ? arrived_flag(rt, args.staging, epoch, lane, rt.domain.rank, slot) : nullptr;
 }
 
 template <Format kFormat>
@@ -224,7 +224,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         }
 
         const bool own = item < received.own_count;
-        const typename Received::Row row = own ? typename Received::Row{rt.rank, 0, received.own_start + item}
+        const typename Received::Row row = own ? typename Received::Row{rt.domain.rank, 0, received.own_start + item}
                                                : received.at(rt, item - received.own_count);
         const int n = row.index;
         if (n < 0 || n >= route.max_recv) continue;
@@ -246,10 +246,10 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             weights = args.weights + static_cast<int64_t>(token) * topk;
         } else {
             if (lane == 0)
-                wait_flag(rt, arrived_flag(rt, args.staging, epoch, rt.rank, row.source, row.slot), epoch,
-                          kDispatchRows, row.source);
+                wait_row(rt, arrived_flag(rt, args.staging, epoch, rt.domain.rank, row.source, row.slot), epoch,
+                         kDispatchRows, row.source);
             __syncwarp();
-            const char* staged = staged_row(rt, args.staging, epoch, rt.rank, row.source, row.slot, args.pitch);
+            const char* staged = staged_row(rt, args.staging, epoch, rt.domain.rank, row.source, row.slot, args.pitch);
             const int* scales = reinterpret_cast<const int*>(staged + args.row_bytes);
             if (kDequantises<kFormat>)
                 dequantise_row({staged, scales, 1}, to, mask, args.row_bytes);
@@ -268,19 +268,36 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     }
 }
 
+template <Format kFormat>
+__device__ __forceinline__ void poison_outputs(const DispatchArgs& args) {
+    const int64_t rows = args.route.num_out();
+    poison(args.out, rows * (kDequantises<kFormat> ? 2 : 1) * args.row_bytes);
+    if (args.out_scales.data)  // as far as its last element
+        poison(args.out_scales.data, rows == 0
+                                         ? 0
+                                         : sizeof(int) * ((rows - 1) * args.out_scales.row_stride +
+                                                          (args.num_scales - 1) * args.out_scales.channel_stride + 1));
+    if (args.out_weights)
+        poison(args.out_weights, sizeof(float) * rows * (args.route.grouped ? 1 : args.route.num_topk));
+}
+
 // One kernel for each format and layout: what only one of them needs costs registers, and those hold the loads in
 // flight.
 template <Format kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;
-    if (rt.local->failed) return;
-    const int epoch = rt.local->data_epoch + 1;
-    const Operation operation{kDispatchStart | kGrouped << 8, args.pitch};
+    if (rt.domain.state->failed || !is_usable(args.route.rank_prefix)) {
+        if (last_block_done<false>(&rt.local->blocks_done)) poison_outputs<kFormat>(args);
+        return;
+    }
+    const int epoch = next_epoch(rt.local->data_epoch);
+    const Operation operation{
+        Operation::kDispatch | (kGrouped ? Operation::kByExpert : 0) | (args.weights ? Operation::kWithWeights : 0),
+        args.route.plan, args.format_code, args.pitch};
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
     receive<kFormat, kGrouped>(args, epoch);
-    await_peers(rt, epoch, operation, kDispatchStart);
-    leave_operation(rt, epoch);
+    if (leave_operation(rt, epoch, operation, kDispatchStart)) poison_outputs<kFormat>(args);
 }
 
 template <Format kFormat>

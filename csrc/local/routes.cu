@@ -4,7 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "device/ptx.cuh"
-#include "kernels/args.h"
+#include "local/args.h"
 
 namespace deepep_moe {
 

@@ -1,7 +1,8 @@
 // Where a row in flight lies in the memory of its destination.
 #pragma once
 
-#include "kernels/args.h"
+#include "device/ptx.cuh"
+#include "throughput/args.h"
 
 namespace deepep_moe {
 
@@ -9,14 +10,14 @@ __device__ __forceinline__ char* staged_row(const Runtime& rt, const Staging& st
                                             int slot, int pitch) {
     // A rank's own rows are never staged: the other R - 1 sources share the memory.
     int region = source - owner - 1;
-    if (region < 0) region += rt.num_ranks;
+    if (region < 0) region += rt.domain.num_ranks;
     return staging.base[owner] + staging.data_offset + (epoch & 1) * staging.data_bytes +
            (static_cast<int64_t>(region) * staging.max_tokens + slot) * pitch;
 }
 
 __device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& staging, int epoch, int owner,
                                              int source, int slot, int piece = 0) {
-    const int64_t row = (static_cast<int64_t>(epoch & 1) * rt.num_ranks + source) * staging.max_tokens + slot;
+    const int64_t row = (static_cast<int64_t>(epoch & 1) * rt.domain.num_ranks + source) * staging.max_tokens + slot;
     return reinterpret_cast<int*>(staging.base[owner]) + row * kFlagsPerRow + piece;
 }
 
@@ -29,28 +30,28 @@ struct Received {
     __device__ __forceinline__ Received(const Runtime& rt, const int64_t* rank_prefix) {
         const int lane = threadIdx.x % kWarpSize;
         start = count = 0;
-        if (lane < rt.num_ranks) {
-            start = lane > 0 ? static_cast<int>(rank_prefix[(lane - 1) * rt.num_ranks + rt.rank]) : 0;
-            count = static_cast<int>(rank_prefix[lane * rt.num_ranks + rt.rank]) - start;
+        if (lane < rt.domain.num_ranks) {
+            start = lane > 0 ? static_cast<int>(rank_prefix[(lane - 1) * rt.domain.num_ranks + rt.domain.rank]) : 0;
+            count = static_cast<int>(rank_prefix[lane * rt.domain.num_ranks + rt.domain.rank]) - start;
         }
-        own_start = __shfl_sync(kFullMask, start, rt.rank);
-        own_count = __shfl_sync(kFullMask, count, rt.rank);
-        most = lane == rt.rank ? 0 : count;
+        own_start = __shfl_sync(kFullMask, start, rt.domain.rank);
+        own_count = __shfl_sync(kFullMask, count, rt.domain.rank);
+        most = lane == rt.domain.rank ? 0 : count;
 #pragma unroll
         for (int d = kWarpSize / 2; d > 0; d /= 2) most = max(most, __shfl_xor_sync(kFullMask, most, d));
     }
 
     // Items that enumerate the peers' rows, one of each peer in turn; some stand for no row.
-    __device__ __forceinline__ int items(const Runtime& rt) const { return most * (rt.num_ranks - 1); }
+    __device__ __forceinline__ int items(const Runtime& rt) const { return most * (rt.domain.num_ranks - 1); }
 
     struct Row {
         int source, slot, index;  // index < 0: no row
     };
     __device__ __forceinline__ Row at(const Runtime& rt, int item) const {
-        const int peers = rt.num_ranks - 1;
+        const int peers = rt.domain.num_ranks - 1;
         Row row;
         row.slot = item / peers;
-        row.source = (rt.rank + 1 + item % peers) % rt.num_ranks;
+        row.source = (rt.domain.rank + 1 + item % peers) % rt.domain.num_ranks;
         const int first = __shfl_sync(kFullMask, start, row.source);
         const bool exists = row.slot < __shfl_sync(kFullMask, count, row.source);
         row.index = exists ? first + row.slot : -1;

@@ -3,7 +3,7 @@
 // A warp per row. Sums are fp32 in a fixed order: each lane adds its channels from left to right, then the lanes are
 // added as a tree.
 #include "device/sum.cuh"
-#include "kernels/args.h"
+#include "local/args.h"
 
 namespace deepep_moe {
 

@@ -1,0 +1,10 @@
+// What the parts of deepep_moe._C add to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace deepep_moe {
+
+void bind_throughput(pybind11::module_& m);
+
+}  // namespace deepep_moe

@@ -1,0 +1,96 @@
+// The protocol of dispatch and combine: ranks enter each operation, find out whether all are in the same one, and
+// leave.
+#pragma once
+
+#include "device/wait.cuh"
+#include "throughput/args.h"
+
+namespace deepep_moe {
+
+// Tell the peers that this rank is in the operation.
+__device__ __forceinline__ void enter_operation(const Runtime& rt, int epoch, const Operation& operation) {
+    if (blockIdx.x == 0 && threadIdx.x < rt.domain.num_ranks) {
+        Control* peer = rt.control[threadIdx.x];
+        *reinterpret_cast<int4*>(&peer->operation[epoch & 1][rt.domain.rank]) =
+            *reinterpret_cast<const int4*>(&operation);
+        store_release_system(&peer->entered[rt.domain.rank], epoch);
+    }
+}
+
+// Whether a peer that has entered this epoch is in the same operation; reports it if not.
+__device__ __forceinline__ bool same_operation(const Runtime& rt, int epoch, const Operation& own, int peer,
+                                               int phase) {
+    const volatile Operation& theirs = rt.control[rt.domain.rank]->operation[epoch & 1][peer];
+    const int kind = theirs.kind;
+    if (own.kind == Operation::kRefuse)
+        return true;  // this rank moves nothing: whatever the peer does is its own affair
+    if (kind == Operation::kRefuse) {
+        rt.local->spoiled = 1;
+        report_problem(rt.domain, {kBadPeerInput, kRefused, peer, 0, 0, 0});
+        return false;
+    }
+    FailureReport report{kMismatch, kDispatchStart, peer, kNumFields, 0, 0};
+    const auto compare = [&](Field field, int mine, int seen) {
+        if (report.field == kNumFields && mine != seen) report = {kMismatch, phase, peer, field, mine, seen};
+    };
+    compare(kOperation, own.kind, kind);
+    compare(kPlanNumber, own.plan, theirs.plan);
+    compare(kRowBytes, own.row_bytes, theirs.row_bytes);
+    compare(kFormat, own.format, theirs.format);
+    if (report.field == kNumFields) return true;
+    report_failure(rt.domain, report);
+    return false;
+}
+
+// The peer will not come to this operation, or came to another one: what this rank waits for does not exist. Called
+// while waiting, since ranks that are out of step would otherwise notice only when the time is up.
+__device__ __forceinline__ bool out_of_step(const Runtime& rt, int epoch, int peer, int phase) {
+    const Control* own = rt.control[rt.domain.rank];
+    if (load_acquire_system(&own->entered[rt.domain.rank]) != epoch)
+        return false;  // block 0 has yet to say what we are in
+    const Operation mine = own->operation[epoch & 1][rt.domain.rank];
+    const auto has_entered = [&] { return reached(load_acquire_system(&own->entered[peer]), epoch); };
+    if (has_entered()) return !same_operation(rt, epoch, mine, peer, phase);
+    // It exchanges the counts of a plan that comes after all of ours.
+    const int plan = next_epoch(rt.local->plan_epoch);
+    if (load_tagged_system(&own->counts[plan & 1][peer][0]).tag != plan) return false;
+    if (has_entered()) return false;  // it has been here meanwhile
+    report_failure(rt.domain, {kMismatch, phase, peer, kOperation, mine.kind, Operation::kPlan});
+    return true;
+}
+
+// Whether rows can move by the plan: all ranks find the same, so that none waits for another where they cannot.
+__device__ __forceinline__ bool is_usable(const int64_t* rank_prefix) { return rank_prefix[0] >= 0; }
+
+// Wait for a row that a peer sends in this operation. Its flag holds just this epoch then: older ones never come back.
+// Should the row not come, the caller goes on without: leave_operation() sees to it that nobody takes the outputs for
+// good.
+__device__ __forceinline__ void wait_row(const Runtime& rt, const int* flag, int epoch, Phase phase, int peer) {
+    wait_for(
+        rt.domain, flag, epoch, phase, peer, [&](int seen) { return seen == epoch; },
+        [&] { return out_of_step(rt, epoch, peer, phase); });
+}
+
+// The end of an operation: it waits for every peer to be in it, and compares. A peer that has entered this operation
+// has finished the one before, so the half of staging that the next operation writes is free: no other barrier is
+// needed. Returns true in all threads of one block if the outputs are wrong.
+__device__ __forceinline__ bool leave_operation(const Runtime& rt, int epoch, const Operation& operation, Phase phase) {
+    const int peer = threadIdx.x;
+    if (blockIdx.x == 0 && peer < rt.domain.num_ranks) {
+        const bool entered = wait_for(
+            rt.domain, &rt.control[rt.domain.rank]->entered[peer], epoch, phase, peer,
+            [&](int seen) { return reached(seen, epoch); }, [&] { return out_of_step(rt, epoch, peer, phase); });
+        if (entered) same_operation(rt, epoch, operation, peer, phase);
+    }
+    if (!last_block_done<false>(&rt.local->blocks_done)) return false;
+    const bool wrong = rt.domain.state->failed || rt.local->spoiled;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        rt.local->spoiled = 0;
+        rt.local->next_item = 0;
+        rt.local->data_epoch = epoch;
+    }
+    return wrong;
+}
+
+}  // namespace deepep_moe

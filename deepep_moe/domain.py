@@ -1,0 +1,186 @@
+"""A domain: ranks whose GPUs map each other's memory, and what every engine on it shares.
+
+An engine moves rows; a domain knows who the peers are, gives symmetric memory, puts the calls of one GPU in order, and
+keeps the record of what went wrong first (csrc/runtime/domain.h has the device side).
+
+**Order between streams.** Kernels of an engine wait for the peers' kernels, and the large ones want every SM. So no two
+of them may run in different orders on different ranks: every call on a GPU, of whichever engine and domain of this
+process, starts after the calls that the host made before it (:meth:`Domain.enter_stream`). What is left to the program
+is what NCCL asks for too: all ranks make their calls in the same order. A replayed CUDA graph is ordered by the stream
+that it is replayed on: replay it on the stream of the eager calls, or wait between the two.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from deepep_moe.errors import (
+    CapacityError,
+    DeepEPMoEError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+    RankMismatchError,
+)
+from deepep_moe.extension import _C, why_not_on
+from deepep_moe.peer_memory import PeerMemory
+
+_PHASES = {
+    "PLAN_COUNTS": "plan (exchanging counts)",
+    "PLAN_PLACES": "plan (placing rows)",
+    "DISPATCH_START": "dispatch (start)",
+    "DISPATCH_ROWS": "dispatch (rows)",
+    "COMBINE_START": "combine (start)",
+    "COMBINE_ROWS": "combine (rows)",
+    "GROW_STAGING": "growing staging memory",
+    "REFUSED": "dispatch or combine",
+    "LOW_LATENCY_DISPATCH": "low-latency dispatch",
+    "LOW_LATENCY_COMBINE": "low-latency combine",
+}
+_FIELDS = {
+    "NUM_EXPERTS": "num_experts",
+    "NUM_TOPK": "top-k",
+    "ALIGNMENT": "expert alignment",
+    "OPERATION": "the call",
+    "PLAN_NUMBER": "the plan",
+    "FORMAT": "dtype or format",
+    "ROW_BYTES": "bytes of a row in flight",
+    "MAX_TOKENS": "num_max_dispatch_tokens_per_rank",
+    "HIDDEN": "hidden size",
+}
+_REASONS = {
+    "TIMEOUT": "it waited in vain for another rank",
+    "PEER_FAILED": "another rank had given up before",
+    "MISMATCH": "it found ranks in different calls",
+}
+
+# The last stream that a call of this process was enqueued on, by GPU: the raw stream, and the stream it is.
+_last_streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
+
+
+class Domain:
+    """This rank's side of a domain. Collective to create.
+
+    Args:
+        group: the ranks, of any kind and any members; used only to set up.
+        device: this rank's GPU.
+        timeout_seconds: longest wait for a peer, in a kernel.
+        record_waits: measure how long this rank waits for each peer.
+
+    Attributes:
+        runtime: the host side in the extension; engines are made on it.
+        captured: a CUDA graph has captured a call of this domain: what that call uses must stay where it is.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, record_waits: bool
+    ) -> None:
+        self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.captured = False
+        self.describe: dict[str, Callable[[int], str]] = {}  # by name of a _C.Field: what its numbers mean
+        self._index: int = device.index
+        self.runtime = _C.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
+        self._mailboxes = PeerMemory(group, device, _C.Domain.mailbox_bytes())
+        self.runtime.set_mailboxes(self._mailboxes.addresses)
+
+    @staticmethod
+    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective."""
+        ranks = dist.get_world_size(group)
+        places: list[tuple[str, int]] = [("", 0)] * ranks
+        dist.all_gather_object(places, (_host_id(), device.index), group=group)
+        if (reason := why_not_on(device)) is not None:
+            return reason
+        if ranks > _C.MAX_RANKS:
+            return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
+        if any(host != places[dist.get_rank(group)][0] for host, _ in places):
+            return "ranks of the group are on several hosts"
+        for peer, (_, index) in enumerate(places):
+            # Under CUDA_VISIBLE_DEVICES a peer's GPU may have no index here; then mapping its memory is the test.
+            if index < torch.cuda.device_count() and index != device.index:
+                if not torch.cuda.can_device_access_peer(device, index):
+                    return f"{device} has no peer access to cuda:{index} of rank {peer}"
+        return None
+
+    @property
+    def usable(self) -> bool:
+        """False once the ranks are out of step for good."""
+        return not self.runtime.broken
+
+    def enter_stream(self) -> int:
+        """The current stream's address, for a call that is about to be enqueued after all earlier ones."""
+        address: int = torch._C._cuda_getCurrentRawStream(self._index)
+        capturing = torch.cuda.is_current_stream_capturing()
+        self.captured = self.captured or capturing
+        last = _last_streams.get(self._index)
+        if last is None or last[0] != address:
+            stream = torch.cuda.current_stream(self.device)
+            if last is not None and not capturing:
+                stream.wait_stream(last[1])
+            _last_streams[self._index] = (address, stream)
+        return address
+
+    def raise_failure(self, *, lasting_only: bool = False) -> None:
+        """Raise what went wrong in work that is already enqueued, if anything. Local; does not wait for the device.
+
+        A failure that lasts is raised at every call, any other once. ``lasting_only`` leaves the others for later.
+        """
+        if self.runtime.failed:
+            stream = 0 if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(self._index)
+            report = self.runtime.take_failure(lasting_only, stream)
+            if report is not None:
+                raise self._error(*report)
+
+    def _error(self, failure: int, phase: int, peer: int, field: int, expected: int, seen: int) -> DeepEPMoEError:
+        kind, where = _C.Failure(failure).name, _PHASES[_C.Phase(phase).name]
+        if kind == "TIMEOUT":
+            return PeerTimeoutError(
+                f"rank {self.rank} waited {self.timeout_seconds:g} s for rank {peer} in {where}: "
+                f"it is at step {seen}, step {expected} was expected. Destroy this buffer or dispatcher."
+            )
+        if kind == "PEER_FAILED":
+            reason = _REASONS.get(_C.Failure(seen).name, "its own error says why")
+            return PeerError(
+                f"rank {peer} gave up ({reason}) while rank {self.rank} was in {where}. "
+                "Destroy this buffer or dispatcher."
+            )
+        if kind == "MISMATCH":
+            name = _C.Field(field).name
+            describe = self.describe.get(name, str)
+            return RankMismatchError(
+                f"{_FIELDS[name]} differs between ranks in {where}: "
+                f"{describe(expected)} on rank {self.rank}, {describe(seen)} on rank {peer}"
+            )
+        if kind == "BAD_EXPERT":
+            too_many = (
+                f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
+            )
+            return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
+        if kind == "BAD_PEER_INPUT":
+            return PeerError(f"rank {peer} refused its input in {where}; its own error says what is wrong")
+        if kind == "STAGING":
+            return CapacityError(
+                f"a rank has {seen} tokens, but staging memory holds {expected} per rank and cannot grow without the "
+                f"host: set max_tokens_per_rank to at least {seen}. Nothing was sent by this plan."
+            )
+        what = "received tokens" if kind == "RECV_OVERFLOW" else "expert rows"
+        return CapacityError(
+            f"rank {peer} needs room for {seen} {what}, there is room for {expected}: multiply capacity_factor by "
+            f"{seen / max(expected, 1):.3g} or more (num_worst_tokens: at least {seen}). Nothing was sent by this "
+            "plan, its outputs are NaN."
+        )
+
+
+def _host_id() -> str:
+    """The same on all processes of one host and different elsewhere (hostnames alone repeat in containers)."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return f"{socket.gethostname()}-{os.uname().nodename}"
