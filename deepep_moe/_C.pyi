@@ -181,6 +181,7 @@ class ThroughputEngine:
         scale_row_stride: int,
         scale_channel_stride: int,
         num_scales: int,
+        with_weights: bool,
         weights: int,
         out: int,
         out_scales: int,

@@ -216,7 +216,8 @@ struct DispatchArgs {
     int pitch;             // bytes of a staged row: row, scales, weights, rounded up to 16
     const char* x;         // [T] rows
     Scales scales;         // given with them
-    const float* weights;  // [T, K] or null
+    bool with_weights;     // they travel; a rank without tokens has none to point to
+    const float* weights;  // [T, K]
     char* out;             // [N or M] rows
     Scales out_scales;     // one of the strides is 1
     float* out_weights;    // [N, K] or [M], or null

@@ -92,7 +92,7 @@ py::object wait_plan(ThroughputEngine& self, Address expert_counts) {
 
 void dispatch(ThroughputEngine& self, const Route& route, Format format, int format_code, int row_bytes, int pitch,
               Address x, Address scales, int64_t scale_row_stride, int64_t scale_channel_stride, int num_scales,
-              Address weights, Address out, Address out_scales, int64_t out_scale_row_stride,
+              bool with_weights, Address weights, Address out, Address out_scales, int64_t out_scale_row_stride,
               int64_t out_scale_channel_stride, Address out_weights, int num_blocks, int num_send_blocks,
               Address stream) {
     DispatchRequest request{};
@@ -105,6 +105,7 @@ void dispatch(ThroughputEngine& self, const Route& route, Format format, int for
     request.scale_row_stride = scale_row_stride;
     request.scale_channel_stride = scale_channel_stride;
     request.num_scales = num_scales;
+    request.with_weights = with_weights;
     request.weights = weights;
     request.out = out;
     request.out_scales = out_scales;
@@ -161,9 +162,10 @@ void bind_throughput(py::module_& m) {
              py::arg("row_recv"), py::arg("max_recv"), py::arg("max_rows"), py::arg("num_blocks"), py::arg("stream"))
         .def("dispatch", &dispatch, py::arg("route"), py::kw_only(), py::arg("format"), py::arg("format_code"),
              py::arg("row_bytes"), py::arg("pitch"), py::arg("x"), py::arg("scales"), py::arg("scale_row_stride"),
-             py::arg("scale_channel_stride"), py::arg("num_scales"), py::arg("weights"), py::arg("out"),
-             py::arg("out_scales"), py::arg("out_scale_row_stride"), py::arg("out_scale_channel_stride"),
-             py::arg("out_weights"), py::arg("num_blocks"), py::arg("num_send_blocks"), py::arg("stream"))
+             py::arg("scale_channel_stride"), py::arg("num_scales"), py::arg("with_weights"), py::arg("weights"),
+             py::arg("out"), py::arg("out_scales"), py::arg("out_scale_row_stride"),
+             py::arg("out_scale_channel_stride"), py::arg("out_weights"), py::arg("num_blocks"),
+             py::arg("num_send_blocks"), py::arg("stream"))
         .def("combine", &combine, py::arg("route"), py::kw_only(), py::arg("dtype"), py::arg("format_code"),
              py::arg("row_bytes"), py::arg("pitch"), py::arg("x"), py::arg("weights"), py::arg("apply_weights"),
              py::arg("carry_weights"), py::arg("bias0"), py::arg("bias1"), py::arg("out"), py::arg("out_weights"),

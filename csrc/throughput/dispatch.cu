@@ -165,7 +165,7 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
         to.scales = reinterpret_cast<int*>(to.row + args.row_bytes);
     }
     copy_token<kFormat, true>(args, token, to, mask);
-    if (args.weights) {
+    if (args.with_weights) {
         const float weight = lane < topk ? args.weights[static_cast<int64_t>(token) * topk + lane] : 0.0f;
         for (unsigned m = mask; m; m &= m - 1) {
             int* scales = of_lane(to.scales, __ffs(m) - 1);
@@ -291,9 +291,9 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
         return;
     }
     const int epoch = next_epoch(rt.local->data_epoch);
-    const Operation operation{
-        Operation::kDispatch | (kGrouped ? Operation::kByExpert : 0) | (args.weights ? Operation::kWithWeights : 0),
-        args.route.plan, args.format_code, args.pitch};
+    const Operation operation{Operation::kDispatch | (kGrouped ? Operation::kByExpert : 0) |
+                                  (args.with_weights ? Operation::kWithWeights : 0),
+                              args.route.plan, args.format_code, args.pitch};
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
     receive<kFormat, kGrouped>(args, epoch);

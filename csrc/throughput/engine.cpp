@@ -185,6 +185,7 @@ void ThroughputEngine::dispatch(const Route& route, const DispatchRequest& reque
     args.pitch = request.pitch;
     args.x = at<char>(request.x);
     args.scales = {at<int>(request.scales), request.scale_row_stride, request.scale_channel_stride};
+    args.with_weights = request.with_weights;
     args.weights = at<float>(request.weights);
     args.out = at<char>(request.out);
     args.out_scales = {at<int>(request.out_scales), request.out_scale_row_stride, request.out_scale_channel_stride};

@@ -38,6 +38,7 @@ struct DispatchRequest {
     Address x, scales;
     int64_t scale_row_stride, scale_channel_stride;
     int num_scales;
+    bool with_weights;
     Address weights, out;
     Address out_scales;
     int64_t out_scale_row_stride, out_scale_channel_stride;

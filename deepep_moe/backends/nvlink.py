@@ -304,6 +304,7 @@ class NVLinkBackend:
             scale_row_stride=0 if scales is None else scales.stride(0),
             scale_channel_stride=0 if scales is None else scales.stride(1),
             num_scales=num_scales,
+            with_weights=weights is not None,
             weights=0 if weights is None else weights.data_ptr(),
             out=out.data_ptr(),
             out_scales=0 if out_scales is None else out_scales.data_ptr(),
