@@ -401,12 +401,6 @@ class NVLinkBackend:
         tokens = max(tokens, self._staging_tokens, 1)
         topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
         engine, stream = self._open(), self.domain.enter_stream()
-        torch.cuda.synchronize(self.device)  # kernels still read the old staging
-        if self._staging is not None and self.domain.captured:
-            self._captured_staging.append(self._staging)
-        if self.domain.captured:
-            engine.keep_scratch()
-        self._staging, self._staging_tokens, self._staging_topk, self._staging_pitch = None, 0, 0, 0
 
         def meet(refused: CapacityError | None) -> None:
             if refused is None:
@@ -417,11 +411,13 @@ class NVLinkBackend:
             if refused is None:
                 self.check()
 
-        try:
-            self._staging = PeerMemory(self.group, self.device, num_bytes, meet)
-        except DeepEPMoEError:
-            self.close()  # what plans refer to is gone
-            raise
+        # The old one stays until the new one is there: should that fail, calls that need no more than the old can go on.
+        staging = PeerMemory(self.group, self.device, num_bytes, meet)
+        if self.domain.captured:
+            engine.keep_scratch()
+            if self._staging is not None:
+                self._captured_staging.append(self._staging)
+        self._staging = staging
         engine.set_staging(self._staging.addresses, tokens, topk, num_bytes, stream)
         self._staging_tokens, self._staging_topk, self._staging_pitch = tokens, topk, pitch
         _log.info(

@@ -76,12 +76,18 @@ def all_nan(*tensors: Tensor | None) -> bool:
     return all(bool(t.float().isnan().all()) for t in tensors if t is not None)
 
 
-def fails_on_all(backend: NVLinkBackend, kinds: type[DeepEPMoEError] | tuple[type[DeepEPMoEError], ...]) -> str:
-    """The error that this rank's enqueued work ends in, which comes soon."""
-    with soon():
+def error_of(backend: NVLinkBackend, calls: Callable[[], list[Tensor]], kind: type[DeepEPMoEError]) -> str:
+    """The error that comes of ``calls``, soon: of one of them, or once the work that they enqueue is done. Results are
+    NaN then."""
+
+    def run() -> None:
+        results = calls()
         torch.cuda.synchronize()
-    with pytest.raises(kinds) as raised:
+        assert all_nan(*results)
         backend.check()
+
+    with soon(), pytest.raises(kind) as raised:
+        run()
     return str(raised.value)
 
 
@@ -209,10 +215,8 @@ def test_a_refused_call_is_an_error_everywhere(ranks: Ranks, call: str) -> None:
             with pytest.raises(InputError, match="x = "):
                 run(plan, given.double(), layout=Layout.BY_EXPERT)
         else:
-            out = run(plan, given, layout=Layout.BY_EXPERT).x
-            said = fails_on_all(backend, PeerError)
+            said = error_of(backend, lambda: [run(plan, given, layout=Layout.BY_EXPERT).x], PeerError)  # noqa: B023
             assert f"rank {ranks.size - 1} refused its input" in said
-            assert all_nan(out)
         round_trip(backend, ranks, 6)
     assert backend.usable
     backend.close()
@@ -239,12 +243,14 @@ def test_refusal_in_capacity_mode(ranks: Ranks) -> None:
         with pytest.raises(InputError, match="topk_idx"):
             backend.plan(topk_idx.float(), experts, **room)
     else:
-        plan = backend.plan(topk_idx, experts, **room)
-        rows = backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x
-        tokens = backend.combine(plan, rows, layout=Layout.BY_EXPERT).x
-        assert "rank 0 refused its input in plan" in fails_on_all(backend, PeerError)
-        assert all_nan(rows, tokens)
-        assert int(plan.expert_counts.sum()) == 0  # a grouped GEMM by these counts touches nothing
+
+        def layer() -> list[Tensor]:
+            plan = backend.plan(topk_idx, experts, **room)
+            assert int(plan.expert_counts.sum()) == 0  # a grouped GEMM by these counts touches nothing
+            rows = backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x
+            return [rows, backend.combine(plan, rows, layout=Layout.BY_EXPERT).x]
+
+        assert "rank 0 refused its input in plan" in error_of(backend, layer, PeerError)
     for seed in range(3):
         round_trip(backend, ranks, 11 + seed, **room)
     backend.close()
@@ -267,18 +273,19 @@ def test_overflow_surfaces_by_itself(ranks: Ranks) -> None:
         sent = dispatcher.dispatch(x, routes, weights)
         return dispatcher.combine(sent.rows, sent, weights=sent.weights)
 
+    def overflow_then_go_on() -> None:
+        out = layer(skewed)
+        torch.cuda.synchronize()
+        assert all_nan(out)
+        layer(balanced)
+
     balanced = (torch.arange(64, device=ranks.device)[:, None] + torch.arange(2, device=ranks.device)) % experts
     for _ in range(2):
         torch.testing.assert_close(layer(balanced), 2 * x, rtol=2e-2, atol=1e-2)
-        out = layer(skewed)
-        torch.cuda.synchronize()
-        if ranks.size == 1:
-            continue
-        assert all_nan(out)
-        with pytest.raises(
-            CapacityError, match=r"rank 0 needs room for \d+ (received tokens|expert rows).*capacity_factor"
-        ):
-            layer(balanced)
+        if ranks.size > 1:
+            said = r"rank 0 needs room for \d+ (received tokens|expert rows).*capacity_factor"
+            with pytest.raises(CapacityError, match=said):
+                overflow_then_go_on()
     dispatcher.backend.close()
 
 
@@ -290,12 +297,13 @@ def test_more_tokens_than_agreed_in_capacity_mode(ranks: Ranks) -> None:
     round_trip_of_16 = batch(ranks, 13, tokens=16)
     backend.plan(round_trip_of_16[1], round_trip_of_16[2], **room)
     x, topk_idx, experts = batch(ranks, 14, tokens=17 if ranks.rank == 1 else 16)
-    plan = backend.plan(topk_idx, experts, **room)
-    rows = backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x
-    said = fails_on_all(backend, CapacityError)
+    said = error_of(
+        backend,
+        lambda: [backend.dispatch(backend.plan(topk_idx, experts, **room), x, layout=Layout.BY_EXPERT).x],
+        CapacityError,
+    )
     assert "17 tokens" in said
     assert "max_tokens_per_rank" in said
-    assert all_nan(rows)
     backend.close()
 
 
@@ -380,8 +388,8 @@ def test_a_plan_of_another_backend(ranks: Ranks) -> None:
         with pytest.raises(HandleError):
             backend.dispatch(foreign, x, layout=Layout.BY_EXPERT)
     else:
-        backend.dispatch(plan, x, layout=Layout.BY_EXPERT)
-        assert "rank 0 refused" in fails_on_all(backend, PeerError)
+        said = error_of(backend, lambda: [backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x], PeerError)
+        assert "rank 0 refused" in said
     round_trip(backend, ranks, 20)
     backend.close()
     other.close()
