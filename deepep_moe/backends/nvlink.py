@@ -411,7 +411,7 @@ class NVLinkBackend:
             if refused is None:
                 self.check()
 
-        # The old one stays until the new one is there: should that fail, calls that need no more than the old can go on.
+        # The old one stays until the new one is there: should that fail, calls that the old one serves can go on.
         staging = PeerMemory(self.group, self.device, num_bytes, meet)
         if self.domain.captured:
             engine.keep_scratch()
