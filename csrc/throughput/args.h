@@ -51,10 +51,10 @@ struct alignas(16) Operation {
     enum Kind : int { kDispatch, kCombine, kGrow, kRefuse, kPlan };
     enum Flag : int { kByExpert = 1 << 8, kWithWeights = 1 << 9 };
 
-    int kind;       // Kind, with flags
-    int plan;       // number of the plan that rows move by
-    int format;     // dtype, what becomes of rows on their way, scales, backward: encoded by Python, only compared here
-    int row_bytes;  // of a staged row
+    int kind;    // Kind, with flags
+    int plan;    // number of the plan that rows move by
+    int format;  // dtype, what becomes of rows on their way, scales, backward: encoded by Python, only compared here
+    int pitch;   // bytes of a staged row
 };
 
 // Symmetric memory that never grows: written by peers, read by its owner.

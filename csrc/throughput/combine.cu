@@ -161,11 +161,11 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
-    const Received received(rt, args.route.rank_prefix);
+    const PeerRows arrivals(rt, args.route.rank_prefix);
     const Pieces<kGrouped> pieces(args);
-    for (int item = warp; item < received.items(rt) * pieces.count; item += warps) {
+    for (int item = warp; item < arrivals.items(rt) * pieces.count; item += warps) {
         const int piece = item % pieces.count;
-        const Received::Row row = received.at(rt, item / pieces.count);
+        const PeerRows::Row row = arrivals.at(rt, item / pieces.count);
         if (row.index < 0) continue;
         float weight;
         const LaneRows parts = parts_of<kGrouped>(args, row.index, true, weight);
@@ -192,7 +192,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize;
-    const Received received(rt, route.rank_prefix);
+    const PeerRows arrivals(rt, route.rank_prefix);
 
     const Pieces<kGrouped> pieces(args);
     WorkQueue queue(&rt.local->next_item);
@@ -203,7 +203,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
             slot = route.send_slot[static_cast<int64_t>(token) * rt.domain.num_ranks + lane];
         const int own_slot = __shfl_sync(kFullMask, slot, rt.domain.rank);
         float own_weight;
-        const LaneRows parts = parts_of<kGrouped>(args, received.own_start + own_slot, own_slot >= 0, own_weight);
+        const LaneRows parts = parts_of<kGrouped>(args, arrivals.own_start + own_slot, own_slot >= 0, own_weight);
 
         LaneRows ranks{nullptr, 1.0f, __ballot_sync(kFullMask, slot >= 0 && lane != rt.domain.rank)};
         if (ranks.mask >> lane & 1) {

@@ -200,16 +200,16 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize, topk = route.num_topk;
-    const Received received(rt, route.rank_prefix);
-    const int peer_items = received.items(rt);
+    const PeerRows arrivals(rt, route.rank_prefix);
+    const int peer_items = arrivals.items(rt);
     const int out_row_bytes = kDequantises<kFormat> ? 2 * args.row_bytes : args.row_bytes;
     const int out_scales = kDequantises<kFormat> ? 0 : args.num_scales;
     const int padding_items = kGrouped ? (route.max_rows + kWarpSize - 1) / kWarpSize : 0;
 
     WorkQueue queue(&rt.local->next_item);
-    for (int item = queue.take(); item < received.own_count + peer_items + padding_items; item = queue.take()) {
-        if (item >= received.own_count + peer_items) {  // 32 expert rows: zero those that are padding
-            const int first = (item - received.own_count - peer_items) * kWarpSize;
+    for (int item = queue.take(); item < arrivals.own_count + peer_items + padding_items; item = queue.take()) {
+        if (item >= arrivals.own_count + peer_items) {  // 32 expert rows: zero those that are padding
+            const int first = (item - arrivals.own_count - peer_items) * kWarpSize;
             const bool padding = first + lane < route.max_rows && route.row_recv[first + lane] < 0;
             if (padding && args.out_weights) args.out_weights[first + lane] = 0.0f;
             for (unsigned m = __ballot_sync(kFullMask, padding); m; m &= m - 1) {
@@ -223,9 +223,9 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
             continue;
         }
 
-        const bool own = item < received.own_count;
-        const typename Received::Row row = own ? typename Received::Row{rt.domain.rank, 0, received.own_start + item}
-                                               : received.at(rt, item - received.own_count);
+        const bool own = item < arrivals.own_count;
+        const typename PeerRows::Row row = own ? typename PeerRows::Row{rt.domain.rank, 0, arrivals.own_start + item}
+                                               : arrivals.at(rt, item - arrivals.own_count);
         const int n = row.index;
         if (n < 0 || n >= route.max_recv) continue;
 

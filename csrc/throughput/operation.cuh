@@ -35,7 +35,7 @@ __device__ __forceinline__ bool same_operation(const Runtime& rt, int epoch, con
     };
     compare(kOperation, own.kind, kind);
     compare(kPlanNumber, own.plan, theirs.plan);
-    compare(kRowBytes, own.row_bytes, theirs.row_bytes);
+    compare(kRowBytes, own.pitch, theirs.pitch);
     compare(kFormat, own.format, theirs.format);
     if (report.field == kNumFields) return true;
     report_failure(rt.domain, report);

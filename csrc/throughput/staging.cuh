@@ -22,12 +22,12 @@ __device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& s
 }
 
 // The rows that this rank received, by source; lane r of a warp knows about source r.
-struct Received {
+struct PeerRows {
     int start, count;  // of this lane's source
     int most;          // rows of any peer, at most
     int own_start, own_count;
 
-    __device__ __forceinline__ Received(const Runtime& rt, const int64_t* rank_prefix) {
+    __device__ __forceinline__ PeerRows(const Runtime& rt, const int64_t* rank_prefix) {
         const int lane = threadIdx.x % kWarpSize;
         start = count = 0;
         if (lane < rt.domain.num_ranks) {
