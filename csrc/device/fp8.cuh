@@ -12,10 +12,14 @@ namespace deepep_moe {
 constexpr int kScaleChannels = 128;
 constexpr int kScaleVectors = kScaleChannels / 8;  // lanes that hold one block, eight channels each
 constexpr float kFp8Max = 448.0f;                  // largest e4m3 value
-constexpr float kAmaxFloor = 1e-4f;                // keeps the scale of an all-zero block finite
 
-// Rounded as division rounds, without its branches for numbers that a block's largest cannot be. Both hold for every
-// BF16 number from the floor on (tests/gpu/test_nvlink.py tries them all); an infinity gives NaN.
+// The least scale is the smallest normal number. A scale and its inverse are normal then, and since e4m3 reaches down
+// to 2^-9, blocks of smaller numbers lose nothing: every BF16 number stays within a sixteenth of itself.
+constexpr float kAmaxFloor = kFp8Max * 0x1p-126f;
+
+// amax / 448 and 448 / amax, rounded as division rounds, without its branches for numbers that a block's largest cannot
+// be. Both hold for every BF16 number from kAmaxFloor on (tests/gpu/test_fp8.py tries them all) and for a reciprocal
+// that is off by one in the last place; an infinity gives NaN.
 __device__ __forceinline__ float scale_of(float amax) {
     constexpr float kInverse = 1.0f / kFp8Max;
     const float q = amax * kInverse;
@@ -23,7 +27,9 @@ __device__ __forceinline__ float scale_of(float amax) {
 }
 
 __device__ __forceinline__ float inverse_scale_of(float amax) {
-    constexpr float kShift = 1.0f / 512;  // the reciprocal of a large amax would be subnormal
+    // reciprocal_approximate flushes subnormal numbers, so t and its reciprocal stay normal for the least amax and for
+    // the largest: t is in [2^-121.2, 2^124).
+    constexpr float kShift = 1.0f / 16;
     const float t = amax * kShift, reciprocal = reciprocal_approximate(t);
     const float q = kFp8Max * kShift * reciprocal;
     return fmaf(fmaf(-t, q, kFp8Max * kShift), reciprocal, q);
@@ -31,8 +37,9 @@ __device__ __forceinline__ float inverse_scale_of(float amax) {
 
 // Quantise eight consecutive channels. The sixteen lanes that hold one block of 128 channels must call together
 // and lane 0 of the sixteen holds the first eight channels. Returns e4m3 bytes; `scale` is what to multiply them by.
+// A block whose largest absolute value is below `amax_floor` (at least kAmaxFloor) is scaled as if it were that.
 // A NaN or an infinity makes its whole block NaN.
-__device__ __forceinline__ int2 quantise_block(int4 bf16, float& scale) {
+__device__ __forceinline__ int2 quantise_block(int4 bf16, float amax_floor, float& scale) {
     const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bf16);
     __nv_bfloat162 largest = __habs2(pairs[0]);
 #pragma unroll
@@ -41,7 +48,7 @@ __device__ __forceinline__ int2 quantise_block(int4 bf16, float& scale) {
     for (int d = kScaleVectors / 2; d > 0; d /= 2)
         largest = __hmax2_nan(largest, __shfl_xor_sync(kFullMask, largest, d));
     const float of_block = __bfloat162float(__hmax_nan(largest.x, largest.y));
-    const float amax = of_block < kAmaxFloor ? kAmaxFloor : of_block;
+    const float amax = of_block < amax_floor ? amax_floor : of_block;
     scale = scale_of(amax);
     const float inverse = inverse_scale_of(amax);
     const int words[4] = {bf16.x, bf16.y, bf16.z, bf16.w};

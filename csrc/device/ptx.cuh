@@ -83,7 +83,7 @@ __device__ __forceinline__ Tagged load_tagged_system(const Tagged* p) {
     return {static_cast<int>(static_cast<uint32_t>(both)), static_cast<int>(both >> 32)};
 }
 
-// 1 / x, off by one in the last place at most.
+// 1 / x, off by one in the last place at most; subnormal numbers, given or resulting, are zero.
 __device__ __forceinline__ float reciprocal_approximate(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

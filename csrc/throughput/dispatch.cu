@@ -94,7 +94,7 @@ __device__ __forceinline__ void quantise_row(const char* from, const Destination
         }
 #pragma unroll
         for (int u = 0; u < kVectors; ++u) {
-            bytes[u] = quantise_block(v[u], scale[u]);
+            bytes[u] = quantise_block(v[u], kAmaxFloor, scale[u]);
             if (kBack) v[u] = dequantise(bytes[u], scale[u]);
         }
         if (kBack) {

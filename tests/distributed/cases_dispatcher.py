@@ -319,6 +319,24 @@ def fp8_dispatch_is_close_and_halves_nothing_else(group: dist.ProcessGroup) -> N
 
 
 @case()
+def fp8_does_not_care_how_small_gradients_are(group: dist.ProcessGroup) -> None:
+    """A loss times a power of two has gradients times that power, to the last bit: its scales take it up."""
+    world = dist.get_world_size(group)
+    x, topk_idx, weights = random_batch(dist.get_rank(group), 12, 256, 3, 2 * world, torch.bfloat16)
+    dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(fp8_dispatch=True, fp8_dispatch_grad=True))
+    grads = []
+    for factor in (1.0, 2.0**-40, 2.0**-90):
+        dispatched = dispatcher.dispatch(x, topk_idx, weights)
+        out = dispatcher.combine(dispatched.rows * 2, dispatched, weights=dispatched.weights)
+        loss = (out * torch.sin(torch.arange(256, dtype=torch.float32, device=x.device)).to(x.dtype)).sum() * factor
+        grads.append([grad.double() / factor for grad in torch.autograd.grad(loss, (x, weights))])
+    assert all(grad.abs().max() > 0.1 for grad in grads[0])
+    for small in grads[1:]:
+        for grad, wanted in zip(small, grads[0]):
+            assert torch.equal(grad, wanted)
+
+
+@case()
 def what_crosses_as_fp8_is_rounded_and_nothing_else(group: dist.ProcessGroup) -> None:
     """In both layouts, with sizes known or fixed, and where a rank has no tokens."""
     world = dist.get_world_size(group)
