@@ -118,4 +118,5 @@ PYBIND11_MODULE(_C, m) {
     bind_domain(m);
     bind_local(m);
     bind_throughput(m);
+    bind_bench(m);
 }

@@ -217,3 +217,6 @@ class ThroughputEngine:
     def keep_scratch(self) -> None: ...
     def set_epochs(self, plan_epoch: int, data_epoch: int, stream: int, /) -> None:
         """For tests: the next plan and operation get the numbers after these."""
+
+def fill_peers(targets: list[int], num_bytes: int, num_blocks: int, stream: int) -> None:
+    """Store ``num_bytes`` (a multiple of 16) to every address, all at once; for measuring the link."""

@@ -21,7 +21,9 @@ from torch import Tensor
 from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend, why_not
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
+from deepep_moe.extension import _C
 from deepep_moe.fp8 import BLOCK, quantize_e4m3
+from deepep_moe.peer_memory import PeerMemory
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import World, call_samples, host_samples, kernel_samples
 
@@ -298,38 +300,46 @@ def _host_times(
 
 
 def link_ceiling(world: World, repeats: int) -> list[float]:
-    """Microseconds in which the copy engines move ``LINK_BYTES`` from every rank to the others, all ranks at once.
+    """Microseconds in which kernels store ``sent_bytes`` from every rank to all others, all at once.
 
-    Plain ``tensor.copy_`` into the peers' symmetric memory; with several peers, an equal part to each, one after the
-    other. Empty on a CPU, on one rank, where ranks share a GPU, and where peers cannot be mapped.
+    They store an equal part to each peer, to all of them at the same time, and do nothing else. Empty on a CPU, on one
+    rank, where ranks share a GPU, and where the backend nvlink cannot run.
     """
     if world.collectives != "nccl" or world.size == 1:
         return []
-    assert dist.group.WORLD is not None
-    if why_not("nvlink", dist.group.WORLD, world.device) is not None:
+    group = dist.group.WORLD
+    assert group is not None
+    if why_not("nvlink", group, world.device) is not None:
         return []
-    import torch.distributed._symmetric_memory as symmetric_memory
+    memory = PeerMemory(group, world.device, sent_bytes(world.size))
+    targets = link_targets(world.rank, memory.addresses)
+    blocks = torch.cuda.get_device_properties(world.device).multi_processor_count
+    stream = torch.cuda.current_stream(world.device).cuda_stream
+    part = sent_bytes(world.size) // len(targets)
+    return kernel_samples(world, lambda: _C.fill_peers(targets, part, blocks, stream), repeats, calls=2)
 
-    part = LINK_BYTES // (world.size - 1) // 512 * 512
-    own = symmetric_memory.empty(part * (world.size - 1), dtype=torch.uint8, device=world.device)
-    handle = symmetric_memory.rendezvous(own, dist.group.WORLD)
-    source = torch.zeros(part, dtype=torch.uint8, device=world.device)
-    # In step s every rank writes to the s-th rank after it, so each link has one sender at a time.
-    targets = [
-        handle.get_buffer((world.rank + step) % world.size, (part,), torch.uint8, (step - 1) * part)
-        for step in range(1, world.size)
-    ]
 
-    def copy() -> None:
-        for target in targets:
-            target.copy_(source)
+def sent_bytes(ranks: int) -> int:
+    """What a rank sends in :func:`link_ceiling`: ``LINK_BYTES``, cut to equal parts of whole cache lines."""
+    return LINK_BYTES // (ranks - 1) // 128 * 128 * (ranks - 1)
 
-    return kernel_samples(world, copy, repeats, calls=2)
+
+def link_targets(rank: int, addresses: list[int]) -> list[int]:
+    """Where ``rank`` stores its part for each peer: in that peer's memory, and nobody else does.
+
+    The first one is the next rank's, and so on, so that ranks do not all begin with the same peer.
+    """
+    ranks = len(addresses)
+    part = sent_bytes(ranks) // (ranks - 1)
+    return [addresses[(rank + step) % ranks] + (step - 1) * part for step in range(1, ranks)]
 
 
 def ceiling_table(world: World, samples: list[float]) -> Table:
     """What :func:`link_ceiling` gave, as a table of its own."""
-    sent = LINK_BYTES // (world.size - 1) // 512 * 512 * (world.size - 1)
-    row = Measurement("copy engine, all ranks at once", samples, link_bytes=sent)
-    note = f"tensor.copy_ of {sent / 2**20:.0f} MiB from each rank into its peers' symmetric memory, both directions."
+    sent = sent_bytes(world.size)
+    row = Measurement("stores to all peers at once", samples, link_bytes=sent)
+    note = (
+        f"{sent / 2**20:.0f} MiB from each rank, an equal part to each peer, all ranks at once: a kernel on all SMs, "
+        "whose threads store 16 bytes to each peer in turn, read nothing and wait for nobody."
+    )
     return Table(f"Link ceiling, {world.size} ranks", {"ranks": world.size, "bytes": sent}, [note], [row])

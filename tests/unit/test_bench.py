@@ -12,11 +12,11 @@ from rich.console import Console
 
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
-from deepep_moe.tools import bench_timing
+from deepep_moe.tools import bench_ops, bench_timing
 from deepep_moe.tools.bench import parse_budgets
 from deepep_moe.tools.bench_dispatcher import CAPACITY_FACTOR, capacity_factor
 from deepep_moe.tools.bench_megatron import LAYERS, Contender, Layer, measure, with_settings
-from deepep_moe.tools.bench_ops import HOT, Shape, Traffic, routing
+from deepep_moe.tools.bench_ops import HOT, LINK_BYTES, Shape, Traffic, ceiling_table, link_targets, routing, sent_bytes
 from deepep_moe.tools.bench_report import Measurement, Report, Table, command_line
 from deepep_moe.tools.bench_timing import CALLS, WARMUP, Phases, World
 
@@ -72,6 +72,25 @@ def test_only_rows_between_ranks_are_on_the_link() -> None:
     traffic = Traffic(torch.tensor([[50, 7, 1], [2, 60, 3], [20, 4, 70]]))
     assert traffic.link == 20 + 4  # rank 2 sends more than any rank receives (2 + 20, 7 + 4, 1 + 3) or sends
     assert traffic.logical == 70 + 3 + 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 32])
+def test_link_ceiling_fills_the_memory_of_all_peers_once(ranks: int) -> None:
+    part = sent_bytes(ranks) // (ranks - 1)
+    assert part % 16 == 0 and LINK_BYTES - 128 * ranks < part * (ranks - 1) <= LINK_BYTES
+    addresses = [rank << 40 for rank in range(ranks)]
+    sent = [link_targets(rank, addresses) for rank in range(ranks)]
+    assert all(target >> 40 != rank for rank, targets in enumerate(sent) for target in targets)
+    wanted = [address + number * part for address in addresses for number in range(ranks - 1)]
+    assert sorted(target for targets in sent for target in targets) == wanted
+    for turn in zip(*sent):  # in every turn each rank is stored to by one other
+        assert len({target >> 40 for target in turn}) == ranks
+
+
+def test_link_ceiling_is_bytes_over_time(alone: World) -> None:
+    table = ceiling_table(World(0, 4, torch.device("cpu"), "nccl"), [sent_bytes(4) / 300e3] * 3)
+    assert dict(table.columns())["link GB/s"] == ["300"]
+    assert bench_ops.link_ceiling(alone, 1) == []
 
 
 def test_kernel_time_is_per_call_and_counts_no_warm_up(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
