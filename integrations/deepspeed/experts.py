@@ -1,11 +1,12 @@
 """How the local experts compute their rows: any module in a loop, plain MLPs a linear layer of all experts at a time.
 
-Two kinds of MLP are recognised: an ``nn.Sequential`` of linear layers and activations, and a gated MLP whose three
-linear layers are named as in :data:`GATED`. The second kind has a forward of its own, so it is tried out against the
-formula when a model is converted; a module that computes anything else stays in the loop. So does everything under
-autocast, and modules with hooks. How the GEMMs are called is the business of :mod:`deepep_moe.grouped`.
+All experts are computed together where they have one formula (:mod:`formula`): linear layers, activations, products and
+sums, of parameters with the same shapes. That is looked at again in every forward pass, so adapters, replaced modules,
+other settings or another mode count from the next one on. Everything else goes through the loop, which is what
+DeepSpeed does: also modules with hooks, and everything under autocast. A line in the log says why.
+How the GEMMs are called is the business of :mod:`deepep_moe.grouped`.
 
-Where a recognised MLP ends with a linear layer that has no bias and is wider than its input, the routing weights are
+Where the formula ends with a linear layer that has no bias and is wider than its input, the routing weights are
 multiplied into that input: fewer numbers to weigh, and the backward pass needs no copy of the output.
 
 Parameters stay where they are. Those of one kind are brought into one storage once, expert after expert, and ZeRO keeps
@@ -14,105 +15,195 @@ them at equal distances in its flat buffers: a grouped GEMM then reads them in p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepep_moe.grouped import Groups, grouped_linear, spacing
+from deepep_moe.integrations.deepspeed.formula import Facts, Formula, Unproven, trace
 from deepep_moe.weigh import weigh_rows
 
-GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Names of the linear layers in ``down(activation(gate(x)) * up(x))``."""
-
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Tanh, nn.Sigmoid)
-_PROBES = (0.01, 1.0, 100.0)  # sizes of the inputs that a gated MLP is tried with: limits show up at large ones
-
-Linear = Callable[[str, Tensor], Tensor]
-"""``linear(name, x)``: the linear layer of that name, of each row's own expert."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Formula:
-    """An MLP in terms of its linear layers."""
+class Parameters:
+    """Of one linear layer of all local experts."""
 
-    compute: Callable[[Linear, Tensor], Tensor]
-    last: str | None
-    """The linear layer whose result is the MLP's; None if something follows it."""
+    weights: list[Tensor]
+    biases: list[Tensor] | None
 
 
-class LocalExperts:
-    """Runs the experts of one ``deepspeed.moe.experts.Experts``; holds no parameters."""
+@dataclass(frozen=True)
+class Together:
+    """All local experts as one formula, for one call."""
 
-    def __init__(self, experts: Sequence[nn.Module]) -> None:
-        self.experts = experts
-        self.formula = recognise(experts[0]) if _alike(experts) else None
-        # Found once: with many small experts, looking for modules would take the host longer than the GPU computes.
-        names = [name for name, _ in _linears(experts[0])]
-        self.layers = {name: [_layer(expert, name) for expert in experts] for name in names} if self.formula else {}
-        self.modules = [module for expert in experts for module in expert.modules()]
-        last = None if self.formula is None or self.formula.last is None else self.layers[self.formula.last][0]
-        self.weighs_inside = last is not None and last.bias is None and last.in_features < last.out_features
+    formula: Formula
+    linears: dict[str, Parameters]
 
-    def __call__(
-        self, rows: Tensor, counts: Tensor, counts_host: Tensor | None, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    @property
+    def weighs_inside(self) -> bool:
+        """Whether the routing weights had better be multiplied into the last linear layer's input."""
+        last = None if self.formula.last is None else self.linears[self.formula.last]
+        return last is not None and last.biases is None and last.weights[0].shape[1] < last.weights[0].shape[0]
+
+    def compute(self, rows: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
+        def linear(path: str, x: Tensor) -> Tensor:
+            if weights is not None and path == self.formula.last:
+                x = weigh_rows(x, weights)
+            return grouped_linear(x, self.linears[path].weights, groups, self.linears[path].biases)
+
+        return self.formula.compute(linear, rows)
+
+
+class LocalExperts(Experts):  # type: ignore[misc]
+    """DeepSpeed's ``Experts``, over rows that are grouped by expert. Made by :func:`of`; has no state of its own."""
+
+    _recognised: Recognised | None = None
+
+    @staticmethod
+    def of(experts: Experts) -> LocalExperts:
+        """``experts`` itself, with another ``forward``."""
+        experts.__class__ = LocalExperts
+        assert isinstance(experts, LocalExperts)
+        return experts
+
+    def forward(
+        self, rows: Tensor, *, groups: Groups, together: Together | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Each expert on its rows.
 
         Args:
-            rows: [M, H], those of expert 0, then of expert 1, ...; rows after the last group are nobody's.
-            counts: [L] integers on the rows' device.
-            counts_host: the same on the CPU; if None, the loop waits for the device to learn them.
-            weights: [M] fp32, by which the results are to be multiplied.
+            rows: [M, H], those of expert 0, then of expert 1, ...; rows after the last group are padding.
+            groups: how many rows each expert has; the loop needs the numbers on the host.
+            together: from :meth:`together`; None: the loop.
+            weights: [M] fp32, multiplied into the results; only where ``together.weighs_inside``.
 
         Returns:
-            [M, H'], nobody's rows undefined; and ``weights``, or None if they are in the results already.
+            [M, H']; padding rows are undefined.
         """
-        if self.formula is not None and self._nothing_watches(rows):
-            groups = Groups(counts, counts_host)
-            inside = weights if self.weighs_inside else None
-            out = self.formula.compute(lambda name, x: self._linear(name, x, groups, inside), rows)
-            return out, weights if inside is None else None
-        sizes = (counts if counts_host is None else counts_host).tolist()
-        parts = rows.split([*sizes, rows.shape[0] - sum(sizes)])
-        outputs = [_call(expert, part) for expert, part in zip(self.experts, parts)]
-        if len(parts[-1]):
-            outputs.append(outputs[0].new_zeros(len(parts[-1]), outputs[0].shape[1]))
-        return torch.cat(outputs), weights
+        if together is not None:
+            return together.compute(rows, groups, weights)
+        *parts, padding = groups.cut(rows)
+        outputs = [_call(expert, part) for expert, part in zip(self.deepspeed_experts, parts, strict=True)]
+        if len(padding):
+            outputs.append(outputs[0].new_zeros(len(padding), outputs[0].shape[1]))
+        return torch.cat(outputs)
+
+    @property
+    def formula(self) -> Formula | None:
+        """What each local expert computes, if that is the same for all; None: they run one after another."""
+        return self._look().formula
+
+    def together(self, rows: Tensor) -> Together | None:
+        """How to compute all experts on ``rows`` at once; None where a call of each is something else."""
+        recognised = self._look()
+        reason: str | None
+        if recognised.formula is None:
+            reason = recognised.reason
+        elif torch.is_autocast_enabled(rows.device.type):
+            reason = "autocast is on"
+        elif _has_any_global_hook():
+            reason = "there are global module hooks"
+        elif (hooked := recognised.facts.hooked()) is not None:
+            reason = f"a {type(hooked).__name__} has hooks"
+        else:
+            linears = {path: _parameters(layers, rows) for path, layers in recognised.layers.items()}
+            unlike = [path for path, found in linears.items() if found is None]
+            if not unlike:
+                return Together(recognised.formula, linears)  # type: ignore[arg-type]
+            reason = f"parameters of {unlike[0] or 'the Linear'!r} differ in shape, dtype or kind, or from the tokens"
+        _say_once(f"{type(self.deepspeed_experts[0]).__name__} experts run one after another: {reason}")
+        return None
+
+    @property
+    def weighs_inside(self) -> bool:
+        """Whether results may leave this module weighed: nobody looks at them in between."""
+        return not (
+            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        )
 
     def pack(self) -> None:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
-        for layers in self.layers.values():
+        for layers in self._look().layers.values():
             weights = [layer.weight for layer in layers]
-            if not weights[0].is_cuda or spacing(weights) is not None:
-                continue  # no grouped GEMM there, or done
+            if not weights[0].is_cuda or spacing(weights) is not None or not movable(weights):
+                continue  # no grouped GEMM there, done, or somebody else's memory
             for weight, place in zip(weights, torch.stack([weight.detach() for weight in weights])):
                 weight.data = place
 
-    def _linear(self, name: str, x: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
-        layers = self.layers[name]
-        if weights is not None and self.formula is not None and name == self.formula.last:
-            x = weigh_rows(x, weights)
-        biases = None if layers[0].bias is None else [layer.bias for layer in layers]
-        return grouped_linear(x, [layer.weight for layer in layers], groups, biases)
+    def _look(self) -> Recognised:
+        if self._recognised is None or not self._recognised.facts.hold():
+            self._recognised = recognise(self)
+        return self._recognised
 
-    def _nothing_watches(self, rows: Tensor) -> bool:
-        """Whether a call of the modules would add nothing to their formula: no casts, no hooks."""
-        return (
-            not torch.is_autocast_enabled(rows.device.type)
-            and all(layers[0].weight.dtype == rows.dtype for layers in self.layers.values())
-            and not _has_any_global_hook()
-            and not any(
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-                for module in self.modules
-            )
-        )
+    def __getstate__(self) -> dict[str, Any]:  # for copies: what was recognised is about these modules
+        return {name: value for name, value in vars(self).items() if name != "_recognised"}
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a look at the experts' modules told; good as long as ``facts`` hold."""
+
+    formula: Formula | None
+    reason: str
+    """Why there is no formula."""
+    layers: dict[str, list[nn.Linear]]
+    """By their path in an expert, one of each."""
+    facts: Facts
+
+
+def recognise(local: Experts) -> Recognised:
+    """The formula that all experts of ``local`` share, or why there is none."""
+    facts = Facts()
+    facts.module(local)
+    facts.module(local.deepspeed_experts)
+    experts: Sequence[nn.Module] = list(local.deepspeed_experts)
+    formulas: list[Formula] = []
+    try:
+        for number, expert in enumerate(experts):
+            formulas.append(trace(expert, facts))
+            if formulas[-1] != formulas[0]:
+                raise Unproven(f"expert {number} of the rank computes something else than expert 0")
+    except Unproven as reason:
+        return Recognised(None, str(reason), {}, facts)
+    if not formulas or not formulas[0].linear_paths:
+        return Recognised(None, "they have no Linear", {}, facts)
+    layers = {path: [_layer(expert, path) for expert in experts] for path in formulas[0].linear_paths}
+    return Recognised(formulas[0], "", layers, facts)
+
+
+def movable(weights: Sequence[Tensor]) -> bool:
+    """Whether nothing else lies in their memory: weights in an optimizer's flat buffer must stay there."""
+    owned = all(w.untyped_storage().nbytes() == w.numel() * w.element_size() for w in weights)
+    return owned and len({id(w) for w in weights}) == len(weights)
+
+
+def _parameters(layers: Sequence[nn.Linear], rows: Tensor) -> Parameters | None:
+    """Weights and biases as ``layers`` have them now; None unless all are plain, alike, and of the rows' dtype."""
+    own = [layer.__dict__["_parameters"] for layer in layers]
+    weights, biases = _alike([p.get("weight") for p in own], rows), None
+    if any(p.get("bias") is not None for p in own):
+        biases = _alike([p.get("bias") for p in own], rows)
+        if biases is None:
+            return None
+    return None if weights is None else Parameters(weights, biases)
+
+
+def _alike(tensors: list[Tensor | None], rows: Tensor) -> list[Tensor] | None:
+    first, dtype = tensors[0], rows.dtype
+    shape = None if first is None else first.shape
+    for tensor in tensors:
+        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype is not dtype or tensor.shape != shape:
+            return None
+    return tensors  # type: ignore[return-value]
 
 
 def _call(expert: nn.Module, part: Tensor) -> Tensor:
@@ -123,85 +214,12 @@ def _call(expert: nn.Module, part: Tensor) -> Tensor:
     return out.reshape(part.shape[0], out.shape[-1])
 
 
-def recognise(expert: nn.Module) -> Formula | None:
-    """The formula of ``expert``, or None if it is not an MLP of a known kind."""
-    if any(parameter.is_meta for parameter in expert.parameters()):
-        return None
-    if type(expert) is nn.Sequential:
-        return _sequential(expert)
-    return _gated(expert)
-
-
-def _sequential(expert: nn.Sequential) -> Formula | None:
-    children = list(expert.named_children())
-    linear = {name for name, child in children if type(child) is nn.Linear}
-    if not linear or any(name not in linear and type(child) not in _ACTIVATIONS for name, child in children):
-        return None
-
-    def compute(apply: Linear, x: Tensor) -> Tensor:
-        for name, child in children:
-            x = apply(name, x) if name in linear else child(x)
-        return x
-
-    last = children[-1][0]
-    return Formula(compute, last if last in linear else None)
-
-
-def _gated(expert: nn.Module) -> Formula | None:
-    for gate, up, down in GATED:
-        layers = {name for name, child in expert.named_children() if type(child) is nn.Linear}
-        if layers == {gate, up, down} and len(_linears(expert)) == 3:
-            break
-    else:
-        return None
-    given = [getattr(expert, name, None) for name in ("act_fn", "act", "activation", "activation_fn")]
-    activation = next((function for function in given if callable(function)), F.silu)
-
-    def compute(apply: Linear, x: Tensor) -> Tensor:
-        return apply(down, activation(apply(gate, x)) * apply(up, x))
-
-    formula = Formula(compute, down)
-    return formula if _computes(expert, formula) else None
-
-
-@torch.no_grad()
-def _computes(expert: nn.Module, formula: Formula) -> bool:
-    """Whether the module's forward is the formula, as far as a few inputs can tell."""
-    weight = next(expert.parameters())
-    width = _linears(expert)[0][1].in_features
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        for size in _PROBES:
-            x = (torch.randn(1, 1, 4, width, generator=generator) * size).to(weight.device, weight.dtype)
-            expected = formula.compute(lambda name, value: _layer(expert, name)(value), x)
-            try:
-                got = expert(x)
-            except (TypeError, RuntimeError):  # wants other arguments or shapes
-                return False
-            if isinstance(got, tuple):
-                got = got[0]
-            if not torch.equal(got, expected):
-                return False
-    return True
-
-
-def _layer(expert: nn.Module, name: str) -> nn.Linear:
-    layer = expert.get_submodule(name)
+def _layer(expert: nn.Module, path: str) -> nn.Linear:
+    layer = expert.get_submodule(path)
     assert isinstance(layer, nn.Linear)
     return layer
 
 
-def _linears(expert: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, module) for name, module in expert.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _alike(experts: Sequence[nn.Module]) -> bool:
-    """Whether all experts are copies but for their values: the same modules and parameters, by name, kind and shape."""
-    kinds = [
-        (
-            [(name, type(module)) for name, module in expert.named_modules()],
-            [(name, parameter.shape, parameter.dtype) for name, parameter in expert.named_parameters()],
-        )
-        for expert in experts
-    ]
-    return all(kind == kinds[0] for kind in kinds)
+@functools.cache
+def _say_once(text: str) -> None:
+    _log.info("deepep_moe: %s", text)
