@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepep_moe.grouped import Groups, grouped_linear, spacing
-from deepep_moe.integrations.deepspeed.formula import Facts, Formula, Unproven, trace
+from deepep_moe.integrations.deepspeed.formula import Facts, Formula, Unproven, replaced, trace
 from deepep_moe.weigh import weigh_rows
 
 _log = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ class LocalExperts(Experts):  # type: ignore[misc]
             reason = "autocast is on"
         elif _has_any_global_hook():
             reason = "there are global module hooks"
+        elif (name := replaced()) is not None:
+            reason = f"{name} is not PyTorch's own"
         elif (hooked := recognised.facts.hooked()) is not None:
             reason = f"a {type(hooked).__name__} has hooks"
         else:
@@ -124,11 +126,9 @@ class LocalExperts(Experts):  # type: ignore[misc]
         return None
 
     @property
-    def weighs_inside(self) -> bool:
-        """Whether results may leave this module weighed: nobody looks at them in between."""
-        return not (
-            self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        )
+    def is_unwatched(self) -> bool:
+        """Whether nothing is between its ``forward`` and the caller, so that results may be weighed already."""
+        return not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def pack(self) -> None:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
@@ -140,6 +140,8 @@ class LocalExperts(Experts):  # type: ignore[misc]
                 weight.data = place
 
     def _look(self) -> Recognised:
+        if "_recognised" not in vars(self):
+            self._recognised = None  # now: an attribute that appears later would be a change of the module
         if self._recognised is None or not self._recognised.facts.hold():
             self._recognised = recognise(self)
         return self._recognised
@@ -198,10 +200,14 @@ def _parameters(layers: Sequence[nn.Linear], rows: Tensor) -> Parameters | None:
 
 
 def _alike(tensors: list[Tensor | None], rows: Tensor) -> list[Tensor] | None:
-    first, dtype = tensors[0], rows.dtype
-    shape = None if first is None else first.shape
+    """``tensors`` if they have one shape, the rows' dtype, and behave as tensors do (no subclass)."""
+    dtype, shape = rows.dtype, None
     for tensor in tensors:
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype is not dtype or tensor.shape != shape:
+        if tensor is None or type(tensor) not in (nn.Parameter, Tensor) or tensor.dtype is not dtype:
+            return None
+        if shape is None:
+            shape = tensor.shape
+        elif tensor.shape != shape:
             return None
     return tensors  # type: ignore[return-value]
 

@@ -1,12 +1,12 @@
 """What an expert computes: its ``forward``, run on symbols instead of tensors.
 
-:func:`trace` executes the code of ``forward`` itself. The input, the modules and the functions that the code can reach are
-symbols, and no builtin is there. A symbol answers what :class:`Formula` can express: calls of ``nn.Linear``, of
-activations and of functions in :data:`FUNCTIONS`, products and sums. All else is :class:`Unproven`: parameters and
-buffers, shapes, random numbers, anything stored. Plain numbers and flags are read as they are. A formula is therefore
-all that the module does, not a guess from a few inputs.
+:func:`trace` executes the code of ``forward`` itself, in a namespace where the input, modules and functions are symbols
+and builtins are missing. A symbol answers what :class:`Formula` can express: calls of ``nn.Linear``, of activations and
+of functions in :data:`FUNCTIONS`, products and sums. Anything else raises :class:`Unproven`: parameters and buffers,
+shapes, random numbers, anything stored. Plain numbers and flags are read as they are. So a formula is all that the
+module does, not a guess from a few inputs.
 
-What a trace relied on is kept in :class:`Facts`, which cost little to look at again.
+What a trace relied on is kept in :class:`Facts`, which are cheap to check again in every forward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.LeakyReL
 """Modules that treat every number alike, have no parameters, and do not ask whether they train."""
 
 FUNCTIONS = frozenset(
-    (F.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.softplus, F.tanh, F.sigmoid)
-    + (torch.relu, torch.tanh, torch.sigmoid)
+    {
+        *(F.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.leaky_relu, F.softplus, F.tanh, F.sigmoid),
+        *(torch.relu, torch.tanh, torch.sigmoid),
+    }
 )
 """Functions that treat every number alike."""
 
@@ -104,7 +106,7 @@ class Formula:
 
     @cached_property
     def last(self) -> str | None:
-        """The linear layer whose result is the expert's; None if something else is, or if it is called elsewhere too."""
+        """The linear layer whose result is the expert's; None if something else is, or it is called elsewhere too."""
         final = self.steps[-1].operation if self.steps and self.result == len(self.steps) else None
         once = sum(step.operation == final for step in self.steps) == 1
         return final.path if isinstance(final, Linear) and once else None
@@ -124,8 +126,6 @@ class Facts:
         self._modules: dict[int, tuple[nn.Module, type, int, list[tuple[str, Any]]]] = {}
         self._values: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
         self._attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        for owner, name, value in _UNTOUCHED:
-            self.attribute(owner, name, value)
 
     def module(self, module: nn.Module) -> None:
         """Its class and children, and that nobody puts anything more on the object."""
@@ -161,6 +161,14 @@ class Facts:
             ):
                 return module
         return None
+
+
+def replaced() -> str | None:
+    """What somebody has put in the place of PyTorch's own code, for which formulas stand."""
+    for owner, name, value in _UNTOUCHED:
+        if getattr(owner, name) is not value:
+            return f"{owner.__name__}.{name}"
+    return None
 
 
 def trace(expert: nn.Module, facts: Facts) -> Formula:

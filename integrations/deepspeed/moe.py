@@ -5,7 +5,11 @@ modules, so state-dict keys and parameter tags; the gate; ``MoE`` around it with
 returns. :class:`MoE` is DeepSpeed's, converted when it is made. Two things differ inside:
 
 * Rows arrive grouped by expert and as many as there are. The stock layer pads every expert to one capacity.
-* With ``drop_tokens=False`` nothing is agreed on beforehand (see :mod:`routing`); with capacity the stock gate decides.
+* With ``drop_tokens=False`` nothing is agreed on beforehand (see :mod:`routing`). With capacity the stock gate decides;
+  a gate of another kind always does.
+
+A rank that cannot go on, whoever raised the error, takes its part in the exchange that the others wait in, marked as
+refused: they raise :class:`~deepep_moe.errors.PeerError` with its reason.
 
 Under tensor parallelism all ranks of the tensor-parallel group hold the same tokens. Each dispatches its share, and the
 shares are gathered afterwards. If the experts are tensor-parallel too, each dispatches all tokens in its own
@@ -14,20 +18,24 @@ expert-parallel group instead: the slices of an expert then see the same rows, i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, TOPK_GATE_TIMER, MOELayer
 from torch import Tensor, nn
 
+from deepep_moe.backends.base import Phase
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
-from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
+from deepep_moe.grouped import Groups
 from deepep_moe.integrations.deepspeed import tensor_parallel
 from deepep_moe.integrations.deepspeed.experts import LocalExperts
-from deepep_moe.integrations.deepspeed.routing import Load, dropless_routes, load
+from deepep_moe.integrations.deepspeed.routing import Load, dropless_routes, load, serves, without_group
 from deepep_moe.overlap import Overlap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,7 +75,8 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
     Raises:
         InputError: the model has no such layer.
         ConfigError: an unknown setting or an impossible value.
-        UnsupportedError: ZeRO-3 has partitioned the parameters, or the configured backend cannot run here.
+        UnsupportedError: ZeRO-3 has partitioned the parameters, a layer has a forward of its own, or the configured
+            backend cannot run here.
     """
     settings = config if isinstance(config, DispatcherConfig) else DispatcherConfig.load(config)
     layers = native_layers(model)
@@ -79,15 +88,27 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
             "zero_optimization.stage to 0, 1 or 2, or use AutoEP (expert_parallel), which supports ZeRO-3"
         )
     for layer in layers:
+        check_layer(layer)
+    for layer in layers:
         convert_layer(layer, settings)
     return model
+
+
+def check_layer(layer: Any) -> None:
+    """Refuse a layer whose code this library's would replace."""
+    for part, known in ((layer, (MOELayer, DispatchedMOELayer)), (layer.experts, (Experts, LocalExperts))):
+        if type(part) not in known or "forward" in vars(part):
+            raise UnsupportedError(
+                f"{type(part).__module__}.{type(part).__qualname__} has a forward of its own, which deepep_moe would "
+                f"replace: only {known[0].__module__}.{known[0].__qualname__} itself can be converted"
+            )
 
 
 def convert_layer(layer: Any, settings: DispatcherConfig) -> None:
     """:func:`convert` for one ``MOELayer``."""
     layer.__class__ = DispatchedMOELayer
     layer.settings = settings
-    layer.local_experts = LocalExperts(layer.experts.deepspeed_experts)
+    LocalExperts.of(layer.experts)
     if layer.ep_group is not None:
         layer.connect()
 
@@ -103,8 +124,15 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
     settings: DispatcherConfig
     has_own_settings = False
     """Whether they were given for this layer: ds_config then leaves them alone."""
-    local_experts: LocalExperts
     overlap: Overlap
+
+    @property
+    def local_experts(self) -> LocalExperts:
+        """The module ``experts``, as it is now."""
+        if not isinstance(self.experts, LocalExperts):
+            check_layer(self)
+            LocalExperts.of(self.experts)
+        return self.experts
 
     def _set_ep_group(self, ep_group: Any) -> None:
         super()._set_ep_group(ep_group)
@@ -118,27 +146,36 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
 
     def forward(self, *input: Tensor, **kwargs: Any) -> Tensor:
         """Tokens ``[..., M]`` and ``used_token`` or None; returns ``[..., M]``, sets ``l_aux`` and ``exp_counts``."""
-        hidden, used_token = input
+        if self.ep_group is None:
+            raise HandleError(
+                "the MoE layer has no expert-parallel group yet: call deepspeed.initialize, or "
+                "set_deepspeed_parallelism() of its MoE module"
+            )
         with self._timed(MOE_TIMER, self, "time_moe"):
-            x = hidden.reshape(-1, hidden.shape[-1])
-            self._check_tokens(len(x))
-            topk_idx, weights, find_load = self._route(x, used_token)
-            if tensor_parallel.size() == 1 or tensor_parallel.experts_are_sliced():
-                out = self._dispatch_and_compute(x, topk_idx, weights)
-            else:
-                own = tensor_parallel.own_share
-                out = self._dispatch_and_compute(own(x), own(topk_idx, fill=-1), own(weights))
+            whole = tensor_parallel.size() == 1 or tensor_parallel.experts_are_sliced()
+            with self._telling_peers("plan"):
+                hidden, used_token = input
+                x = hidden.reshape(-1, hidden.shape[-1])
+                self._check(len(x))
+                topk_idx, weights, find_load = self._route(x, used_token)
+                sent = (x, topk_idx, weights)
+                if not whole:
+                    own = tensor_parallel.own_share
+                    sent = (own(x), own(topk_idx, fill=-1), own(weights))
+            out = self._dispatch_and_compute(*sent)
+            if not whole:
                 out = tensor_parallel.gather_shares(out, len(x))
             self.l_aux, self.exp_counts = find_load()  # now, while the device is busy with the rows
             return out.reshape(*hidden.shape[:-1], out.shape[-1])
 
     def _route(self, x: Tensor, used_token: Tensor | None) -> tuple[Tensor, Tensor, Callable[[], Load]]:
         """Experts ``[T, K]`` and weights ``[T, K]`` of the tokens; what computes the experts' load."""
-        if not self.gate.drop_tokens:
+        if serves(self.gate, x):
             with self._timed(TOPK_GATE_TIMER, self.gate, "gate_time"):
                 routes = dropless_routes(self.gate, x, used_token)
             return routes.topk_idx, routes.weights, lambda: load(self.gate, routes)
-        l_aux, _, _, topk_idx, _, weights, exp_counts = self.gate(x, used_token, sparse_routes=True)
+        with without_group(self.gate):
+            l_aux, _, _, topk_idx, _, weights, exp_counts = self.gate(x, used_token, True, self.use_tutel)
         return topk_idx.t().contiguous(), weights.t().contiguous(), lambda: Load(l_aux, exp_counts)
 
     def _dispatch_and_compute(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
@@ -152,10 +189,54 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
             return dispatcher.combine(rows, dispatched, weights=still_to_weigh)
 
     def _compute(self, dispatched: Dispatched, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        counts, counts_host = dispatched.tokens_per_expert, dispatched.tokens_per_expert_host
-        return self.local_experts(dispatched.rows, counts, counts_host, weights)
+        """The experts' results, and ``weights`` if they are not in the results already."""
+        with self._telling_peers("combine"):
+            experts, rows = self.local_experts, dispatched.rows
+            together = experts.together(rows)
+            inside = weights if together is not None and together.weighs_inside and experts.is_unwatched else None
+            groups = Groups(dispatched.tokens_per_expert, dispatched.tokens_per_expert_host)
+            return experts(rows, groups=groups, together=together, weights=inside), weights if inside is None else None
 
-    def _check_tokens(self, count: int) -> None:
+    @contextmanager
+    def _telling_peers(self, phase: Phase) -> Iterator[None]:
+        """Lets peers, who are on their way into ``phase``, learn of an error of this rank instead of waiting for it."""
+        try:
+            yield
+        except Exception as error:
+            told = error if isinstance(error, DeepEPMoEError) else DeepEPMoEError(f"{type(error).__name__}: {error}")
+            try:
+                self.overlap.dispatcher.backend.refuse(phase, told)
+            except DeepEPMoEError as raised:
+                raise error from (error.__cause__ if raised is told else raised)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DispatchedMOELayer:
+        """Weights are copied; process group and dispatcher, which are the process's, are shared."""
+        for shared in (self.ep_group, vars(self).get("overlap")):
+            memo[id(shared)] = shared
+        aux_loss = vars(self).get("l_aux")
+        if isinstance(aux_loss, Tensor):  # of the last forward; a tensor with a history cannot be copied
+            memo[id(aux_loss)] = aux_loss.detach().clone()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for parameter, original in zip(copied.parameters(), self.parameters()):
+            for tag in vars(original).keys() & {"allreduce", "group_name"}:  # by which DeepSpeed knows experts
+                setattr(parameter, tag, getattr(original, tag))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.ep_group is not None:
+            raise UnsupportedError(
+                "a connected MoE layer cannot be pickled, for its process group means nothing elsewhere: save "
+                "model.state_dict(), or use the engine's save_checkpoint; copy.deepcopy works"
+            )
+        return self.__dict__
+
+    def _check(self, count: int) -> None:
+        """That ``count`` tokens are allowed, and that the experts are those that the others dispatch to."""
+        found = len(self.local_experts.deepspeed_experts)
+        if found != self.num_local_experts:
+            raise InputError("experts.deepspeed_experts", f"{found} modules", f"must be {self.num_local_experts}")
         limit = self.settings.max_tokens_per_rank
         if 0 < limit < count:
             raise InputError(

@@ -25,7 +25,7 @@ from torch import nn
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.integrations.deepspeed import auto_ep
-from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer, convert_layer, native_layers
+from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer, check_layer, convert_layer, native_layers
 
 BLOCK = "deepep_moe"
 SUPPORTED = "0.19.8 or a later 0.19"
@@ -54,7 +54,7 @@ def register() -> None:
 
     @functools.wraps(original)
     def configure(engine: DeepSpeedEngine, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        settings = read_block(engine._config._param_dict)
+        settings = read_block(ds_config_of(engine))
         if settings is not None:
             switch_on(engine, model, settings)
         for layer in native_layers(model):
@@ -75,6 +75,17 @@ def check_version(version: str) -> str:
             "`pip install deepspeed==0.19.8`"
         )
     return version
+
+
+def ds_config_of(engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    """ds_config as a mapping: what the user gave, or what DeepSpeed has read from a file (a private attribute)."""
+    if isinstance(engine.config, Mapping):
+        return engine.config
+    read = getattr(engine._config, "_param_dict", None)
+    if isinstance(read, Mapping):
+        return read
+    _log.warning("the block %s is not looked for: this DeepSpeed does not tell what ds_config holds", BLOCK)
+    return {}
 
 
 def read_block(ds_config: Mapping[str, Any]) -> DispatcherConfig | None:
@@ -106,6 +117,8 @@ def switch_on(engine: DeepSpeedEngine, model: nn.Module, settings: DispatcherCon
     autoep = expert_parallel is not None and expert_parallel.enabled
     if native:
         check_native(engine, settings)
+        for layer in native:
+            check_layer(layer)
         for layer in native:
             if not getattr(layer, "has_own_settings", False):
                 convert_layer(layer, settings)

@@ -4,19 +4,31 @@ The stock gate sizes a buffer by the busiest expert of the whole group, which co
 device in every layer. Experts, weights and auxiliary loss depend on neither, so here they are computed alone. And they
 are computed when they are needed: the experts of each token first (:func:`dropless_routes`), since the dispatch waits
 for them; loss and counts (:func:`load`) once the tokens are on their way.
+
+Where a call of the gate would do more than that (:func:`serves`), it is called, without its all-reduce.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate, gumbel_rsample, multiplicative_jitter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 _MM_WIDENS = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(..., out_dtype=), from 2.8; on CUDA only
+
+_GATING = {
+    name: getattr(sharded_moe, name)
+    for name in ("top1gating", "top2gating", "topkgating", "gumbel_rsample", "multiplicative_jitter")
+}
+_FORWARD = TopKGate.forward
 
 
 class Routes(NamedTuple):
@@ -37,6 +49,36 @@ class Load(NamedTuple):
     """Scalar fp32: the load-balancing loss."""
     expert_counts: Tensor
     """[E] int64: routes of this rank to each expert."""
+
+
+def serves(gate: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`dropless_routes` and :func:`load` are all that a call of ``gate`` for tokens ``x`` would do."""
+    hooks = gate._forward_hooks or gate._forward_pre_hooks or gate._backward_hooks or gate._backward_pre_hooks
+    watched = hooks or _has_any_global_hook() or torch.is_autocast_enabled(x.device.type)
+    return not watched and _is_stock(gate) and not gate.drop_tokens
+
+
+@contextmanager
+def without_group(gate: nn.Module) -> Iterator[None]:
+    """DeepSpeed's own gate does not communicate in here: the capacity that it would agree on is not used. So ranks may
+    differ in what watches their gates. A gate of another kind is left alone."""
+    if not _is_stock(gate):
+        yield
+        return
+    group, gate.ep_group = gate.ep_group, None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        gate.ep_group = group  # type: ignore[assignment]
+
+
+def _is_stock(gate: nn.Module) -> bool:
+    return (
+        type(gate) is TopKGate
+        and "forward" not in vars(gate)
+        and TopKGate.forward is _FORWARD
+        and all(getattr(sharded_moe, name) is function for name, function in _GATING.items())
+    )
 
 
 def dropless_routes(gate: TopKGate, x: Tensor, used_token: Tensor | None = None) -> Routes:

@@ -1,4 +1,4 @@
-"""The DeepSpeed plugin without ranks: the block, versions, routing, which experts are recognised."""
+"""The DeepSpeed plugin without ranks: the block, versions, routing."""
 
 from __future__ import annotations
 
@@ -6,35 +6,18 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
-from deepep_moe.integrations.deepspeed import experts, register, registration
+from deepep_moe.integrations.deepspeed import register, registration
 from deepep_moe.integrations.deepspeed.routing import dropless_routes, load
-
-
-class Gated(nn.Module):
-    """``down(act(gate(x)) * up(x))``, with a limit if one is given."""
-
-    def __init__(self, names: tuple[str, str, str] = experts.GATED[0], limit: float | None = None) -> None:
-        super().__init__()
-        self.names, self.limit = names, limit
-        for name, sizes in zip(names, ((8, 16), (8, 16), (16, 8)), strict=True):
-            self.add_module(name, nn.Linear(*sizes, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (self.get_submodule(name) for name in self.names)
-        inner = gate(x)
-        if self.limit is not None:
-            inner = inner.clamp(max=self.limit)
-        return down(nn.functional.silu(inner) * up(x))
 
 
 class TestBlock:
@@ -51,6 +34,28 @@ class TestBlock:
     def test_wrong_key_is_an_error_when_off_too(self) -> None:
         with pytest.raises(ConfigError, match=r"'num_sm' from ds_config block deepep_moe \(did you mean num_sms\?\)"):
             registration.read_block({"deepep_moe": {"enabled": False, "num_sm": 4}})
+
+    @pytest.mark.parametrize("given", [{"train_batch_size": 2}, "ds_config.json"])
+    def test_an_engine_that_keeps_its_configuration_otherwise(
+        self, given: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without the block nothing of DeepSpeed's private state is needed."""
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        stock = DeepSpeedEngine._configure_expert_parallel._deepep_moe_original
+        monkeypatch.setattr(DeepSpeedEngine, "_configure_expert_parallel", lambda engine, model: "the stock method")
+        register()
+        assert DeepSpeedEngine._configure_expert_parallel._deepep_moe_original is not stock
+        engine = SimpleNamespace(config=given, _config=SimpleNamespace())
+        assert DeepSpeedEngine._configure_expert_parallel(engine, torch.nn.Linear(2, 2)) == "the stock method"
+
+    def test_the_block_is_found_in_a_mapping_and_in_a_file(self) -> None:
+        block = {"deepep_moe": {"enabled": True}}
+        for engine in (
+            SimpleNamespace(config=block, _config=SimpleNamespace()),
+            SimpleNamespace(config="ds_config.json", _config=SimpleNamespace(_param_dict=block)),
+        ):
+            assert registration.ds_config_of(engine) == block
 
 
 class TestVersion:
@@ -76,47 +81,6 @@ class TestVersion:
         monkeypatch.delattr(DeepSpeedEngine, "_configure_expert_parallel")
         with pytest.raises(UnsupportedError, match=r"no DeepSpeedEngine\._configure_expert_parallel"):
             register()
-
-
-class TestRecognition:
-    @pytest.mark.parametrize(
-        "expert",
-        [
-            nn.Sequential(nn.Linear(8, 16), nn.GELU(approximate="tanh"), nn.Linear(16, 8, bias=False)),
-            nn.Sequential(nn.Linear(8, 8)),
-            Gated(),
-            Gated(experts.GATED[1]),
-        ],
-    )
-    def test_formula_computes_what_the_module_does(self, expert: nn.Module) -> None:
-        formula = experts.recognise(expert)
-        assert formula is not None
-        x = torch.randn(5, 8)
-        assert torch.equal(formula.compute(lambda name, value: expert.get_submodule(name)(value), x), expert(x))
-
-    @pytest.mark.parametrize(
-        "expert",
-        [
-            nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)),
-            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)),
-            nn.Sequential(nn.ReLU()),
-            nn.Linear(8, 8),
-            Gated(limit=7.0),  # differs from the formula at large inputs only
-            Gated(("up_proj", "gate_proj", "down_proj")),  # named the other way round
-            nn.TransformerEncoderLayer(8, 2),
-        ],
-    )
-    def test_anything_else_stays_in_the_loop(self, expert: nn.Module) -> None:
-        assert experts.recognise(expert) is None
-
-    def test_trial_leaves_random_numbers_and_gradients_alone(self) -> None:
-        expert = Gated()
-        torch.manual_seed(1)
-        expected = torch.rand(3)
-        torch.manual_seed(1)
-        experts.recognise(expert)
-        assert torch.equal(torch.rand(3), expected)
-        assert all(p.grad is None for p in expert.parameters())
 
 
 class TestAutoEP:
