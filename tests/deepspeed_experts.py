@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -205,7 +207,6 @@ LOOPS = [
     (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), "dropout"),
     (lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)), "layer_norm"),
     (lambda: nn.Sequential(nn.ReLU()), "no Linear"),
-    (lambda: nn.TransformerEncoderLayer(WIDTH, 2), "plain statements"),
     (lambda: WithLimit(7.0), ".clamp"),
     (OnlyInTraining, "dropout"),
     (WithDropout, "dropout"),
@@ -225,4 +226,56 @@ LOOPS = [
     (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))), "linear"),
     (replaced_forward, "forward of a Linear is replaced"),
     (plain_tensor_as_weight, "no parameter"),
+]
+
+
+def different_slopes(experts: Experts) -> None:
+    for number, expert in enumerate(experts.deepspeed_experts):
+        expert[1].negative_slope = 0.1 * number
+
+
+def replace_expert(experts: Experts) -> None:
+    experts.deepspeed_experts[1] = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, WIDTH))
+
+
+def replace_list(experts: Experts) -> None:
+    experts.deepspeed_experts = nn.ModuleList(Lora(nn.Linear(WIDTH, WIDTH)) for _ in experts.deepspeed_experts)
+
+
+def set_item(path: int, make: Callable[[nn.Module], nn.Module]) -> Callable[[Experts], None]:
+    def change(experts: Experts) -> None:
+        experts.deepspeed_experts[1][path] = make(experts.deepspeed_experts[1][path])
+
+    return change
+
+
+def on_linear(change: Callable[[nn.Linear], object]) -> Callable[[Experts], object]:
+    return lambda experts: change(experts.deepspeed_experts[1][0])
+
+
+CHANGES: list[tuple[Callable[[Experts], object], bool]] = [
+    # what changes, and whether the formula is still used
+    (set_item(0, Lora), False),
+    (set_item(1, lambda _: nn.PReLU()), False),
+    (set_item(1, lambda _: nn.Tanh()), False),
+    (set_item(1, lambda _: nn.LeakyReLU(0.3)), False),
+    (set_item(2, lambda _: nn.Linear(6, WIDTH)), True),
+    (different_slopes, False),
+    (replace_expert, False),
+    (replace_list, False),
+    (on_linear(parametrizations.weight_norm), False),
+    (on_linear(nn.utils.weight_norm), False),
+    (on_linear(lambda one: one.register_forward_hook(lambda *_: None)), False),
+    (on_linear(lambda one: one.register_forward_pre_hook(lambda _, x: (x[0] * 2,))), False),
+    (on_linear(lambda one: one.register_full_backward_hook(lambda *_: None)), False),
+    (on_linear(lambda one: setattr(one, "forward", types.MethodType(nn.Linear.forward, one))), False),
+    (on_linear(lambda one: setattr(one, "__class__", LinearSubclass)), False),
+    (on_linear(lambda one: setattr(one, "bias", None)), False),
+    (on_linear(lambda one: setattr(one, "weight", nn.Parameter(torch.randn(6, WIDTH)))), True),
+    (on_linear(lambda one: one.weight.requires_grad_(False)), True),
+    (on_linear(lambda one: one.__dict__.update(note="nobody reads this")), True),
+    (lambda experts: experts.deepspeed_experts[0].register_forward_hook(lambda *_: None), False),
+    (lambda experts: experts.deepspeed_experts[0].compile(backend="eager"), False),
+    (lambda experts: experts.eval(), True),
+    (lambda experts: experts.train(), True),
 ]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, narrow_mlp, parity
 from tests.launch import case, include
 
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 MATRIX = {
     **{
         f"{'capacity' if drop else 'dropless'}_top{k}": Setup(k=k, drop=drop)
@@ -24,6 +25,17 @@ MATRIX = {
     "zero2_dropless": Setup(k=3, stage=2),
     "bf16_zero1": Setup(k=2, stage=1, bf16=True),
     "bf16_zero2": Setup(k=1, drop=True, stage=2, bf16=True),
+    "accumulated": Setup(k=2, residual=True, accumulate=3),
+    "accumulated_zero1": Setup(k=1, drop=True, stage=1, accumulate=2),
+    "accumulated_zero2": Setup(k=2, residual=True, stage=2, accumulate=2),
+    "evaluated_between_steps": Setup(k=2, residual=True, stage=1, evaluate=True),
+    "evaluated_between_steps_capacity": Setup(k=1, drop=True, stage=2, evaluate=True, accumulate=2),
+    "frozen_experts": Setup(k=2, frozen=True, evaluate=True),
+    "frozen_experts_zero2": Setup(k=2, frozen=True, stage=2),
+    "groups_of_two_sizes": Setup(k=2, ep_size=(1, 2), residual=True),
+    "groups_of_two_sizes_zero1": Setup(k=1, drop=True, ep_size=(2, 1), stage=1),
+    "groups_of_two_sizes_zero2": Setup(k=2, ep_size=(2, 1), stage=2, accumulate=2),
+    "autocast_by_ds_config": Setup(k=2, stage=1, clear_routes=True, further=AUTOCAST),
     "checkpointed": Setup(k=2, reentrant=False),
     "checkpointed_reentrant": Setup(k=2, reentrant=True, stage=1),
     "gated_experts": Setup(k=2, expert=GatedMLP),
@@ -52,6 +64,6 @@ def _add(name: str, setup: Setup) -> None:
 for _name, _setup in MATRIX.items():
     _add(_name, _setup)
 
-include(__name__, "tests.distributed.cases_deepspeed_layer")
+include(__name__, "tests.distributed.cases_deepspeed_layer", "tests.distributed.cases_deepspeed_modules")
 if importlib.util.find_spec("transformers") is not None:  # AutoEP is for Hugging Face's models
     include(__name__, "tests.distributed.cases_deepspeed_autoep")

@@ -68,7 +68,7 @@ class Setup:
     drop: bool = False
     capacity_factor: float = 0.75
     residual: bool = False
-    ep_size: int = 2
+    ep_size: int | tuple[int, int] = 2  # of both layers, or of each
     stage: int = 0
     bf16: bool = False
     reentrant: bool | None = None  # activation checkpointing, of either kind
@@ -78,6 +78,10 @@ class Setup:
     expert_tp: bool = False
     mpu: Any = None
     clear_routes: bool = False  # as in BF16 always: no token is near the border between two experts
+    accumulate: int = 1  # gradient accumulation: micro-batches of a step
+    evaluate: bool = False  # between steps
+    frozen: bool = False  # the experts of the first layer
+    further: Mapping[str, Any] = field(default_factory=dict)  # blocks of ds_config
     settings: Mapping[str, Any] = field(default_factory=dict)  # further keys of the block
 
     @property
@@ -87,8 +91,12 @@ class Setup:
         return self.bf16 or self.clear_routes
 
     @property
+    def ep_sizes(self) -> tuple[int, int]:
+        return self.ep_size if isinstance(self.ep_size, tuple) else (self.ep_size, self.ep_size)
+
+    @property
     def tolerance(self) -> float:
-        return 2e-2 if self.bf16 else 1e-6
+        return 2e-2 if self.bf16 or "torch_autocast" in self.further else 1e-6
 
 
 class Model(nn.Module):
@@ -103,7 +111,7 @@ class Model(nn.Module):
                 HIDDEN,
                 setup.expert(),
                 EXPERTS,
-                ep_size=setup.ep_size,
+                ep_size=ep_size,
                 k=setup.k,
                 drop_tokens=setup.drop,
                 capacity_factor=setup.capacity_factor,
@@ -113,8 +121,9 @@ class Model(nn.Module):
                 top2_2nd_expert_sampling=False,
                 enable_expert_tensor_parallelism=setup.expert_tp,
             )
-            for _ in range(2)
+            for ep_size in setup.ep_sizes
         )
+        self.layers[0].deepspeed_moe.experts.requires_grad_(not setup.frozen)
         self.last = nn.Linear(HIDDEN, HIDDEN)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -137,9 +146,9 @@ def build(setup: Setup) -> Model:
     """The same values wherever they should be: experts differ by their number, all else is equal on all ranks."""
     torch.manual_seed(7)
     model = Model(setup)
-    rank = dist.get_rank() % setup.ep_size if not setup.expert_tp else 0
-    local = EXPERTS // setup.ep_size
     for number, layer in enumerate(model.layers):
+        ep_size = setup.ep_sizes[number]
+        rank, local = dist.get_rank() % ep_size if not setup.expert_tp else 0, EXPERTS // ep_size
         for index, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
             generator = torch.Generator().manual_seed(100 * number + rank * local + index)
             for parameter in expert.parameters():
@@ -165,11 +174,13 @@ def _route_by_the_first_channels(model: Model) -> None:
 def ds_config(setup: Setup, ours: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": setup.accumulate,
         "zero_optimization": {"stage": setup.stage, "reduce_bucket_size": 10_000},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": setup.bf16},
         "steps_per_print": 1_000_000,
         "deepep_moe": {"enabled": ours, **setup.settings},
+        **setup.further,
     }
 
 
@@ -202,6 +213,7 @@ def device() -> torch.device:
 def train(engine: Any, setup: Setup, steps: range = range(2)) -> SimpleNamespace:
     """Losses, this rank's gradients of each step before reduction, and the parameters afterwards."""
     losses, gradients = [], []
+    together = setup.mpu is not None
     for step in steps:
         found: dict[str, Tensor] = {}
 
@@ -211,13 +223,20 @@ def train(engine: Any, setup: Setup, steps: range = range(2)) -> SimpleNamespace
         hooks = [
             p.register_hook(lambda gradient, name=name: keep(name, gradient))
             for name, p in engine.module.named_parameters()
+            if p.requires_grad
         ]
-        loss = engine(*batch(setup, step, same_on_all_ranks=setup.mpu is not None))
-        engine.backward(loss)
-        engine.step()
+        for micro_step in range(setup.accumulate):
+            loss = engine(*batch(setup, step + 100 * micro_step, together))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach().double())
         for hook in hooks:
             hook.remove()
-        losses.append(loss.detach().double())
+        if setup.evaluate:
+            engine.eval()
+            with torch.no_grad():
+                losses.append(engine(*batch(setup, step + 50, together)).double())
+            engine.train()
         gradients.append(found)
     state = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     return SimpleNamespace(losses=torch.stack(losses), gradients=gradients, state=state)
