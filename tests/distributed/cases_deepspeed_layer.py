@@ -34,6 +34,7 @@ from tests.distributed.deepspeed_util import (
     mlp,
     near,
     parity,
+    supports_fp16,
     train,
 )
 from tests.launch import case
@@ -345,7 +346,7 @@ def errors_at_initialisation(group: dist.ProcessGroup) -> None:
     off = {"deepep_moe": {"enabled": False}}
     for layer, changes, text in (
         (MoE, {"zero_optimization": {"stage": 3}}, "stage = 3"),
-        (MoE, {"fp16": {"enabled": True}}, "fp16.enabled = true"),
+        *([(MoE, {"fp16": {"enabled": True}}, "fp16.enabled = true")] if supports_fp16() else []),
         (partial(MoE, deepep_moe={"fp8_dispatch": True}), {}, "fp8_dispatch"),
     ):
         with raises(DeepEPMoEError, text):

@@ -58,6 +58,7 @@ def layer_of(
     torch.manual_seed(9)
     if after is not None:
         after(layer)
+        layer.to(device())
     layer.zero_grad()
     return layer
 

@@ -16,6 +16,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
@@ -240,6 +241,11 @@ def train(engine: Any, setup: Setup, steps: range = range(2)) -> SimpleNamespace
         gradients.append(found)
     state = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     return SimpleNamespace(losses=torch.stack(losses), gradients=gradients, state=state)
+
+
+def supports_fp16() -> bool:
+    """Whether DeepSpeed runs fp16 here. Many CPUs cannot, and then DeepSpeed itself refuses before we are asked."""
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def near(got: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -109,6 +109,32 @@ class TestAutoEP:
             register()
 
 
+class TestRefusals:
+    """Of what DeepSpeed itself refuses first on some machines."""
+
+    @pytest.mark.parametrize(
+        ("changes", "texts"),
+        [
+            ({"zero_optimization_stage": lambda: 3}, "stage = 3"),
+            ({"fp16_enabled": lambda: True}, "fp16.enabled = true"),
+        ],
+    )
+    def test_native(self, changes: dict[str, object], texts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        off = {"zero_optimization_stage": lambda: 0, "fp16_enabled": lambda: False, "bfloat16_enabled": lambda: False}
+        monkeypatch.setattr(registration, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+        registration.check_native(SimpleNamespace(**off), DispatcherConfig())
+        with pytest.raises(UnsupportedError, match=texts):
+            registration.check_native(SimpleNamespace(**{**off, **changes}), DispatcherConfig())
+
+    def test_autoep_without_bf16(self) -> None:
+        from deepep_moe.integrations.deepspeed import auto_ep
+
+        expert_parallel = SimpleNamespace(expert_tensor_parallel_size=1, comm_max_tokens_per_rank=16)
+        auto_ep.check(DispatcherConfig(), expert_parallel, bf16=True, tensor_parallel=1)
+        with pytest.raises(ConfigError, match=r'comm_backend = "deepep".*bf16\.enabled'):
+            auto_ep.check(DispatcherConfig(), expert_parallel, bf16=False, tensor_parallel=1)
+
+
 class TestRouting:
     @pytest.mark.parametrize("k", [1, 2, 3])
     def test_equals_the_stock_gate(self, k: int) -> None:
