@@ -114,8 +114,8 @@ class LocalExperts(Experts):  # type: ignore[misc]
             reason = "there are global module hooks"
         elif (name := replaced()) is not None:
             reason = f"{name} is not PyTorch's own"
-        elif (hooked := recognised.facts.hooked()) is not None:
-            reason = f"a {type(hooked).__name__} has hooks"
+        elif recognised.facts.hooked is not None:
+            reason = f"a {type(recognised.facts.hooked).__name__} has hooks"
         else:
             linears = {path: _parameters(layers, rows) for path, layers in recognised.layers.items()}
             unlike = [path for path, found in linears.items() if found is None]
@@ -124,11 +124,6 @@ class LocalExperts(Experts):  # type: ignore[misc]
             reason = f"parameters of {unlike[0] or 'the Linear'!r} differ in shape, dtype or kind, or from the tokens"
         _say_once(f"{type(self.deepspeed_experts[0]).__name__} experts run one after another: {reason}")
         return None
-
-    @property
-    def is_unwatched(self) -> bool:
-        """Whether nothing is between its ``forward`` and the caller, so that results may be weighed already."""
-        return not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def pack(self) -> None:
         """Bring the weights that one grouped GEMM reads into one storage. The parameters stay the same objects."""
@@ -144,6 +139,7 @@ class LocalExperts(Experts):  # type: ignore[misc]
             self._recognised = None  # now: an attribute that appears later would be a change of the module
         if self._recognised is None or not self._recognised.facts.hold():
             self._recognised = recognise(self)
+            self._recognised.facts.hold()  # notes hooks
         return self._recognised
 
     def __getstate__(self) -> dict[str, Any]:  # for copies: what was recognised is about these modules

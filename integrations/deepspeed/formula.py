@@ -122,6 +122,8 @@ class Formula:
 class Facts:
     """What traces relied on. :meth:`hold` is called in every forward pass: it compares, and traces nothing."""
 
+    hooked: nn.Module | None
+
     def __init__(self) -> None:
         self._modules: dict[int, tuple[nn.Module, type, int, list[tuple[str, Any]]]] = {}
         self._values: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
@@ -139,28 +141,24 @@ class Facts:
         self._attributes[id(owner), name] = (owner, name, value)
 
     def hold(self) -> bool:
+        """Whether all is as it was; also notes in :attr:`hooked` a module with hooks that a call of it would run."""
+        self.hooked = None
         for module, kind, size, children in self._modules.values():
             own = module.__dict__
             if module.__class__ is not kind or len(own) != size:
                 return False
             if [*own["_modules"].items()] != children if children else own["_modules"]:
                 return False
-        return all(holder.get(name) is value for holder, name, value in self._values.values()) and all(
-            getattr(owner, name, None) is value for owner, name, value in self._attributes.values()
-        )
-
-    def hooked(self) -> nn.Module | None:
-        """A module with hooks that a call of it would run."""
-        for module, *_ in self._modules.values():
-            own = module.__dict__
             if (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
             ):
-                return module
-        return None
+                self.hooked = module
+        return all(holder.get(name) is value for holder, name, value in self._values.values()) and all(
+            getattr(owner, name, None) is value for owner, name, value in self._attributes.values()
+        )
 
 
 def replaced() -> str | None:

@@ -27,6 +27,7 @@ from deepspeed.moe.experts import Experts
 from deepspeed.moe.layer import MoE as StockMoE
 from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, TOPK_GATE_TIMER, MOELayer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from deepep_moe.backends.base import Phase
 from deepep_moe.config import DispatcherConfig
@@ -35,7 +36,7 @@ from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, Unsupport
 from deepep_moe.grouped import Groups
 from deepep_moe.integrations.deepspeed import tensor_parallel
 from deepep_moe.integrations.deepspeed.experts import LocalExperts
-from deepep_moe.integrations.deepspeed.routing import Load, dropless_routes, load, serves, without_group
+from deepep_moe.integrations.deepspeed.routing import Load, call_gate, dropless_routes, load, serves
 from deepep_moe.overlap import Overlap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,8 +76,8 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
     Raises:
         InputError: the model has no such layer.
         ConfigError: an unknown setting or an impossible value.
-        UnsupportedError: ZeRO-3 has partitioned the parameters, a layer has a forward of its own, or the configured
-            backend cannot run here.
+        UnsupportedError: ZeRO-3 has partitioned the parameters, a layer has a forward of its own or BatchNorm in its
+            experts, or the configured backend cannot run here.
     """
     settings = config if isinstance(config, DispatcherConfig) else DispatcherConfig.load(config)
     layers = native_layers(model)
@@ -95,12 +96,18 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
 
 
 def check_layer(layer: Any) -> None:
-    """Refuse a layer whose code this library's would replace."""
+    """Refuse a layer whose code this library's would replace, or whose experts depend on DeepSpeed's padding."""
     for part, known in ((layer, (MOELayer, DispatchedMOELayer)), (layer.experts, (Experts, LocalExperts))):
         if type(part) not in known or "forward" in vars(part):
             raise UnsupportedError(
                 f"{type(part).__module__}.{type(part).__qualname__} has a forward of its own, which deepep_moe would "
                 f"replace: only {known[0].__module__}.{known[0].__qualname__} itself can be converted"
+            )
+    for name, module in layer.experts.named_modules():
+        if isinstance(module, _NormBase):
+            raise UnsupportedError(
+                f"{type(module).__name__} in experts.{name}: it computes statistics of an expert's rows, which in "
+                "DeepSpeed's layer include padding; LayerNorm, RMSNorm and the like work"
             )
 
 
@@ -174,9 +181,8 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
             with self._timed(TOPK_GATE_TIMER, self.gate, "gate_time"):
                 routes = dropless_routes(self.gate, x, used_token)
             return routes.topk_idx, routes.weights, lambda: load(self.gate, routes)
-        with without_group(self.gate):
-            l_aux, _, _, topk_idx, _, weights, exp_counts = self.gate(x, used_token, True, self.use_tutel)
-        return topk_idx.t().contiguous(), weights.t().contiguous(), lambda: Load(l_aux, exp_counts)
+        topk_idx, weights, found = call_gate(self.gate, x, used_token, self.use_tutel)
+        return topk_idx, weights, lambda: found
 
     def _dispatch_and_compute(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> Tensor:
         if self.settings.num_chunks > 1:
@@ -193,7 +199,7 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
         with self._telling_peers("combine"):
             experts, rows = self.local_experts, dispatched.rows
             together = experts.together(rows)
-            inside = weights if together is not None and together.weighs_inside and experts.is_unwatched else None
+            inside = weights if together is not None and together.weighs_inside else None
             groups = Groups(dispatched.tokens_per_expert, dispatched.tokens_per_expert_host)
             return experts(rows, groups=groups, together=together, weights=inside), weights if inside is None else None
 
@@ -222,6 +228,7 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
         for parameter, original in zip(copied.parameters(), self.parameters()):
             for tag in vars(original).keys() & {"allreduce", "group_name"}:  # by which DeepSpeed knows experts
                 setattr(parameter, tag, getattr(original, tag))
+        copied.local_experts.pack()
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -58,18 +58,28 @@ def serves(gate: nn.Module, x: Tensor) -> bool:
     return not watched and _is_stock(gate) and not gate.drop_tokens
 
 
+def call_gate(gate: nn.Module, x: Tensor, used_token: Tensor | None, use_tutel: bool) -> tuple[Tensor, Tensor, Load]:
+    """What ``gate`` decides, called as DeepSpeed's layer calls it: experts ``[T, K]``, weights ``[T, K]``, the load."""
+    with _alone(gate):
+        aux_loss, _, _, topk_idx, _, weights, counts = gate(x, used_token, True, use_tutel)
+    if not len(x):
+        aux_loss = aux_loss.nan_to_num()  # a mean over nothing
+    return topk_idx.t().contiguous(), weights.t().contiguous(), Load(aux_loss, counts)
+
+
 @contextmanager
-def without_group(gate: nn.Module) -> Iterator[None]:
-    """DeepSpeed's own gate does not communicate in here: the capacity that it would agree on is not used. So ranks may
-    differ in what watches their gates. A gate of another kind is left alone."""
-    if not _is_stock(gate):
+def _alone(gate: nn.Module) -> Iterator[None]:
+    """Without its group and ``min_capacity``, which concern a capacity that nothing here uses: so ranks may differ in
+    what watches their gates, and may have no tokens. With ``drop_tokens``, and for other gates, nothing changes."""
+    if not _is_stock(gate) or gate.drop_tokens:
         yield
         return
-    group, gate.ep_group = gate.ep_group, None  # type: ignore[assignment]
+    group, least = gate.ep_group, gate.min_capacity
+    gate.__dict__.update(ep_group=None, min_capacity=0)
     try:
         yield
     finally:
-        gate.ep_group = group  # type: ignore[assignment]
+        gate.__dict__.update(ep_group=group, min_capacity=least)
 
 
 def _is_stock(gate: nn.Module) -> bool:

@@ -64,6 +64,13 @@ def _add(name: str, setup: Setup) -> None:
 for _name, _setup in MATRIX.items():
     _add(_name, _setup)
 
+
+@case(ranks=(4,))
+def groups_of_three_sizes(group: dist.ProcessGroup) -> None:
+    for ep_size in ((1, 4), (4, 2)):
+        parity(Setup(k=2, ep_size=ep_size, residual=True, stage=1))
+
+
 include(__name__, "tests.distributed.cases_deepspeed_layer", "tests.distributed.cases_deepspeed_modules")
 if importlib.util.find_spec("transformers") is not None:  # AutoEP is for Hugging Face's models
     include(__name__, "tests.distributed.cases_deepspeed_autoep")
