@@ -35,6 +35,11 @@ class TwoStatements(Gated):
         return hidden
 
 
+class WithDefault(Gated):
+    def forward(self, x: Tensor, slope: float = 0.2) -> Tensor:
+        return self.down_proj(F.leaky_relu(self.gate_proj(x), slope) * self.up_proj(x))
+
+
 class WithLimit(Gated):
     limit: float | None
 
@@ -133,6 +138,13 @@ class ByGlobal(Gated):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class ByIdentity(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj
+        same = gate is self.gate_proj
+        return self.down_proj(F.silu(gate(x)) * self.up_proj(x)) if same else self.down_proj(gate(x))
+
+
 class InPlace(Gated):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.gate_proj(x)
@@ -199,6 +211,7 @@ RECOGNISED = [
     lambda: Gated(PlainSiLU()),
     lambda: Gated(F.gelu),
     TwoStatements,
+    WithDefault,
     lambda: WithLimit(None),
     ByGlobal,
 ]
@@ -218,6 +231,7 @@ LOOPS = [
     (Counting, "Counting.calls"),
     (ByShape, ".shape"),
     (Catching, "plain statements"),
+    (ByIdentity, "plain statements"),
     (InPlace, "in place"),
     (NoGrad, "not a plain function"),
     (lambda: nn.Sequential(Lora(nn.Linear(WIDTH, WIDTH))), "parameter or buffer of Lora"),

@@ -10,7 +10,8 @@ Importing this package before ``deepspeed.initialize`` teaches DeepSpeed (0.19.8
 * AutoEP (``expert_parallel`` with ``comm_backend: deepep``) gets this library's ElasticBuffer as its ``deep_ep``.
 
 ``registration.py`` says what is changed in DeepSpeed and what is refused, ``moe.py`` is the layer, ``routing.py`` its
-routing without capacity, ``experts.py`` how experts compute, ``auto_ep.py`` the way into AutoEP.
+routing without capacity, ``experts.py`` how experts compute, ``formula.py`` which of them are computed together,
+``auto_ep.py`` the way into AutoEP.
 """
 
 from deepep_moe.errors import UnsupportedError

@@ -179,9 +179,10 @@ def recognise(local: Experts) -> Recognised:
 
 
 def movable(weights: Sequence[Tensor]) -> bool:
-    """Whether nothing else lies in their memory: weights in an optimizer's flat buffer must stay there."""
+    """Whether they fit into one storage, and own theirs: weights in an optimizer's flat buffer must stay there."""
+    alike = len({(w.shape, w.dtype, w.device) for w in weights}) == 1
     owned = all(w.untyped_storage().nbytes() == w.numel() * w.element_size() for w in weights)
-    return owned and len({id(w) for w in weights}) == len(weights)
+    return alike and owned and len({id(w) for w in weights}) == len(weights)
 
 
 def _parameters(layers: Sequence[nn.Linear], rows: Tensor) -> Parameters | None:

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -342,6 +343,8 @@ def _function_of_symbols(tape: _Tape, kind: type[nn.Module]) -> Callable[..., An
     if type(forward) is not FunctionType or forward.__closure__ or forward.__kwdefaults__:
         raise Unproven(f"{kind.__name__}.forward is not a plain function (decorated, or with variables of another)")
     tape.facts.attribute(kind, "forward", forward)
+    for name in ("__code__", "__defaults__"):
+        tape.facts.attribute(forward, name, getattr(forward, name))
     code = forward.__code__
     _check_code(kind, code)
     names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
@@ -351,10 +354,12 @@ def _function_of_symbols(tape: _Tape, kind: type[nn.Module]) -> Callable[..., An
 
 
 def _check_code(kind: type[nn.Module], code: CodeType) -> None:
-    """Refuse what could hide that a symbol was asked too much (``try``), or leave something behind."""
-    stores = any(step.opname in _STORES for step in dis.get_instructions(code))
+    """Refuse what could hide that a symbol was asked too much (``try``, ``is``), or leave something behind."""
+    instructions = list(dis.get_instructions(code))
+    stores = any(step.opname in _STORES for step in instructions)
+    identity = any(step.opname == "IS_OP" and before.argval is not None for before, step in pairwise(instructions))
     guarded = bool(getattr(code, "co_exceptiontable", b""))
     defines = any(isinstance(constant, CodeType) for constant in code.co_consts)
     generates = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
-    if stores or guarded or defines or generates:
+    if stores or identity or guarded or defines or generates:
         raise Unproven(f"{kind.__name__}.forward is more than a few plain statements")

@@ -71,6 +71,11 @@ def groups_of_three_sizes(group: dist.ProcessGroup) -> None:
         parity(Setup(k=2, ep_size=ep_size, residual=True, stage=1))
 
 
-include(__name__, "tests.distributed.cases_deepspeed_layer", "tests.distributed.cases_deepspeed_modules")
+include(
+    __name__,
+    "tests.distributed.cases_deepspeed_layer",
+    "tests.distributed.cases_deepspeed_modules",
+    "tests.distributed.cases_deepspeed_copies",
+)
 if importlib.util.find_spec("transformers") is not None:  # AutoEP is for Hugging Face's models
     include(__name__, "tests.distributed.cases_deepspeed_autoep")

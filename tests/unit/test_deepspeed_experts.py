@@ -33,6 +33,7 @@ from tests.deepspeed_experts import (
     Gated,
     Lora,
     OnlyInTraining,
+    WithDefault,
     WithDropout,
     WithLimit,
     mlp,
@@ -118,6 +119,11 @@ def test_settings_and_flags_that_the_code_reads() -> None:
     assert experts.formula is not None
     experts.deepspeed_experts[1].train()
     assert experts.formula is None
+    experts = local(WithDefault)
+    assert experts.formula is not None
+    assert_equal_to_the_loop(experts)
+    with mock.patch.object(WithDefault.forward, "__defaults__", (3.0,)):
+        assert_equal_to_the_loop(experts)
     experts = local(ByGlobal)
     assert experts.formula is not None
     with mock.patch.object(deepspeed_experts, "LIMIT", 3):
@@ -222,3 +228,4 @@ def test_only_weights_that_nothing_else_shares_are_moved() -> None:
     in_a_buffer = [nn.Parameter(flat[:16].view(4, 4)), nn.Parameter(flat[32:48].view(4, 4))]
     assert not movable(in_a_buffer)
     assert not movable([own[0], own[0]])
+    assert not movable([own[0], nn.Linear(4, 5).weight])
