@@ -19,7 +19,8 @@ from tests.launch import cases_for
 
 MODULE = "tests.distributed.cases_deepspeed"
 # Their tensors are made on the CPU, and what they check does not depend on the device; but for the first, which forces
-# onto a CPU what the bf16 cases do on a GPU by themselves.
+# onto a CPU what the bf16 cases do on a GPU by themselves, and the last: a GPU's peers raise in their next call
+# (tests/gpu/test_robustness.py).
 CPU_ONLY = (
     "grouped_gemm",
     "keys_tags_and_returned_tuple_stay",
@@ -29,6 +30,7 @@ CPU_ONLY = (
     "too_many_tokens",
     "a_model_without_moe_layers",
     "breakdown_of_time",
+    "a_rank_that_cannot_go_on_tells_the_others",
 )
 
 
