@@ -261,6 +261,8 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
             return
         timer = owner.timers(name)
         timer.start()
-        yield
-        timer.stop()
-        setattr(owner, attribute, timer.elapsed(reset=False))
+        try:
+            yield
+        finally:
+            timer.stop()
+            setattr(owner, attribute, timer.elapsed(reset=False))

@@ -382,5 +382,7 @@ def breakdown_of_time(group: dist.ProcessGroup) -> None:
     layer.set_deepspeed_parallelism()
     inner = layer.deepspeed_moe
     inner.wall_clock_breakdown = inner.gate.wall_clock_breakdown = True
+    with raises(RuntimeError, "shapes"):  # and a timer that was stopped
+        layer(torch.randn(4, 6, HIDDEN + 1))
     layer(torch.randn(4, 6, HIDDEN))
     assert inner.time_moe >= inner.time_falltoall + inner.time_salltoall + inner.gate.gate_time > 0
