@@ -66,10 +66,10 @@ void bind_domain(py::module_& m) {
              py::arg("timeout_seconds"), py::arg("record_waits"))
         .def_static("mailbox_bytes", &DomainRuntime::mailbox_bytes)
         .def("set_mailboxes", &DomainRuntime::set_mailboxes)
-        .def("take_failure", [](DomainRuntime& self, bool lasting_only,
-                                Address stream) { return report_tuple(self.take_failure(lasting_only, stream)); })
-        .def_property_readonly("failed", &DomainRuntime::failed)
+        .def_property_readonly("failure", [](const DomainRuntime& self) { return report_tuple(self.failure()); })
         .def_property_readonly("broken", &DomainRuntime::broken)
+        .def("resume", &DomainRuntime::resume)
+        .def("give_up", &DomainRuntime::give_up)
         .def("wait_seconds", &DomainRuntime::wait_seconds);
 }
 

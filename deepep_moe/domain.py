@@ -50,7 +50,7 @@ _FIELDS = {
     "PLAN_NUMBER": "the plan",
     "FORMAT": "dtype or format",
     "ROW_BYTES": "bytes of a row in flight",
-    "MAX_TOKENS": "num_max_dispatch_tokens_per_rank",
+    "MAX_TOKENS": "tokens per rank (max_tokens_per_rank, num_max_dispatch_tokens_per_rank)",
     "HIDDEN": "hidden size",
 }
 _REASONS = {
@@ -121,21 +121,31 @@ class Domain:
         last = _last_streams.get(self._index)
         if last is None or last[0] != address:
             stream = torch.cuda.current_stream(self.device)
-            if last is not None and not capturing:
+            # A capture may not depend on what is outside of it, nor the other way round.
+            if last is not None and _is_capturing(last[1]) == capturing:
                 stream.wait_stream(last[1])
             _last_streams[self._index] = (address, stream)
         return address
 
-    def raise_failure(self, *, lasting_only: bool = False) -> None:
+    def raise_failure(self) -> None:
         """Raise what went wrong in work that is already enqueued, if anything. Local; does not wait for the device.
 
-        A failure that lasts is raised at every call, any other once. ``lasting_only`` leaves the others for later.
+        A failure that lasts is raised at every call. Any other is raised once, and kernels work again after it.
         """
-        if self.runtime.failed:
-            stream = 0 if torch.cuda.is_current_stream_capturing() else torch._C._cuda_getCurrentRawStream(self._index)
-            report = self.runtime.take_failure(lasting_only, stream)
-            if report is not None:
-                raise self._error(*report)
+        report = self.runtime.failure
+        if report is not None:
+            if not self.runtime.broken:
+                self.resume()
+            raise self._error(*report)
+
+    def resume(self) -> None:
+        """What went wrong is known here: calls that are enqueued from now on are carried out again."""
+        if not torch.cuda.is_current_stream_capturing():
+            self.runtime.resume(self.enter_stream())
+
+    def give_up(self) -> None:
+        """Tell the peers that this rank cannot take part in what they wait for, for good."""
+        self.runtime.give_up(self.enter_stream())
 
     def _error(self, failure: int, phase: int, peer: int, field: int, expected: int, seen: int) -> DeepEPMoEError:
         kind, where = _C.Failure(failure).name, _PHASES[_C.Phase(phase).name]
@@ -162,6 +172,10 @@ class Domain:
                 f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
             )
             return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
+        if kind == "BAD_PEER_INPUT" and peer == self.rank:
+            return PeerError(
+                "this rank gave up in an earlier call, whose error says why. Destroy this buffer or dispatcher."
+            )
         if kind == "BAD_PEER_INPUT":
             return PeerError(f"rank {peer} refused its input in {where}; its own error says what is wrong")
         if kind == "STAGING":
@@ -175,6 +189,11 @@ class Domain:
             f"{seen / max(expected, 1):.3g} or more (num_worst_tokens: at least {seen}). Nothing was sent by this "
             "plan, its outputs are NaN."
         )
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _host_id() -> str:

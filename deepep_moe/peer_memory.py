@@ -43,8 +43,7 @@ class PeerMemory:
         os.environ.setdefault(_SHARE_GPU, "1")
         refused: CapacityError | None = None
         try:
-            self.local: Tensor = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-            self.local.zero_()
+            self.local: Tensor = _allocate(num_bytes, device)
         except RuntimeError as error:
             refused = CapacityError(f"no memory for {num_bytes} bytes on {device}: {error}")
             refused.__cause__ = error
@@ -61,3 +60,14 @@ class PeerMemory:
                 f"{dist.get_world_size(group)} ranks: {error}"
             ) from error
         self.addresses: list[int] = [int(address) for address in self._handle.buffer_ptrs]
+
+
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    def zeros() -> Tensor:
+        return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+
+    try:
+        return zeros()
+    except RuntimeError:  # it does not come from PyTorch's allocator, which may sit on free memory
+        torch.cuda.empty_cache()
+        return zeros()

@@ -24,10 +24,7 @@ __device__ __forceinline__ bool reached(int seen, int expected) {
 // -- failures
 // ----------------------------------------------------------------------------------------------------------
 
-// Something is wrong with the input. The first report stays until the host takes it; the protocol goes on.
-__device__ __forceinline__ void report_problem(const Domain& domain, const FailureReport& report) {
-    if (atomicCAS(&domain.state->reported, 0, 1) != 0) return;
-    volatile FailureReport* record = &domain.record->report;
+__device__ __forceinline__ void write_report(volatile FailureReport* record, const FailureReport& report) {
     record->phase = report.phase;
     record->peer = report.peer;
     record->field = report.field;
@@ -37,13 +34,24 @@ __device__ __forceinline__ void report_problem(const Domain& domain, const Failu
     record->failure = report.failure;
 }
 
+// Something is wrong that ranks can go on after. The first report stays until the host takes it.
+__device__ __forceinline__ void report_problem(const Domain& domain, const FailureReport& report) {
+    if (atomicCAS(&domain.state->reported, 0, 1) == 0) write_report(&domain.record->problem, report);
+}
+
 // Nothing after this can be trusted: say so to the host and to every peer, so that none of them waits in vain.
 __device__ __forceinline__ void report_failure(const Domain& domain, const FailureReport& report) {
     if (atomicExch(&domain.state->failed, 1) != 0) return;
-    *static_cast<volatile int*>(&domain.record->lasting) = 1;
-    report_problem(domain, report);
+    write_report(&domain.record->failure, report);
     for (int r = 0; r < domain.num_ranks; ++r)
         store_release_system(&domain.mailbox[r]->failed[domain.rank], report.failure);
+}
+
+// Kernels do nothing any more, or until the host has raised what went wrong. That way it does not matter how far a host
+// has run ahead: calls are skipped from the same one on, on every rank, and work again from the first that follows the
+// error.
+__device__ __forceinline__ bool is_stopped(const Domain& domain) {
+    return domain.state->failed != 0 || domain.state->frozen != 0;
 }
 
 // A peer, or another warp of this rank, has given up.

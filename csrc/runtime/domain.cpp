@@ -1,6 +1,7 @@
 #include "runtime/domain.h"
 
 #include <atomic>
+#include <cstddef>
 
 namespace deepep_moe {
 
@@ -30,34 +31,31 @@ void DomainRuntime::set_mailboxes(const std::vector<Address>& addresses) {
     for (int r = 0; r < domain_.num_ranks; ++r) domain_.mailbox[r] = at<Mailbox>(addresses.at(r));
 }
 
-std::optional<FailureReport> DomainRuntime::take_failure(bool lasting_only, Address stream) {
-    volatile FailureRecord* record = domain_.record;
-    const volatile FailureReport& report = record->report;
+namespace {
+
+std::optional<FailureReport> read(const volatile FailureReport& report) {
     const int failure = report.failure;
-    const bool lasting = record->lasting != 0;
-    if (failure == kNoFailure) {
-        // A failure that lasts may follow one that was taken before the device could record another.
-        if (lasting && last_taken_.failure != kNoFailure) return last_taken_;
-        return std::nullopt;
-    }
-    if (lasting_only && !lasting) return std::nullopt;
+    if (failure == kNoFailure) return std::nullopt;
     std::atomic_thread_fence(std::memory_order_acquire);
-    last_taken_ = {failure, report.phase, report.peer, report.field, report.expected, report.seen};
-    if (lasting) return last_taken_;
-    record->report.failure = kNoFailure;
-    check(cudaMemsetAsync(&domain_.state->reported, 0, sizeof(int), as_stream(stream)), "clearing a failure");
-    return last_taken_;
+    return FailureReport{failure, report.phase, report.peer, report.field, report.expected, report.seen};
 }
 
-bool DomainRuntime::failed() const {
-    const volatile FailureRecord* record = domain_.record;
-    return record->report.failure != kNoFailure || record->lasting != 0;
+}  // namespace
+
+std::optional<FailureReport> DomainRuntime::failure() const {
+    const auto lasting = read(domain_.record->failure);
+    return lasting ? lasting : read(domain_.record->problem);
 }
 
-bool DomainRuntime::broken() const {
-    const volatile FailureRecord* record = domain_.record;
-    return record->lasting != 0;
+bool DomainRuntime::broken() const { return read(domain_.record->failure).has_value(); }
+
+void DomainRuntime::resume(Address stream) {
+    static_cast<volatile FailureReport&>(domain_.record->problem).failure = kNoFailure;
+    constexpr size_t kBytes = offsetof(DomainState, reported) + sizeof(int) - offsetof(DomainState, frozen);
+    check(cudaMemsetAsync(&domain_.state->frozen, 0, kBytes, as_stream(stream)), "resuming after a problem");
 }
+
+void DomainRuntime::give_up(Address stream) { check(launch_give_up(domain_, as_stream(stream)), "giving up"); }
 
 std::vector<double> DomainRuntime::wait_seconds() const {
     DomainState state;

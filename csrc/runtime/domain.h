@@ -68,10 +68,10 @@ struct FailureReport {
     int failure, phase, peer, field, expected, seen;
 };
 
-// Pinned host memory, written by the device: the first failure, and whether the ranks can go on after it.
+// Pinned host memory, written by the device, of each report `failure` last.
 struct FailureRecord {
-    FailureReport report;  // its `failure` is written last
-    int lasting;           // the ranks are out of step: no later call on this domain can work
+    FailureReport problem;  // the first that the ranks can go on after, once the host has taken it
+    FailureReport failure;  // the first after which no call on this domain can work
 };
 
 // Symmetric memory: written by peers, read by its owner.
@@ -81,8 +81,9 @@ struct Mailbox {
 
 // Device memory of this rank alone.
 struct DomainState {
-    int failed;                                      // this rank gave up
-    int reported;                                    // the record is taken
+    int failed;    // this rank gave up
+    int frozen;    // a call ended with a problem, on all ranks alike: kernels do nothing until the host has taken it
+    int reported;  // FailureRecord::problem is in use
     unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
 };
 
@@ -110,17 +111,20 @@ class DomainRuntime {
 
     const Domain& view() const { return domain_; }
 
-    // The first failure. One that does not last is taken: the next failure is recorded from this place of `stream` on.
-    // With `lasting_only` failures that do not last are left where they are.
-    std::optional<FailureReport> take_failure(bool lasting_only, Address stream);
-    bool failed() const;  // a failure is recorded
-    bool broken() const;  // one that lasts
+    // What went wrong, if anything: a failure that lasts, else a problem.
+    std::optional<FailureReport> failure() const;
+    bool broken() const;  // by a failure that lasts
+    // The host knows of the problem: from this place of `stream` on kernels work again.
+    void resume(Address stream);
+    // This rank cannot take part in what its peers wait for.
+    void give_up(Address stream);
     std::vector<double> wait_seconds() const;
 
   private:
     Domain domain_{};
-    FailureReport last_taken_{};
 };
+
+cudaError_t launch_give_up(const Domain& domain, cudaStream_t stream);
 
 // -- what the host code of every engine needs ------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ struct alignas(16) Operation {
     enum Flag : int { kByExpert = 1 << 8, kWithWeights = 1 << 9 };
 
     int kind;    // Kind, with flags
-    int plan;    // number of the plan that rows move by
-    int format;  // dtype, what becomes of rows on their way, scales, backward: encoded by Python, only compared here
+    int plan;    // number of the plan that rows move by; of kGrow the tokens per rank
+    int format;  // dtype, form, scales, backward, encoded by Python and only compared here; of kGrow top-k
     int pitch;   // bytes of a staged row
 };
 
@@ -87,9 +87,11 @@ struct LocalState {
 
 // Pinned host memory, written by the device: numbers of the last plan that the host waits for, tagged with its ticket.
 struct HostCounts {
-    Tagged num_recv;                    // N
-    Tagged num_rows;                    // M
-    Tagged max_tokens;                  // most tokens of any rank; comes after any failure
+    Tagged num_recv;    // N
+    Tagged num_rows;    // M
+    Tagged max_tokens;  // most tokens of any rank, or kPlanFailed; comes last
+
+    static constexpr int kPlanFailed = -1;
     Tagged expert_counts[kMaxExperts];  // [L]
 };
 

@@ -173,6 +173,7 @@ void bind_throughput(py::module_& m) {
         .def("refuse_operation", &Engine::refuse_operation)
         .def("meet_to_grow", &Engine::meet_to_grow)
         .def("keep_scratch", &Engine::keep_scratch)
+        .def("scratch_serves", &Engine::scratch_serves)
         .def("set_epochs", &Engine::set_epochs);
 }
 

@@ -251,7 +251,7 @@ template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
     __shared__ RowList lists[kWarps];
     const Runtime& rt = args.runtime;
-    if (rt.domain.state->failed || !is_usable(args.route.rank_prefix)) {
+    if (is_stopped(rt.domain) || !is_usable(args.route.rank_prefix)) {
         if (last_block_done<false>(&rt.local->blocks_done)) poison_outputs(args);
         return;
     }

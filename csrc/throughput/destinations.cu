@@ -1,4 +1,5 @@
-// Destinations: which rank and which expert gets which token, counted on this rank alone (get_dispatch_layout).
+// Destinations: which rank and which expert gets which token, counted on this rank alone (get_dispatch_layout). An
+// index out of range counts as dropped; the plan that is made of it reports it, to all ranks.
 #include "throughput/tile.cuh"
 
 namespace deepep_moe {
@@ -9,7 +10,7 @@ __global__ void __launch_bounds__(kTileEntries) destinations_kernel(const __grid
     __shared__ Tile tile;
     __shared__ int routes[kMaxExperts];
     const int ranks = args.runtime.domain.num_ranks;
-    tile.read(args.runtime, args.topk_idx, nullptr, args.num_tokens, args.num_topk, args.num_experts, true);
+    tile.read(args.runtime, args.topk_idx, nullptr, args.num_tokens, args.num_topk, args.num_experts, false);
     count_routes(tile, args.num_topk, args.num_experts, routes);
 
     for (int e = threadIdx.x; e < args.num_experts; e += blockDim.x)

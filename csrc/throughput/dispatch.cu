@@ -286,7 +286,7 @@ __device__ __forceinline__ void poison_outputs(const DispatchArgs& args) {
 template <Format kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;
-    if (rt.domain.state->failed || !is_usable(args.route.rank_prefix)) {
+    if (is_stopped(rt.domain) || !is_usable(args.route.rank_prefix)) {
         if (last_block_done<false>(&rt.local->blocks_done)) poison_outputs<kFormat>(args);
         return;
     }

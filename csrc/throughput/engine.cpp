@@ -18,6 +18,13 @@ int64_t place_bytes(int num_ranks, int max_tokens, int num_topk) {
     return align(static_cast<int64_t>(num_ranks) * max_tokens * received_words(num_topk) * sizeof(int));
 }
 
+constexpr int kTotals = kMaxRanks + kMaxExperts;  // counts of this rank's tokens and routes, at the start of scratch
+
+int64_t num_tiles(int num_tokens, int num_topk) {
+    const int per_tile = tile_tokens(num_topk);
+    return std::max((num_tokens + per_tile - 1) / per_tile, 1);
+}
+
 // Both halves of a number that the device wrote at once.
 Tagged read_at_once(const Tagged& number) {
     const uint64_t both = *reinterpret_cast<const volatile uint64_t*>(&number);
@@ -43,6 +50,10 @@ ThroughputEngine::~ThroughputEngine() {
     cudaFree(scratch_);
     for (int* scratch : kept_scratch_) cudaFree(scratch);
     cudaFreeHost(runtime_.host);
+}
+
+int64_t ThroughputEngine::scratch_for(int num_tokens, int num_topk, int num_experts) const {
+    return kTotals + num_experts + num_tiles(num_tokens, num_topk) * (runtime_.domain.num_ranks + num_experts);
 }
 
 void ThroughputEngine::reserve_scratch(int64_t ints) {
@@ -101,10 +112,8 @@ void ThroughputEngine::destinations(Address topk_idx, int num_tokens, int num_to
 
 void ThroughputEngine::begin_plan(const PlanRequest& request, bool refused, Address stream) {
     const int ranks = runtime_.domain.num_ranks, experts = request.num_experts;
-    const int per_tile = tile_tokens(request.num_topk);
-    const int64_t tiles = std::max((request.num_tokens + per_tile - 1) / per_tile, 1);
-    const int totals = kMaxRanks + kMaxExperts;
-    reserve_scratch(totals + experts + tiles * (ranks + experts));
+    const int64_t tiles = num_tiles(request.num_tokens, request.num_topk);
+    reserve_scratch(scratch_for(request.num_tokens, request.num_topk, experts));
 
     plan_ = PlanArgs{};
     plan_.runtime = runtime_;
@@ -120,7 +129,7 @@ void ThroughputEngine::begin_plan(const PlanRequest& request, bool refused, Addr
     if (request.wait) plan_.ticket = ticket_ = ticket_ % 0x7ffffff0 + 1;
     plan_.rank_totals = scratch_;
     plan_.expert_totals = scratch_ + kMaxRanks;
-    plan_.row_base = scratch_ + totals;
+    plan_.row_base = scratch_ + kTotals;
     plan_.tile_ranks = plan_.row_base + experts;
     plan_.tile_experts = plan_.tile_ranks + tiles * ranks;
     plan_.counted = {counted_, ranks, experts / ranks};
@@ -159,7 +168,7 @@ std::optional<PlanNumbers> ThroughputEngine::wait_plan(Address expert_counts) {
     const auto max_tokens = num_rows ? await(host.max_tokens) : std::nullopt;
     if (!max_tokens) return std::nullopt;
     std::atomic_thread_fence(std::memory_order_acquire);
-    return PlanNumbers{*num_recv, *num_rows, *max_tokens, domain_->failed()};
+    return PlanNumbers{*num_recv, *num_rows, *max_tokens, *max_tokens == HostCounts::kPlanFailed};
 }
 
 void ThroughputEngine::place_plan(const PlanMemory& memory, int num_blocks, Address stream) {
@@ -221,10 +230,8 @@ void ThroughputEngine::refuse_operation(Address counted, Address stream) {
           "refusing a call");
 }
 
-void ThroughputEngine::meet_to_grow(int64_t num_bytes, int pitch, Address stream) {
-    // What all ranks must have come to: they are about to map memory of this size together.
-    const Operation operation{Operation::kGrow, static_cast<int>(num_bytes >> 31),
-                              static_cast<int>(num_bytes & 0x7fffffff), pitch};
+void ThroughputEngine::meet_to_grow(int max_tokens, int num_topk, int pitch, Address stream) {
+    const Operation operation{Operation::kGrow, max_tokens, num_topk, pitch};
     check(launch_meet(runtime_, operation, nullptr, as_stream(stream)), "meeting to grow staging");
 }
 

@@ -29,7 +29,7 @@ struct PlanMemory {
 
 struct PlanNumbers {
     int num_recv, num_rows, max_tokens;
-    bool failed;  // the domain's record says more
+    bool failed;  // the domain's record says why
 };
 
 struct DispatchRequest {
@@ -90,15 +90,20 @@ class ThroughputEngine {
     // In place of a dispatch or combine that this rank refused: its peers raise instead of waiting. `counted`: of its
     // plan, or 0.
     void refuse_operation(Address counted, Address stream);
-    // Before staging grows to rows of `pitch` bytes: fails on all ranks unless all of them are here.
-    void meet_to_grow(int64_t num_bytes, int pitch, Address stream);
+    // Before staging grows: fails on all ranks unless all of them are here, for the same size.
+    void meet_to_grow(int max_tokens, int num_topk, int pitch, Address stream);
 
     // Scratch that a captured graph may use is never given back before the engine is.
     void keep_scratch() { keep_scratch_ = true; }
+    // Whether a plan of this size does without more scratch, which cannot be had while a graph is captured.
+    bool scratch_serves(int num_tokens, int num_topk, int num_experts) const {
+        return scratch_for(num_tokens, num_topk, num_experts) <= scratch_ints_;
+    }
     void set_epochs(int plan_epoch, int data_epoch, Address stream);
 
   private:
     void begin_plan(const PlanRequest& request, bool refused, Address stream);
+    int64_t scratch_for(int num_tokens, int num_topk, int num_experts) const;
     void reserve_scratch(int64_t ints);
 
     std::shared_ptr<DomainRuntime> domain_;

@@ -8,10 +8,13 @@ namespace {
 
 __global__ void __launch_bounds__(kWarpSize)
     meet_kernel(const __grid_constant__ Runtime rt, Operation operation, const int64_t* rank_prefix) {
-    if (rt.domain.state->failed || (rank_prefix && !is_usable(rank_prefix))) return;
+    if (is_stopped(rt.domain) || (rank_prefix && !is_usable(rank_prefix))) return;
     const int epoch = next_epoch(rt.local->data_epoch);
     enter_operation(rt, epoch, operation);
-    leave_operation(rt, epoch, operation, operation.kind == Operation::kRefuse ? kRefused : kGrowStaging);
+    const Phase phase = operation.kind == Operation::kRefuse ? kRefused : kGrowStaging;
+    leave_operation(rt, epoch, operation, phase);
+    // Who has been here may have given up since, waiting for somebody else.
+    if (threadIdx.x == 0) any_rank_failed(rt.domain, phase, epoch);
 }
 
 __global__ void set_epochs_kernel(const __grid_constant__ Runtime rt, int plan_epoch, int data_epoch) {

@@ -34,9 +34,10 @@ __device__ __forceinline__ bool same_operation(const Runtime& rt, int epoch, con
         if (report.field == kNumFields && mine != seen) report = {kMismatch, phase, peer, field, mine, seen};
     };
     compare(kOperation, own.kind, kind);
-    compare(kPlanNumber, own.plan, theirs.plan);
+    const bool grows = own.kind == Operation::kGrow;
+    compare(grows ? kMaxTokens : kPlanNumber, own.plan, theirs.plan);
     compare(kRowBytes, own.pitch, theirs.pitch);
-    compare(kFormat, own.format, theirs.format);
+    compare(grows ? kNumTopk : kFormat, own.format, theirs.format);
     if (report.field == kNumFields) return true;
     report_failure(rt.domain, report);
     return false;
@@ -86,6 +87,7 @@ __device__ __forceinline__ bool leave_operation(const Runtime& rt, int epoch, co
     const bool wrong = rt.domain.state->failed || rt.local->spoiled;
     __syncthreads();
     if (threadIdx.x == 0) {
+        if (rt.local->spoiled) rt.domain.state->frozen = 1;
         rt.local->spoiled = 0;
         rt.local->next_item = 0;
         rt.local->data_epoch = epoch;

@@ -212,9 +212,16 @@ __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch
         }
         if (thread == rt.domain.rank) {
             args.counted.offset(experts_per_rank) = total;
-            if (args.ticket) store_tagged_system(&rt.host->num_rows, total, args.ticket);
+            if (args.ticket) store_tagged_system(&rt.host->num_rows, args.num_topk > 0 ? total : 0, args.ticket);
         }
     }
+}
+
+__device__ __forceinline__ void invalidate(const PlanArgs& args) {
+    const int ranks = args.runtime.domain.num_ranks;
+    if (threadIdx.x == 0) args.runtime.local->plan_state = kInvalid;
+    for (int i = threadIdx.x; i < args.counted.size(); i += blockDim.x)
+        args.counted.data[i] = i < ranks * ranks ? -1 : 0;
 }
 
 // 7. What later kernels go by. Without a host that waits, what it would have mended ends the plan; all ranks do alike.
@@ -231,11 +238,11 @@ __device__ __forceinline__ void conclude(const PlanArgs& args, int epoch, const 
     if (threadIdx.x == 0) {
         rt.local->plan_epoch = epoch;
         rt.local->bad_routes = 0;
-        rt.local->plan_state = invalid ? kInvalid : fits ? kPlaceable : kNeedsRoom;
+        rt.local->plan_state = fits ? kPlaceable : kNeedsRoom;
     }
     if (!invalid) return;
-    for (int i = threadIdx.x; i < args.counted.size(); i += blockDim.x)
-        args.counted.data[i] = i < rt.domain.num_ranks * rt.domain.num_ranks ? -1 : 0;
+    if (threadIdx.x == 0) rt.domain.state->frozen = 1;
+    invalidate(args);
 }
 
 // 8. The host that waits has the numbers from steps 5 and 6. It looks for failures after the last one, so that comes
@@ -251,9 +258,11 @@ __device__ __forceinline__ void publish(const PlanArgs& args, const Verdict& ver
             store_tagged_system(&host->num_rows, 0, args.ticket);
         }
     }
-    if (verdict.failed || verdict.unusable) __threadfence_system();
+    const bool failed = verdict.failed || verdict.unusable;
+    if (failed) __threadfence_system();  // the host looks for the reason next
     __syncthreads();
-    if (threadIdx.x == 0) store_tagged_system(&host->max_tokens, verdict.max_tokens, args.ticket);
+    if (threadIdx.x == 0)
+        store_tagged_system(&host->max_tokens, failed ? HostCounts::kPlanFailed : verdict.max_tokens, args.ticket);
 }
 
 // Send the totals of this rank to every peer, wait for theirs, and work out where everything lies.
@@ -288,6 +297,13 @@ __global__ void __launch_bounds__(kExchangeThreads, 1) count_and_exchange(const 
     __shared__ int warp_sums[kExchangeThreads / kWarpSize];
     __shared__ PeerCounts own;
     const int experts = args.num_experts, ranks = args.runtime.domain.num_ranks;
+    if (is_stopped(args.runtime.domain)) {
+        if (last_block_done<false>(&args.runtime.local->blocks_done)) {
+            invalidate(args);
+            if (args.ticket) publish(args, Verdict{1, 1, 0});
+        }
+        return;
+    }
     tile.read(args.runtime, args.topk_idx, args.given_membership, args.num_tokens, args.num_topk, experts, true);
     count_routes(tile, args.num_topk, experts, routes);
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
@@ -325,7 +341,7 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     __shared__ int slots[kTileTokens * kMaxRanks];  // of each token at each rank, or -1
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, topk = args.num_topk, experts = args.num_experts;
-    if (rt.domain.state->failed || rt.local->plan_state != kPlaceable) {  // all ranks agree on the latter
+    if (is_stopped(rt.domain) || rt.local->plan_state != kPlaceable) {  // all ranks agree
         const int first = blockIdx.x * tile_tokens(topk), tokens = min(tile_tokens(topk), args.num_tokens - first);
         for (int i = threadIdx.x; i < tokens * ranks; i += blockDim.x)
             args.send_slot[static_cast<int64_t>(first) * ranks + i] = -1;
@@ -405,7 +421,7 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, topk = args.num_topk, words = received_words(topk);
     const int experts_per_rank = args.num_experts / ranks, epoch = rt.local->plan_epoch;
-    bool usable = !rt.domain.state->failed && rt.local->plan_state == kPlaceable;
+    bool usable = !is_stopped(rt.domain) && rt.local->plan_state == kPlaceable;
     if (usable && threadIdx.x < ranks)
         usable = wait_for(
             rt.domain, &rt.control[rt.domain.rank]->placed[threadIdx.x], epoch, kPlanPlaces, threadIdx.x,
@@ -419,7 +435,9 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
     const Counted& counted = args.counted;
     // Where sizes follow from the counts there is room for the most that fits into staging, and just this much is used.
     const int recv = args.ticket ? static_cast<int>(counted.prefix(ranks - 1, rt.domain.rank)) : args.max_recv;
-    const int rows = args.ticket ? static_cast<int>(counted.offset(experts_per_rank)) : max(args.max_rows, 0);
+    const int rows = topk == 0     ? 0
+                     : args.ticket ? static_cast<int>(counted.offset(experts_per_rank))
+                                   : max(args.max_rows, 0);
     const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = thread; i < counted.size(); i += threads) args.out_counted[i] = counted.data[i];
     for (int64_t i = thread; i < static_cast<int64_t>(recv) * words; i += threads) {

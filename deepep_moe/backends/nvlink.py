@@ -42,9 +42,10 @@ from deepep_moe.backends.checks import (
 )
 from deepep_moe.backends.nvlink_operation import describe_format, describe_operation, format_code
 from deepep_moe.backends.nvlink_plan import DevicePlan, route_of
+from deepep_moe.backends.nvlink_staging import Staging
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
-from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerTimeoutError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
 from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES
 from deepep_moe.peer_memory import PeerMemory
 
@@ -85,10 +86,9 @@ class NVLinkBackend:
         self._engine: _C.ThroughputEngine | None = _C.ThroughputEngine(self.domain.runtime)
         self._control: PeerMemory | None = PeerMemory(group, device, _C.ThroughputEngine.control_bytes())
         self._engine.set_control(self._control.addresses)
-        self._staging: PeerMemory | None = None
-        self._staging_tokens = self._staging_topk = self._staging_pitch = 0
-        self._captured_staging: list[PeerMemory] = []  # outgrown, but captured graphs use it
+        self._staging = Staging(self.domain, self._engine)
         self._unfinished: DevicePlan | None = None  # the host has not waited for its numbers yet
+        self._broken: DeepEPMoEError | None = None  # for a reason that the domain does not know
 
     @staticmethod
     def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -98,7 +98,7 @@ class NVLinkBackend:
 
     @property
     def usable(self) -> bool:
-        return self._engine is not None and self.domain.usable
+        return self._engine is not None and self._broken is None and self.domain.usable
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -134,20 +134,17 @@ class NVLinkBackend:
         max_recv: int | None = None,
         max_rows: int | None = None,
     ) -> Plan:
-        engine = self._enter()
-        self._plans += 1  # refused ones too: the number is equal on all ranks
+        engine = self._enter_plan()
         identity = (self.number, self._plans)
-        if self._unfinished is not None:
-            with suppress(DeepEPMoEError):  # of a plan whose dispatch was refused: that has been raised
-                self._unfinished.known_sizes()
         try:
             check_plan_inputs(
                 topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
             )
             self._check_limits(num_experts, 0 if topk_idx is None else topk_idx.shape[1])
-        except DeepEPMoEError:
-            self._refuse_plan()
-            raise
+            if torch.cuda.is_current_stream_capturing():
+                self._check_capture(num_experts, topk_idx, max_recv)
+        except DeepEPMoEError as error:
+            self._refuse_plan(error)
         if topk_idx is not None:
             tokens, topk = topk_idx.shape
             topk_idx = topk_idx.to(torch.int64).contiguous()
@@ -158,7 +155,7 @@ class NVLinkBackend:
         # Late kernels read these, so the plan keeps them.
         inputs = [None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)]
         membership, expert_counts = (0 if t is None else t.data_ptr() for t in inputs)
-        stream = self.domain.enter_stream()
+        stream = self._enter_stream()
 
         def begin(wait: bool) -> None:
             engine.begin_plan(
@@ -176,9 +173,8 @@ class NVLinkBackend:
             )
 
         if max_recv is not None:
-            if self._staging is None or topk > self._staging_topk:
+            if not self._staging.serves(1, topk, 0):
                 # Nothing says yet how much staging the ranks need: they ask each other, this once, with the host.
-                self._check_growth(tokens, topk, 0)
                 begin(wait=True)
                 _, _, max_tokens = self._wait_plan(0)
                 self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
@@ -193,16 +189,19 @@ class NVLinkBackend:
         )
         self._unfinished = plan
         # The device knows the sizes long before the host: everything else is enqueued by now, with room for the most.
-        most_recv = self.world_size * self._staging_tokens
+        most_recv = self.world_size * self._staging.tokens
         most_rows = most_recv * topk + num_experts // self.world_size * (alignment - 1) if topk else 0
-        staging_serves = topk <= self._staging_topk and self._staging is not None
-        if staging_serves and most_recv * (1 + 2 * topk) + most_rows <= _MOST_EARLY_WORDS:
+        if self._staging.serves(1, topk, 0) and most_recv * (1 + 2 * topk) + most_rows <= _MOST_EARLY_WORDS:
             self._place(plan, most_recv, most_rows, stream)
         return plan
 
     def _place(self, plan: DevicePlan, max_recv: int, max_rows: int, stream: int) -> None:
         """Enqueue what follows the counts. It leaves the plan empty if a rank has more tokens than staging holds."""
-        plan.allocate(max_recv, max_rows)
+        try:
+            plan.allocate(max_recv, max_rows, stream)
+        except torch.OutOfMemoryError:
+            self.domain.give_up()  # the peers wait for this rank's places
+            raise
         send_slot, counted, received, row_recv = plan.addresses()
         self._open().place_plan(
             send_slot=send_slot,
@@ -219,35 +218,37 @@ class NVLinkBackend:
         """Wait for N and M of the plan, the last one begun."""
         self._unfinished = None
         num_recv, num_rows, max_tokens = self._wait_plan(plan.counts_address)
-        if max_tokens > self._staging_tokens or not plan.is_placed:
+        if max_tokens > self._staging.tokens or not plan.is_placed:
             self._reserve(max(self.config.max_tokens_per_rank, max_tokens), plan.num_topk, 0)
-            self._place(plan, num_recv, num_rows, self.domain.enter_stream())
+            self._place(plan, num_recv, num_rows, self._enter_stream())
         return num_recv, num_rows
 
     def _wait_plan(self, counts_address: int) -> tuple[int, int, int]:
         """N, M and the most tokens of any rank, of the plan begun last; raises what it failed of."""
         numbers = self._open().wait_plan(counts_address)
         if numbers is None:
-            self.check()
-            raise PeerTimeoutError(
-                f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; "
-                "something before it on this GPU does not end"
+            self.domain.give_up()  # once the GPU comes to it
+            self._broken = PeerTimeoutError(
+                f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; something "
+                "before it on this GPU does not end. Destroy this buffer or dispatcher."
             )
-        *sizes, failed = numbers
+            raise self._broken
+        num_recv, num_rows, max_tokens, failed = numbers
         if failed:
             self.check()
-        num_recv, num_rows, max_tokens = sizes
+            self.domain.resume()
+            raise PeerError(f"the plan failed on rank {self.rank}, for a reason that another rank knows")
         return num_recv, num_rows, max_tokens
 
-    def _refuse_plan(self) -> None:
+    def _refuse_plan(self, error: Exception) -> NoReturn:
         """Tell the peers, who are on their way into the exchange, not to wait for this rank."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # nothing runs: nobody waits
-        engine = self._open()
-        engine.refuse_plan(self.domain.enter_stream())
-        engine.wait_plan(0)
-        with suppress(DeepEPMoEError):  # what it says of the peers follows from this rank's mistake
-            self.domain.raise_failure()
+        if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
+            engine = self._open()
+            engine.refuse_plan(self._enter_stream())
+            engine.wait_plan(0)
+            if self.domain.usable:
+                self.domain.resume()  # what it says of the peers follows from this rank's mistake
+        raise error
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -268,33 +269,31 @@ class NVLinkBackend:
             check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
             sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
             row_bytes = self._row_bytes("x", x, sent_dtype)
-        except DeepEPMoEError as error:
+            x = _aligned(x)
+        except (DeepEPMoEError, torch.OutOfMemoryError) as error:
             self._refuse_operation(error, plan)
-        x = _aligned(x)
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
         pitch = _pitch(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
-        self._reserve(self._staging_tokens, plan.num_topk, pitch)
-        stream = self.domain.enter_stream()
+        self._reserve(self._staging.tokens, plan.num_topk, pitch)
+        stream = self._enter_stream()
 
         grouped, dequantize = layout is Layout.BY_EXPERT, wire is Wire.E4M3_TO_BF16
         count = plan.num_rows if grouped else plan.num_recv
-        out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
         out_scales = out_weights = None
-        if num_scales and not dequantize:
-            kind = torch.float32 if scales is None else scales.dtype
-            # Column-major, as block-scaled GEMMs load them: the scales of one channel block lie together.
-            if scales is not None and scales.stride(1) == 1:
-                out_scales = self._empty(kind, count, num_scales)
-            else:
-                out_scales = self._empty(kind, num_scales, _pitch(4 * count) // 4).t()[:count]
-        if weights is not None:
-            weights = weights.contiguous()
-            out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
+        try:
+            out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
+            if num_scales and not dequantize:
+                out_scales = self._empty_scales(count, num_scales, scales)
+            if weights is not None:
+                weights = weights.contiguous()
+                out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
+        except torch.OutOfMemoryError as error:
+            self._refuse_operation(error, plan)
 
         blocks = self._blocks()
         engine.dispatch(
-            route_of(plan, layout),
+            route_of(plan, layout, stream),
             format=_FORMATS[wire],
             format_code=format_code(x.dtype, wire, scales, num_scales, backward),
             row_bytes=row_bytes,
@@ -334,24 +333,27 @@ class NVLinkBackend:
         try:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             row_bytes = self._row_bytes("x", x, x.dtype)
-        except DeepEPMoEError as error:
+            x = _aligned(x)
+        except (DeepEPMoEError, torch.OutOfMemoryError) as error:
             self._refuse_operation(error, plan)
-        x = _aligned(x)
         carry = weights is not None and not apply_weights
         pitch = _pitch(row_bytes + (4 * plan.num_topk if carry else 0))
-        self._reserve(self._staging_tokens, plan.num_topk, pitch)
-        stream = self.domain.enter_stream()
+        self._reserve(self._staging.tokens, plan.num_topk, pitch)
+        stream = self._enter_stream()
 
-        out = self._empty(x.dtype, plan.num_tokens, x.shape[1])
         out_weights = None
-        if weights is not None:
-            weights = weights.contiguous()
-        if carry:
-            out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
-        added = [_aligned(b) for b in bias]
+        try:
+            out = self._empty(x.dtype, plan.num_tokens, x.shape[1])
+            if weights is not None:
+                weights = weights.contiguous()
+            if carry:
+                out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
+            added = [_aligned(b) for b in bias]
+        except torch.OutOfMemoryError as error:
+            self._refuse_operation(error, plan)
         blocks = self._blocks()
         engine.combine(
-            route_of(plan, layout),
+            route_of(plan, layout, stream),
             dtype=DTYPE_CODES[x.dtype],
             format_code=format_code(x.dtype, Wire.AS_GIVEN, None, 0, backward),
             row_bytes=row_bytes,
@@ -370,20 +372,19 @@ class NVLinkBackend:
         )
         return Tokens(out, out_weights)
 
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
-        self._enter()
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         if phase != "plan":
+            self._enter()
             self._refuse_operation(error, None)
-        self._plans += 1
-        self._refuse_plan()
-        raise error
+        self._enter_plan()
+        self._refuse_plan(error)
 
-    def _refuse_operation(self, error: DeepEPMoEError, plan: Plan | None) -> NoReturn:
+    def _refuse_operation(self, error: Exception, plan: Plan | None) -> NoReturn:
         if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
             # Where the plan itself is not one of ours, this rank cannot know whether it moves anything: it does.
             own = isinstance(plan, Plan) and plan.owner == self.number
             counted = plan.counted.data_ptr() if own else 0  # type: ignore[union-attr]
-            self._open().refuse_operation(counted, self.domain.enter_stream())
+            self._open().refuse_operation(counted, self._enter_stream())
         raise error
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -393,48 +394,22 @@ class NVLinkBackend:
 
         All ranks come to the same answer: the numbers are exchanged by the plan, or compared when the ranks meet.
         """
-        if tokens <= self._staging_tokens and topk <= self._staging_topk and pitch <= self._staging_pitch:
+        if self._staging.serves(tokens, topk, pitch):
             return
         if self._unfinished is not None:
             self._unfinished.known_sizes()  # it may need what is replaced here
-        num_bytes = self._check_growth(tokens, topk, pitch)
-        tokens = max(tokens, self._staging_tokens, 1)
-        topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
-        engine, stream = self._open(), self.domain.enter_stream()
+        self._staging.grow(tokens, topk, pitch, self._enter_stream())
 
-        def meet(refused: CapacityError | None) -> None:
-            if refused is None:
-                engine.meet_to_grow(num_bytes, pitch, stream)
-            else:
-                engine.refuse_operation(0, stream)
-            torch.cuda.synchronize(self.device)
-            if refused is None:
-                self.check()
-
-        # The old one stays until the new one is there: should that fail, calls that the old one serves can go on.
-        staging = PeerMemory(self.group, self.device, num_bytes, meet)
-        if self.domain.captured:
-            engine.keep_scratch()
-            if self._staging is not None:
-                self._captured_staging.append(self._staging)
-        self._staging = staging
-        engine.set_staging(self._staging.addresses, tokens, topk, num_bytes, stream)
-        self._staging_tokens, self._staging_topk, self._staging_pitch = tokens, topk, pitch
-        _log.info(
-            "deepep_moe: nvlink staging is %d bytes: %d tokens per rank, rows of %d bytes", num_bytes, tokens, pitch
-        )
-
-    def _check_growth(self, tokens: int, topk: int, pitch: int) -> int:
-        """Bytes that staging would have; raises where a graph is being captured."""
-        tokens = max(tokens, self._staging_tokens, 1)
-        topk, pitch = max(topk, self._staging_topk), max(pitch, self._staging_pitch)
-        num_bytes: int = _C.ThroughputEngine.staging_bytes(self.world_size, tokens, topk, pitch)
-        if torch.cuda.is_current_stream_capturing():
+    def _check_capture(self, num_experts: int, topk_idx: Tensor | None, max_recv: int | None) -> None:
+        """That a plan can be captured in a CUDA graph: nothing waits for the host, and nothing grows."""
+        how = "set capacity_factor (num_worst_tokens of Buffer) and max_tokens_per_rank, and run once before capturing"
+        if max_recv is None:
+            raise CapacityError(f"the host waits for the sizes of this plan, which a CUDA graph cannot capture: {how}")
+        tokens, topk = (0, 0) if topk_idx is None else topk_idx.shape
+        if not self._staging.serves(1, topk, 0) or not self._open().scratch_serves(tokens, topk, num_experts):
             raise CapacityError(
-                f"staging must grow to {num_bytes} bytes ({tokens} tokens per rank, rows of {pitch} bytes), which a "
-                "CUDA graph cannot capture: set max_tokens_per_rank and run once before capturing"
+                f"a plan of {tokens} tokens needs more memory, which a CUDA graph cannot capture: {how}"
             )
-        return num_bytes
 
     def _blocks(self) -> int:
         """Grid size of kernels that have one block per SM."""
@@ -445,6 +420,14 @@ class NVLinkBackend:
         if columns is None:
             return torch.empty_strided((rows,), (1,), dtype=dtype, device=self.device)
         return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=self.device)
+
+    def _empty_scales(self, rows: int, num_scales: int, given: Tensor | None) -> Tensor:
+        """Column-major, as block-scaled GEMMs load them (the scales of one channel block lie together), unless the
+        given ones are row-major."""
+        dtype = torch.float32 if given is None else given.dtype
+        if given is not None and given.stride(1) == 1:
+            return self._empty(dtype, rows, num_scales)
+        return self._empty(dtype, num_scales, _pitch(4 * rows) // 4).t()[:rows]
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -457,8 +440,8 @@ class NVLinkBackend:
         if self.config.debug_waits:
             self.print_waits()
         torch.cuda.synchronize(self.device)
-        self._engine = self._control = self._staging = self._unfinished = None
-        self._captured_staging.clear()
+        self._engine = self._control = self._unfinished = None
+        self._staging.free()
 
     def print_waits(self) -> None:
         """Print how long this rank's warps waited for each rank, in milliseconds (``config.debug_waits``)."""
@@ -469,17 +452,35 @@ class NVLinkBackend:
     def _open(self) -> _C.ThroughputEngine:
         if self._engine is None:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
+        if self._broken is not None:
+            raise self._broken
         return self._engine
 
     def _enter(self) -> _C.ThroughputEngine:
-        """The engine, for a new call: raises what went wrong in calls that were enqueued before.
+        """The engine, for a dispatch or combine: raises what went wrong in calls that were enqueued before.
 
-        Without taking part in this call. After a failure that does not last the peers raise the same, or were told why
-        they must; ranks that then go on differently find out at once, since every call compares what ranks are in.
+        Without taking part in this one: kernels do nothing from the call that went wrong on, on all ranks, until its
+        error is raised. So it does not matter which call that is.
         """
         engine = self._open()
         self.domain.raise_failure()
         return engine
+
+    def _enter_plan(self) -> _C.ThroughputEngine:
+        """The same for a plan, which gets its number. Refused ones too: it is equal on all ranks."""
+        engine = self._open()
+        if self._unfinished is not None:
+            with suppress(DeepEPMoEError):  # of a plan that nobody came back to
+                self._unfinished.known_sizes()
+        self.domain.raise_failure()
+        self._plans += 1
+        return engine
+
+    def _enter_stream(self) -> int:
+        stream = self.domain.enter_stream()
+        if self.domain.captured:
+            self._open().keep_scratch()
+        return stream
 
     def _check_limits(self, num_experts: int, topk: int) -> None:
         if topk > _C.MAX_TOPK:

@@ -54,17 +54,20 @@ class DevicePlan(Plan):
         if finish is not None:
             self._counts = torch.empty(num_experts // num_ranks, dtype=torch.int64, device="cpu")
         self._routes: dict[Layout, _C.Route] = {}
+        self._streams: set[int] = set()  # that the allocator knows to use the memory
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def allocate(self, max_recv: int, max_rows: int) -> None:
-        """Make room for N and M up to these."""
+    def allocate(self, max_recv: int, max_rows: int, stream: int) -> None:
+        """Make room for N and M up to these, in memory that belongs to ``stream`` (the current one)."""
         fixed, room = 0, max_recv * self._received_words + max_rows
         if self._memory is None:
             fixed = 2 * self._counted_size + self._tokens * self._ranks
         memory = torch.empty_strided((fixed + room,), (1,), dtype=torch.int32, device=self.topk_idx.device)
         if self._memory is None:
-            self._memory = memory
+            self._memory, self._streams = memory, {stream}
+        elif self._streams != {stream}:
+            self._streams = set()
         self._room, self._room_starts, self._room_recv = memory, fixed, max_recv
 
     @property
@@ -80,12 +83,17 @@ class DevicePlan(Plan):
         row_recv = received + _WORD * self._room_recv * self._received_words
         return counted + 2 * _WORD * self._counted_size, counted, received, row_recv
 
-    def route(self, layout: Layout) -> _C.Route:
-        """The plan as kernels take it."""
+    def route(self, layout: Layout, stream: int) -> _C.Route:
+        """The plan as kernels take it, for one that is about to run on ``stream`` (the current one)."""
         route = self._routes.get(layout)
         if route is None:
             self.known_sizes()
             route = self._routes[layout] = _route(self, layout, self.addresses())
+        if stream not in self._streams:  # whoever drops the plan cannot know which memory is behind it
+            self._streams.add(stream)
+            for memory in (self._memory, self._room):
+                assert memory is not None
+                memory.record_stream(torch.cuda.current_stream(memory.device))
         return route
 
     @property
@@ -157,10 +165,10 @@ class DevicePlan(Plan):
         return self._counts
 
 
-def route_of(plan: Plan, layout: Layout) -> _C.Route:
-    """The plan as kernels take it."""
+def route_of(plan: Plan, layout: Layout, stream: int) -> _C.Route:
+    """The plan as kernels take it, for one that is about to run on ``stream`` (the current one)."""
     if isinstance(plan, DevicePlan):
-        return plan.route(layout)
+        return plan.route(layout, stream)
     parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
     return _route(plan, layout, tuple(part.data_ptr() for part in parts))
 

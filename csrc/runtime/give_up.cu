@@ -1,0 +1,19 @@
+// Give up: a rank that cannot go on, for a reason that only its host knows, tells its peers.
+#include "device/wait.cuh"
+
+namespace deepep_moe {
+
+namespace {
+
+__global__ void give_up_kernel(const __grid_constant__ Domain domain) {
+    report_failure(domain, {kBadPeerInput, kRefused, domain.rank, 0, 0, 0});
+}
+
+}  // namespace
+
+cudaError_t launch_give_up(const Domain& domain, cudaStream_t stream) {
+    give_up_kernel<<<1, 1, 0, stream>>>(domain);
+    return cudaGetLastError();
+}
+
+}  // namespace deepep_moe
