@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.exchange import Exchange, compare
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError, UnsupportedError
@@ -33,7 +34,6 @@ __all__ = [
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NVLinkBackend, CollectiveBackend)}
 """By name, the best first: ``auto`` takes the first that every rank can use. The last one runs anywhere."""
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 # Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the id stays the group's own.
 _backends: WeakValueDictionary[tuple[int, torch.device, DispatcherConfig], Backend] = WeakValueDictionary()
@@ -49,7 +49,9 @@ def get_backend(
 
     Raises:
         InputError: no process group, or this process is not in it.
-        UnsupportedError: ``config.backend`` names a backend that cannot run here; the message says why.
+        UnsupportedError: no backend can run here, or not the one that ``config.backend`` names; the message says why.
+        RankMismatchError: ranks differ in settings that they must share (:meth:`DispatcherConfig.shared`); on a CPU
+            the first plan raises it.
     """
     config = config or DispatcherConfig()
     if not dist.is_initialized():
@@ -63,7 +65,7 @@ def get_backend(
     found = backend is not None and backend.usable
     if device.type == "cuda":
         # Ranks differ in when the garbage collector ends a backend and in which of them saw it fail.
-        found = all(_gather(chosen, found))
+        found = _agree(chosen, device, config, found)
     if backend is None or not found:
         backend = _backends[key] = _make(chosen, device, config)
     return backend
@@ -83,7 +85,8 @@ def why_not(name: str, group: dist.ProcessGroup, device: torch.device) -> str | 
     reason = BACKENDS[name].supports(group, device)
     if device.type != "cuda":
         return reason
-    told = [f"rank {rank}: {reason}" for rank, reason in enumerate(_gather(group, reason)) if reason]
+    reasons = _gather(group, device, DispatcherConfig().timeout_seconds, reason)
+    told = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     return "; ".join(told) or None
 
 
@@ -97,14 +100,22 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
             return BACKENDS[name](group, device, config)
         refused[name] = reason
     told = "; ".join(f"backend {name} cannot run here: {reason}" for name, reason in refused.items())
-    raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
+    last = list(BACKENDS)[-1]
+    raise UnsupportedError(told if last in refused else f"{told}; backend {last} runs anywhere")
 
 
-def _gather(group: dist.ProcessGroup, mine: T) -> list[T]:
-    """``mine`` of every rank."""
-    answers = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group=group)
-    return answers
+def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:
+    """Whether all ranks found a backend; raises RankMismatchError where they want to set up different ones."""
+    settings = {"backend": config.backend, **config.shared()}
+    answers: list[Any] = _gather(group, device, config.timeout_seconds, [found, settings])
+    compare({name: [str(others[name]) for _, others in answers] for name in settings})
+    return all(one_found for one_found, _ in answers)
+
+
+def _gather(group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, mine: object) -> list[Any]:
+    """``mine`` of every rank, over the group's CPU half where it has one, as several ranks may share a GPU."""
+    cpu = [kind for kind in group._device_types if kind.type == "cpu"]
+    return Exchange(group, cpu[0] if cpu else device, timeout_seconds).gather("set-up", mine)
 
 
 def _with_index(device: torch.device) -> torch.device:

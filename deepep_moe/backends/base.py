@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import DeepEPMoEError
 
 Phase = Literal["plan", "dispatch", "combine"]
 
@@ -304,7 +303,7 @@ class Backend(Protocol):
         """
         ...
 
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         """Take this rank's place in an operation that it refuses: its peers raise too instead of waiting for it.
 
         For callers that check more than the backend does. Raises ``error``.

@@ -370,7 +370,7 @@ class NVLinkBackend:
         )
         return Tokens(out, out_weights)
 
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         self._enter()
         if phase != "plan":
             self._refuse_operation(error, None)
@@ -378,7 +378,7 @@ class NVLinkBackend:
         self._refuse_plan()
         raise error
 
-    def _refuse_operation(self, error: DeepEPMoEError, plan: Plan | None) -> NoReturn:
+    def _refuse_operation(self, error: Exception, plan: Plan | None) -> NoReturn:
         if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
             # Where the plan itself is not one of ours, this rank cannot know whether it moves anything: it does.
             own = isinstance(plan, Plan) and plan.owner == self.number

@@ -26,8 +26,12 @@ def silence(group: dist.ProcessGroup, phase: str, check_agreement: bool) -> None
         steps["dispatch"] = lambda: backend.dispatch(plan, rows, layout=Layout.BY_EXPERT)
         steps["combine"] = lambda: backend.combine(plan, torch.ones(plan.num_rows, 4), layout=Layout.BY_EXPERT)
     steps["plan"] = lambda: backend.plan(topk_idx, 2 * backend.world_size)
-    if backend.rank != backend.world_size - 1:
-        with raises(PeerTimeoutError, f"{phase}: rank {backend.rank} of {backend.world_size}", "no answer", "1 s"):
+    silent = backend.world_size - 1
+    if backend.rank != silent:
+        with raises(
+            PeerTimeoutError,
+            f"{phase}: rank {backend.rank} of {backend.world_size}: no answer from rank {silent} within 1 s",
+        ):
             steps[phase]()
     dist.barrier()  # of the default group: the silent rank waits here
 
