@@ -138,7 +138,7 @@ def _parse(key: str, value: Any, source: str) -> Any:
     accepts, allowed = _RULES[key]
     try:
         parsed = _convert(_TYPES[key], value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         parsed = None
     if parsed is None or not accepts(parsed):
         raise ConfigError(f"{key} = {value!r} from {source}: allowed is {allowed}")

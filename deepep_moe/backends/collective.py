@@ -165,7 +165,7 @@ class CollectiveBackend(Shared):
 
     def _tokens_in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         owner = torch.div(topk_idx, num_experts // self.world_size, rounding_mode="floor")  # -1 stays negative
-        return (owner.unsqueeze(-1) == torch.arange(self.world_size, device=self.device)).any(1)
+        return (owner.unsqueeze(-1) == torch.arange(self.world_size, dtype=torch.int64, device=self.device)).any(1)
 
     def _fit(self, rows: Tensor, limit: int | None, what: str = "", setting: str = "") -> Tensor:
         """``rows`` cut or filled with -1 to ``limit`` rows; an overflow is reported by the next :meth:`check`."""
@@ -193,7 +193,9 @@ class CollectiveBackend(Shared):
 
         order = order[: int(counts.sum())]
         expert = routes[order]
-        rank_in_group = torch.arange(order.shape[0], device=self.device) - (counts.cumsum(0) - counts)[expert]
+        rank_in_group = (
+            torch.arange(order.shape[0], dtype=torch.int64, device=self.device) - (counts.cumsum(0) - counts)[expert]
+        )
         row = offsets[expert] + rank_in_group
         fits = row < num_rows
         order, row = order[fits], row[fits]
