@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import Exchange, compare
+from deepep_moe.backends.exchange import Exchange, compare, given_up
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.errors import InputError, PeerError, UnsupportedError
 
 __all__ = [
     "BACKENDS",
@@ -49,7 +49,8 @@ def get_backend(
 
     Raises:
         InputError: no process group, or this process is not in it.
-        UnsupportedError: no backend can run here, or not the one that ``config.backend`` names; the message says why.
+        UnsupportedError: ``config.backend`` names a backend that cannot run here; the message says why.
+        PeerError: an operation over the group has failed before.
         RankMismatchError: ranks differ in settings that they must share (:meth:`DispatcherConfig.shared`); on a CPU
             the first plan raises it.
     """
@@ -60,6 +61,9 @@ def get_backend(
     if not isinstance(chosen, dist.ProcessGroup):
         raise InputError("group", group, "must be a torch.distributed process group that this process belongs to")
     device = _with_index(device) if device is not None else default_device(chosen)
+    failed = given_up(chosen, device)
+    if failed is not None:
+        raise PeerError(f"the group was given up after an earlier error. Make a new group. ({failed})")
     key = (id(chosen), device, config)
     backend = _backends.get(key)
     found = backend is not None and backend.usable
@@ -100,8 +104,7 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
             return BACKENDS[name](group, device, config)
         refused[name] = reason
     told = "; ".join(f"backend {name} cannot run here: {reason}" for name, reason in refused.items())
-    last = list(BACKENDS)[-1]
-    raise UnsupportedError(told if last in refused else f"{told}; backend {last} runs anywhere")
+    raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
 
 
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:

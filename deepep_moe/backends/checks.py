@@ -56,7 +56,7 @@ def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, s
         tokens = f"max_tokens_per_rank = {config.max_tokens_per_rank}"
         tokens += "" if config.max_tokens_per_rank else " (so the rank's own tokens in that batch)"
         room = f"capacity_factor = {config.capacity_factor:g} with {tokens} gives room for {limit}"
-    return f"rank {rank} needs room for {needed} {what}, but {room}: rows beyond it were dropped"
+    return f"rank {rank} needs room for {needed} {what}, but {room}: nothing was sent"
 
 
 def check_plan(backend: Backend, plan: Plan, layout: Layout) -> None:

@@ -43,7 +43,7 @@ from deepep_moe.backends.checks import (
     check_topk_idx,
     overflow_text,
 )
-from deepep_moe.backends.exchange import Agreement, Exchange, Fact, as_bytes, given_up
+from deepep_moe.backends.exchange import Agreement, Exchange, Fact, as_bytes
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, HandleError, InputError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
@@ -69,7 +69,6 @@ class CollectiveBackend(Shared):
             raise InputError("group", group, "this process must be a member of the group")
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
         self._settings: Mapping[str, Fact] = config.shared()
-        self._overflow: str | None = None
         # At the latest when the process ends.
         self._say_waits = weakref.finalize(self, _print_waits, self.rank, self._exchange.waited)
         if not config.debug_waits:
@@ -77,7 +76,7 @@ class CollectiveBackend(Shared):
 
     @staticmethod
     def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
-        return given_up(group, device)
+        return None
 
     @property
     def usable(self) -> bool:
@@ -110,8 +109,8 @@ class CollectiveBackend(Shared):
         exchange = self._open()
         ranks = self.world_size
         number = exchange.next_plan()  # refused ones count too: it is equal on all ranks
+        fixed = max_recv is not None or max_rows is not None
         with exchange.agreement("plan") as agreement:
-            self.check()  # what overflowed since the last plan
             check_plan_inputs(
                 topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, ranks, self.device
             )
@@ -129,6 +128,7 @@ class CollectiveBackend(Shared):
                 "top-k": topk_idx.shape[1],
                 "expert alignment": alignment,
                 **self._settings,
+                "fixed sizes": fixed,
             }
         counts = agreement.shared
         assert counts is not None and topk_idx is not None
@@ -141,16 +141,19 @@ class CollectiveBackend(Shared):
             meta = torch.cat([sent_tokens.unsqueeze(1), topk_idx[sent_tokens]], dim=1).to(torch.int32)
             meta = exchange.all_to_all("plan", meta, send_counts, recv_counts)
 
-            experts_here = num_experts // ranks
-            recv_src_idx = self._fit(meta[:, 0].contiguous(), max_recv, "received tokens", "max_recv")
+            experts_here, counted = num_experts // ranks, None
+            if not topk_idx.shape[1]:
+                assert num_tokens_per_expert is not None
+                counted = self._exchange_counts(exchange, num_tokens_per_expert)
+        # Only sizes that were fixed beforehand can be too small.
+        with exchange.agreement("plan") if fixed else exchange.moving("plan"):
+            recv_src_idx = self._fit(meta[:, 0].contiguous(), max_recv)
             local = self._fit(meta[:, 1:].to(torch.int64) - self.rank * experts_here, max_recv)
             recv_topk_idx = torch.where((local >= 0) & (local < experts_here), local, -1)
-            if topk_idx.shape[1]:
+            if counted is None:
                 placed = self._place(recv_topk_idx, experts_here, alignment, max_rows)
             else:
-                assert num_tokens_per_expert is not None
-                placed = self._count_only(num_tokens_per_expert, experts_here, recv_topk_idx)
-        exact = max_recv is None and max_rows is None
+                placed = _no_expert_rows(recv_topk_idx, counted)
         return Plan(
             num_experts=num_experts,
             alignment=alignment,
@@ -160,24 +163,22 @@ class CollectiveBackend(Shared):
             counted=torch.cat([prefix.reshape(-1), placed.counts, placed.offsets]),
             received=torch.cat([recv_src_idx.unsqueeze(1), recv_topk_idx.to(torch.int32), placed.recv_rows], dim=1),
             row_recv=placed.row_recv,
-            expert_counts_host=placed.counts.to("cpu", copy=True) if exact else None,
+            expert_counts_host=None if fixed else placed.counts.to("cpu", copy=True),
         )
 
     def _tokens_in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         owner = torch.div(topk_idx, num_experts // self.world_size, rounding_mode="floor")  # -1 stays negative
         return (owner.unsqueeze(-1) == torch.arange(self.world_size, dtype=torch.int64, device=self.device)).any(1)
 
-    def _fit(self, rows: Tensor, limit: int | None, what: str = "", setting: str = "") -> Tensor:
-        """``rows`` cut or filled with -1 to ``limit`` rows; an overflow is reported by the next :meth:`check`."""
+    def _fit(self, rows: Tensor, limit: int | None) -> Tensor:
+        """``rows`` filled with -1 to ``limit`` rows."""
         if limit is None:
             return rows
-        if rows.shape[0] > limit and what:
-            self._note_overflow(rows.shape[0], limit, what, setting)
-        fill = rows.new_full((max(0, limit - rows.shape[0]), *rows.shape[1:]), -1)
-        return torch.cat([rows[:limit], fill])
-
-    def _note_overflow(self, needed: int, limit: int, what: str, setting: str) -> None:
-        self._overflow = overflow_text(self.config, self.rank, needed, what, setting, limit)
+        if rows.shape[0] > limit:
+            raise CapacityError(
+                overflow_text(self.config, self.rank, rows.shape[0], "received tokens", "max_recv", limit)
+            )
+        return torch.cat([rows, rows.new_full((limit - rows.shape[0], *rows.shape[1:]), -1)])
 
     def _place(self, recv_topk_idx: Tensor, experts_here: int, alignment: int, max_rows: int | None) -> _Placed:
         """Give every route its expert row: by expert, then received row, then top-k position."""
@@ -189,7 +190,7 @@ class CollectiveBackend(Shared):
         needed = int(offsets[-1])
         num_rows = needed if max_rows is None else max_rows
         if needed > num_rows:
-            self._note_overflow(needed, num_rows, "expert rows", "max_rows")
+            raise CapacityError(overflow_text(self.config, self.rank, needed, "expert rows", "max_rows", num_rows))
 
         order = order[: int(counts.sum())]
         expert = routes[order]
@@ -197,25 +198,17 @@ class CollectiveBackend(Shared):
             torch.arange(order.shape[0], dtype=torch.int64, device=self.device) - (counts.cumsum(0) - counts)[expert]
         )
         row = offsets[expert] + rank_in_group
-        fits = row < num_rows
-        order, row = order[fits], row[fits]
         recv_rows = torch.full_like(routes, -1, dtype=torch.int32)
         recv_rows[order] = row.to(torch.int32)
         row_recv = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
         row_recv[row] = (order // recv_topk_idx.shape[1]).to(torch.int32)
-        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets.clamp(max=num_rows))
+        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets)
 
-    def _count_only(self, num_tokens_per_expert: Tensor, experts_here: int, recv_topk_idx: Tensor) -> _Placed:
-        """Without expert indices there are no expert rows, only how many tokens each expert would get."""
-        per_rank = num_tokens_per_expert.to(torch.int64).view(self.world_size, experts_here)
+    def _exchange_counts(self, exchange: Exchange, num_tokens_per_expert: Tensor) -> Tensor:
+        """[L] int64: without expert indices, how many tokens each expert of this rank would get."""
+        per_rank = num_tokens_per_expert.to(torch.int64).view(self.world_size, -1)
         ones = [1] * self.world_size
-        counts = self._open().all_to_all("plan", per_rank, ones, ones).sum(0)
-        return _Placed(
-            recv_rows=torch.empty_like(recv_topk_idx, dtype=torch.int32),
-            row_recv=torch.empty(0, dtype=torch.int32, device=self.device),
-            counts=counts,
-            offsets=counts.new_zeros(experts_here + 1),
-        )
+        return exchange.all_to_all("plan", per_rank, ones, ones).sum(0)
 
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         exchange = self._open()
@@ -356,9 +349,7 @@ class CollectiveBackend(Shared):
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        if self._overflow is not None:
-            overflow, self._overflow = self._overflow, None
-            raise CapacityError(overflow)
+        pass  # calls raise what went wrong themselves
 
     def close(self) -> None:
         self._say_waits()
@@ -382,6 +373,16 @@ class _Placed(NamedTuple):
     row_recv: Tensor
     counts: Tensor
     offsets: Tensor
+
+
+def _no_expert_rows(recv_topk_idx: Tensor, counts: Tensor) -> _Placed:
+    """Without expert indices there are no expert rows, only counts."""
+    return _Placed(
+        recv_rows=torch.empty_like(recv_topk_idx, dtype=torch.int32),
+        row_recv=torch.empty(0, dtype=torch.int32, device=recv_topk_idx.device),
+        counts=counts,
+        offsets=counts.new_zeros(counts.shape[0] + 1),
+    )
 
 
 def _print_waits(rank: int, waited: dict[str, float]) -> None:

@@ -1,9 +1,10 @@
 """One of several ranks whose last one is lost in some way; started by test_lost_peers.py.
 
-    python -m tests.distributed.lost_peer PORT RANK RANKS HOW
+    python -m tests.distributed.lost_peer PORT RANK RANKS HOW DEVICE
 
-PORT is that of a TCPStore. HOW is an entry of :data:`WAYS`. Every rank that is left prints what it was told as a line
-of JSON and then ends as any program does: nothing is destroyed or killed on the way out.
+PORT is that of a TCPStore. HOW is an entry of :data:`WAYS`. DEVICE is cpu (gloo) or cuda (NCCL, a GPU per rank).
+Every rank that is left prints what it was told as a line of JSON and then ends as any program does: nothing is destroyed
+or killed on the way out.
 """
 
 from __future__ import annotations
@@ -29,22 +30,27 @@ FOR_EVER = 60.0
 WAYS = ("asleep", "in a barrier", "killed", "late", "silent after a refusal", "failed inside a call")
 
 
-def main(port: int, rank: int, ranks: int, how: str) -> None:
+def main(port: int, rank: int, ranks: int, how: str, kind: str) -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)  # with the timeout of 30 minutes
-    config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, debug_waits=rank == 0)
-    dispatcher = TokenDispatcher(dist.new_group(), 2 * ranks, config)
-    x = torch.ones(4, 8, dtype=torch.float32)
-    topk_idx = torch.arange(8, dtype=torch.int64).view(4, 2) % (2 * ranks)
+    config = DispatcherConfig(backend="collective", timeout_seconds=TIMEOUT_SECONDS, debug_waits=rank == 0)
+    group = dist.new_group(backend="cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    dispatcher = TokenDispatcher(group, 2 * ranks, config, device=device)
+    x = torch.ones(4, 8, dtype=torch.float32, device=device)
+    topk_idx = torch.arange(8, dtype=torch.int64, device=device).view(4, 2) % (2 * ranks)
     plan = dispatcher.plan(topk_idx)
     sent = dispatcher.dispatch(x, plan)
+    assert torch.equal(dispatcher.combine(sent.rows, sent), 2 * x)
     dist.barrier()
     if rank == ranks - 1:
         lose(how)
     wrong = how == "silent after a refusal" and rank == 0
     tell("first", lambda: dispatcher.plan(topk_idx.float() if wrong else topk_idx))
     tell("again", lambda: dispatcher.combine(sent.rows, sent))
-    tell("another", lambda: TokenDispatcher(dispatcher.backend.group, 2 * ranks, DispatcherConfig()))
+    tell("another", lambda: TokenDispatcher(group, 2 * ranks, DispatcherConfig(backend="collective"), device=device))
     print(json.dumps({"call": "state", "usable": dispatcher.backend.usable}), flush=True)
 
 
@@ -82,4 +88,4 @@ def lose(how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
