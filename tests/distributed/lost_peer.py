@@ -3,8 +3,8 @@
     python -m tests.distributed.lost_peer PORT RANK RANKS HOW DEVICE
 
 PORT is that of a TCPStore. HOW is an entry of :data:`WAYS`. DEVICE is cpu (gloo) or cuda (NCCL, a GPU per rank).
-Every rank that is left prints what it was told as a line of JSON and then ends as any program does: nothing is destroyed
-or killed on the way out.
+Every rank that is left prints what it was told as a line of JSON and then ends as any program does: nothing is
+destroyed or killed on the way out.
 """
 
 from __future__ import annotations
