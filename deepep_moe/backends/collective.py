@@ -108,7 +108,7 @@ class CollectiveBackend(Shared):
     ) -> Plan:
         exchange = self._open()
         ranks = self.world_size
-        number = exchange.next_plan()  # refused ones count too: it is equal on all ranks
+        exchange.count_plan()
         fixed = max_recv is not None or max_rows is not None
         with exchange.agreement("plan") as agreement:
             check_plan_inputs(
@@ -123,14 +123,13 @@ class CollectiveBackend(Shared):
                 topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=self.device)
             agreement.private = in_rank.sum(0).tolist()
             agreement.facts = {
-                "plan": number,
                 "num_experts": num_experts,
                 "top-k": topk_idx.shape[1],
                 "expert alignment": alignment,
                 **self._settings,
                 "fixed sizes": fixed,
             }
-        counts = agreement.shared
+        counts, number = agreement.shared, exchange.plans
         assert counts is not None and topk_idx is not None
         with exchange.moving("plan"):
             prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int64)
@@ -213,7 +212,7 @@ class CollectiveBackend(Shared):
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         exchange = self._open()
         if phase == "plan":
-            exchange.next_plan()
+            exchange.count_plan()
         try:
             with self._agreement(phase):
                 raise error

@@ -83,10 +83,14 @@ class Exchange:
         """Whether no operation of the group has failed so far."""
         return self._state.given_up is None
 
-    def next_plan(self) -> int:
-        """A number for the next plan over this group: equal on all ranks, and shared by all backends of the group."""
-        self._state.plans += 1
+    @property
+    def plans(self) -> int:
+        """Plans made over the group so far, by whatever backend. Equal on all ranks after an agreement."""
         return self._state.plans
+
+    def count_plan(self) -> None:
+        """A plan begins, which may yet be refused."""
+        self._state.plans += 1
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
@@ -120,11 +124,12 @@ class Exchange:
         if self.world_size == 1:
             return torch.tensor([list(mine.private) or [0]], dtype=torch.int64, device="cpu")
         assert len(mine.facts) <= _MAX_FACTS and len(mine.private) <= self.world_size
-        numbers = [int(problem is not None), _PHASES.index(phase), *map(_encode, mine.facts.values())]
-        numbers += [_UNUSED] * (2 + _MAX_FACTS - len(numbers))
+        numbers = [int(problem is not None), _PHASES.index(phase), self._state.plans]
+        numbers += [*map(_encode, mine.facts.values()), *[_UNUSED] * (_MAX_FACTS - len(mine.facts))]
         numbers += [*mine.private, *[0] * (self.world_size - len(mine.private))]
         header = torch.tensor([numbers], dtype=torch.int64, device="cpu").to(self.device)
         headers = self.to_host(phase, self._to_all(phase, header))
+        self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
 
         if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
             reasons = self.gather(phase, problem)
@@ -133,11 +138,11 @@ class Exchange:
             told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
             raise PeerError(f"{phase} was refused by another rank of the group: {told}")
         compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
-        columns = headers[:, 2 : 2 + _MAX_FACTS].t().tolist()
+        columns = headers[:, 3 : 3 + _MAX_FACTS].t().tolist()
         compare(
             {name: [_decode(code, like) for code in codes] for (name, like), codes in zip(mine.facts.items(), columns)}
         )
-        return headers[:, 2 + _MAX_FACTS :]
+        return headers[:, 3 + _MAX_FACTS :]
 
     @contextmanager
     def moving(self, phase: Phase) -> Iterator[None]:
