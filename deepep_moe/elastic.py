@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_tensor, describe
+from deepep_moe.backends.exchange import gather
 from deepep_moe.buffer import Buffer, bias_tensors, tokens_and_scales
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
@@ -153,9 +154,10 @@ class ElasticBuffer(Shared):
         return self._runner.stream
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False) -> None:
-        """Wait until all ranks of the group are here."""
-        device = self._open().device
-        dist.barrier(self.group)
+        """Wait until all ranks of the group are here; a :class:`PeerTimeoutError` names those who do not come."""
+        backend = self._open()
+        device = backend.device
+        gather("barrier", self.group, device, backend.config.timeout_seconds, None)
         if with_cpu_sync and device.type == "cuda":
             torch.cuda.synchronize(device)
 

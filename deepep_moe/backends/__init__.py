@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import Exchange, compare, given_up
+from deepep_moe.backends.exchange import compare, gather, given_up
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError, PeerError, UnsupportedError
@@ -89,7 +88,7 @@ def why_not(name: str, group: dist.ProcessGroup, device: torch.device) -> str | 
     reason = BACKENDS[name].supports(group, device)
     if device.type != "cuda":
         return reason
-    reasons = _gather(group, device, DispatcherConfig().timeout_seconds, reason)
+    reasons = gather("set-up", group, device, DispatcherConfig().timeout_seconds, reason)
     told = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     return "; ".join(told) or None
 
@@ -110,15 +109,9 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:
     """Whether all ranks found a backend; raises RankMismatchError where they want to set up different ones."""
     settings = {"backend": config.backend, **config.shared()}
-    answers: list[Any] = _gather(group, device, config.timeout_seconds, [found, settings])
+    answers = gather("set-up", group, device, config.timeout_seconds, [found, settings])
     compare({name: [str(others[name]) for _, others in answers] for name in settings})
     return all(one_found for one_found, _ in answers)
-
-
-def _gather(group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, mine: object) -> list[Any]:
-    """``mine`` of every rank, over the group's CPU half where it has one, as several ranks may share a GPU."""
-    cpu = [kind for kind in group._device_types if kind.type == "cpu"]
-    return Exchange(group, cpu[0] if cpu else device, timeout_seconds).gather("set-up", mine)
 
 
 def _with_index(device: torch.device) -> torch.device:

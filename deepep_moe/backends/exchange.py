@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import NoReturn, TypeAlias, get_args
+from typing import Any, NoReturn, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +54,14 @@ def given_up(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """The error after which ``group`` is of no further use on ``device``, if there was one."""
     state = _states.get(group, {}).get(device.type)
     return None if state is None or state.given_up is None else state.given_up[1]
+
+
+def gather(
+    phase: str, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, mine: object
+) -> list[Any]:
+    """``mine`` of every rank, by way of JSON. Takes the group's CPU half where it has one: ranks may share a GPU."""
+    cpu = [kind for kind in group._device_types if kind.type == "cpu"]
+    return Exchange(group, cpu[0] if cpu else device, timeout_seconds).gather(phase, mine)
 
 
 @dataclass
@@ -195,7 +203,7 @@ class Exchange:
                 time.sleep(2e-5)
         return host
 
-    def gather(self, phase: str, mine: object) -> list[object]:
+    def gather(self, phase: str, mine: object) -> list[Any]:
         """``mine`` of every rank; what JSON can hold."""
         if self.world_size == 1:
             return [mine]
