@@ -21,15 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends import Backend, Layout, Plan, get_backend
+from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
+from deepep_moe.backends.checks import check_integer, check_shape, check_tensor, describe
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
+from deepep_moe.shared import Shared
 
 topk_idx_t = torch.int64
 """Index dtype that ``dispatch`` is fastest with; int32 is taken too."""
 
 _SCALE_BLOCK = 128
+_MOST_BYTES = 2**63 - 1
 _LOW_LATENCY_BUFFERS = 2
 
 
@@ -59,7 +62,7 @@ class Handle(tuple):
         return handle
 
 
-class Buffer:
+class Buffer(Shared):
     """Communication buffer of one expert-parallel group.
 
     Args:
@@ -97,9 +100,8 @@ class Buffer:
         if low_latency_mode:
             _needs_nvshmem("low_latency_mode")
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
-            if value < 0:
-                raise InputError(name, value, "must be at least 0")
-        config = DispatcherConfig.load()
+            check_integer(name, value, most=_MOST_BYTES)
+        config = replace(DispatcherConfig.load(), capacity_factor=0.0)  # num_worst_tokens is what fixes sizes here
         if Buffer._num_sms_chosen:
             config = replace(config, num_sms=Buffer.num_sms)
         self._backend: Backend | None = get_backend(group, None, config)
@@ -258,12 +260,26 @@ class Buffer:
             RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
         """
         backend = self._open()
-        tokens, scales = x if isinstance(x, tuple) else (x, None)
+        try:
+            tokens, scales = tokens_and_scales(x)
+            check_integer("num_worst_tokens", num_worst_tokens)
+            self._runner.check(previous_event, async_finish, allocate_on_comm_stream)
+            if handle is not None:
+                if topk_idx is not None or topk_weights is not None:
+                    raise InputError("handle", "given", "a cached dispatch takes neither topk_idx nor topk_weights")
+                plan = self._plan_of(handle)
+            else:
+                if is_token_in_rank is None or num_tokens_per_expert is None:
+                    missing = "is_token_in_rank" if is_token_in_rank is None else "num_tokens_per_expert"
+                    raise InputError(missing, None, "without a handle dispatch needs what get_dispatch_layout returned")
+                check_tensor("is_token_in_rank", is_token_in_rank)
+                check_shape("num_tokens_per_expert", num_tokens_per_expert, (None,), backend.device)
+                if topk_weights is not None and topk_idx is None:
+                    raise InputError("topk_weights", "given", "needs topk_idx")
+        except Exception as error:
+            backend.refuse("plan" if handle is None else "dispatch", error)
 
         if handle is not None:
-            if topk_idx is not None or topk_weights is not None:
-                raise InputError("handle", "given", "a cached dispatch takes neither topk_idx nor topk_weights")
-            plan = self._plan_of(handle)
             rows, event = self._runner.run(
                 lambda: backend.dispatch(plan, tokens, layout=Layout.BY_SOURCE, scales=scales),
                 previous_event=previous_event,
@@ -274,45 +290,36 @@ class Buffer:
             )
             return (rows.x if rows.scales is None else (rows.x, rows.scales)), None, None, None, None, event
 
-        if is_token_in_rank is None or num_tokens_per_expert is None:
-            missing = "is_token_in_rank" if is_token_in_rank is None else "num_tokens_per_expert"
-            raise InputError(missing, None, "without a handle dispatch needs what get_dispatch_layout returned")
-        if topk_weights is not None and topk_idx is None:
-            raise InputError("topk_weights", "given", "needs topk_idx")
-        num_experts = num_tokens_per_expert.shape[0]
+        assert is_token_in_rank is not None and num_tokens_per_expert is not None
+        routed, num_experts = is_token_in_rank, num_tokens_per_expert.shape[0]
 
-        def call() -> tuple[Plan, Any]:
+        def call() -> tuple[Rows, Tensor | None, list[int], Handle]:
+            """All that is returned is made here, so that the event covers it."""
             plan = backend.plan(
                 topk_idx,
                 num_experts,
                 alignment=expert_alignment,
-                is_token_in_rank=is_token_in_rank,
+                is_token_in_rank=routed,
                 num_tokens_per_expert=num_tokens_per_expert,
                 max_recv=num_worst_tokens or None,
             )
             rows = backend.dispatch(plan, tokens, layout=Layout.BY_SOURCE, scales=scales, weights=topk_weights)
-            return plan, rows
+            recv_topk_idx = None if topk_idx is None else plan.recv_topk_idx.to(topk_idx.dtype)
+            counts: list[int] = []
+            if plan.expert_counts_host is not None:
+                counts = [-(-n // expert_alignment) * expert_alignment for n in plan.expert_counts_host.tolist()]
+            return rows, recv_topk_idx, counts, Handle.of(plan, routed, self._identity)
 
-        (plan, rows), event = self._runner.run(
+        (rows, recv_topk_idx, counts, made), event = self._runner.run(
             call,
             previous_event=previous_event,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             reads=(tokens, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
-            made=lambda result: (*result[1], *result[0].tensors()),
+            made=lambda result: (*result[0], result[1], *result[3], *result[3].plan.tensors()),
         )
-        counts: list[int] = []
-        if plan.expert_counts_host is not None:
-            counts = [-(-n // expert_alignment) * expert_alignment for n in plan.expert_counts_host.tolist()]
-        recv_topk_idx = None if topk_idx is None else plan.recv_topk_idx.to(topk_idx.dtype)
-        return (
-            rows.x if rows.scales is None else (rows.x, rows.scales),
-            recv_topk_idx,
-            rows.weights,
-            counts,
-            Handle.of(plan, is_token_in_rank, self._identity),
-            event,
-        )
+        received = rows.x if rows.scales is None else (rows.x, rows.scales)
+        return received, recv_topk_idx, rows.weights, counts, made, event
 
     def combine(
         self,
@@ -337,8 +344,13 @@ class Buffer:
             combined_x [T, H]; combined_topk_weights [T, K] or None; the event.
         """
         backend = self._open()
-        plan = self._plan_of(handle)
-        biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+        try:
+            check_tensor("x", x)
+            biases = bias_tensors(bias)
+            self._runner.check(previous_event, async_finish, allocate_on_comm_stream)
+            plan = self._plan_of(handle)
+        except Exception as error:
+            backend.refuse("combine", error)
         tokens, event = self._runner.run(
             lambda: backend.combine(plan, x, layout=Layout.BY_SOURCE, weights=topk_weights, bias=biases),
             previous_event=previous_event,
@@ -356,7 +368,7 @@ class Buffer:
 
     def _plan_of(self, handle: Any) -> Plan:
         if not isinstance(handle, Handle):
-            raise HandleError(f"handle is a {type(handle).__name__}; pass on the object that dispatch returned")
+            raise HandleError(f"handle is {describe(handle)}; pass on the object that dispatch returned")
         if handle.owner is not self._identity:
             raise HandleError("the handle was made by another Buffer")
         return handle.plan
@@ -389,6 +401,29 @@ class Buffer:
 
     def get_next_low_latency_combine_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
         _needs_nvshmem("get_next_low_latency_combine_buffer")
+
+
+def tokens_and_scales(x: Any) -> tuple[Tensor, Tensor | None]:
+    """The argument ``x`` of a dispatch: a tensor, or a pair of rows and scales."""
+    if not isinstance(x, tuple):
+        check_tensor("x", x)
+        return x, None
+    if len(x) != 2:
+        raise InputError("x", f"{len(x)} values", "must be a tensor or (rows, scales)")
+    check_tensor("x[0]", x[0])
+    check_tensor("x[1]", x[1])
+    return x
+
+
+def bias_tensors(bias: Any) -> tuple[Tensor, ...]:
+    """The argument ``bias`` of a combine: nothing, a tensor, or several."""
+    if bias is None or isinstance(bias, Tensor):
+        return () if bias is None else (bias,)
+    if not isinstance(bias, (tuple, list)):
+        raise InputError("bias", describe(bias), "must be a tensor, or two in a tuple")
+    for part in bias:
+        check_tensor("bias", part)
+    return tuple(bias)
 
 
 def _needs_nvshmem(call: str) -> NoReturn:

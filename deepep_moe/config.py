@@ -12,7 +12,6 @@ tools pick it up from the field.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -53,9 +52,14 @@ class DispatcherConfig:
     timeout_seconds: float = 100.0
     """Longest wait for a peer, in seconds."""
     check_agreement: bool = True
-    """Compare in every call what all ranks must share. Off: only once per plan, where it costs nothing extra."""
+    """Compare in every call what all ranks must share. Off: only once per plan, where it costs nothing extra.
+    On CPUs every call is compared in any case."""
     debug_waits: bool = False
     """Print how long each rank waited for its peers."""
+
+    def shared(self) -> dict[str, int | float | bool]:
+        """The settings that must be the same on all ranks of a group, because they change what ranks exchange."""
+        return {name: getattr(self, name) for name in _SHARED}
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -94,17 +98,27 @@ class DispatcherConfig:
         return cls(**merged)
 
 
+_SHARED = (
+    "max_tokens_per_rank",
+    "fp8_dispatch",
+    "fp8_dispatch_grad",
+    "capacity_factor",
+    "num_chunks",
+    "check_agreement",
+)
+_MOST = 2**31 - 1  # kernels count in int32
+_MOST_SECONDS = 1e6  # transports count milliseconds in int32
 _TYPES: dict[str, Any] = get_type_hints(DispatcherConfig)
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "backend": (lambda v: v in get_args(BackendName), "one of " + ", ".join(get_args(BackendName))),
-    "expert_alignment": (lambda v: v >= 1, "an integer >= 1"),
-    "num_sms": (lambda v: v >= 0, "an integer >= 0 (0: the backend's choice)"),
-    "max_tokens_per_rank": (lambda v: v >= 0, "an integer >= 0 (0: grow on demand)"),
+    "expert_alignment": (lambda v: 1 <= v <= 2**16, "an integer from 1 to 65536"),
+    "num_sms": (lambda v: 0 <= v <= _MOST, "an integer >= 0 (0: the backend's choice)"),
+    "max_tokens_per_rank": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (grow on demand) to {_MOST}"),
     "fp8_dispatch": (lambda v: True, "true or false"),
     "fp8_dispatch_grad": (lambda v: True, "true or false"),
-    "capacity_factor": (lambda v: v >= 0 and math.isfinite(v), "a number >= 0 (0: exact sizes)"),
-    "num_chunks": (lambda v: v >= 1, "an integer >= 1"),
-    "timeout_seconds": (lambda v: v > 0 and math.isfinite(v), "a number > 0"),
+    "capacity_factor": (lambda v: 0 <= v <= 1e6, "a number from 0 (exact sizes) to 1000000"),
+    "num_chunks": (lambda v: 1 <= v <= 2**16, "an integer from 1 to 65536"),
+    "timeout_seconds": (lambda v: 1e-3 <= v <= _MOST_SECONDS, f"a number from 0.001 to {_MOST_SECONDS:g}"),
     "check_agreement": (lambda v: True, "true or false"),
     "debug_waits": (lambda v: True, "true or false"),
 }
@@ -124,7 +138,7 @@ def _parse(key: str, value: Any, source: str) -> Any:
     accepts, allowed = _RULES[key]
     try:
         parsed = _convert(_TYPES[key], value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         parsed = None
     if parsed is None or not accepts(parsed):
         raise ConfigError(f"{key} = {value!r} from {source}: allowed is {allowed}")
@@ -153,7 +167,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read settings file {os.fspath(path)}: {error}") from error
     if content is None:
         return {}

@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deepep_moe import ops
 from deepep_moe.backends import Backend, Plan, get_backend
+from deepep_moe.backends.base import Phase
+from deepep_moe.backends.checks import check_num_experts, check_tensor, describe
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import InputError
+from deepep_moe.errors import HandleError, InputError, UnsupportedError
+from deepep_moe.shared import Shared
+
+_MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +58,8 @@ class Dispatched:
         return (counts + (alignment - 1)) // alignment * alignment
 
 
-class TokenDispatcher:
-    """Dispatch and combine for one expert-parallel group.
+class TokenDispatcher(Shared):
+    """Dispatch and combine for one expert-parallel group. A deep copy of it is itself.
 
     Args:
         group: the expert-parallel process group (None: the default group). Rank r owns experts
@@ -77,10 +84,7 @@ class TokenDispatcher:
         self.config = config if config is not None else DispatcherConfig.load()
         self.backend: Backend = get_backend(group, device, self.config)
         self.rank, self.world_size = self.backend.rank, self.backend.world_size
-        if num_experts < 1 or num_experts % self.world_size:
-            raise InputError(
-                "num_experts", num_experts, f"must be a positive multiple of the group's {self.world_size} ranks"
-            )
+        check_num_experts(num_experts, self.world_size)
         self.num_experts = num_experts
         self.num_local_experts = num_experts // self.world_size
         self._backend_number = ops.register_backend(self.backend)
@@ -94,11 +98,25 @@ class TokenDispatcher:
         plan.known_sizes()  # raises here what went wrong
         return plan
 
-    def _begin_plan(self, topk_idx: Tensor) -> Plan:
-        max_recv, max_rows = self._limits(topk_idx)
+    def _begin_plan(self, topk_idx: Tensor | None) -> Plan:
+        try:
+            max_recv, max_rows = self._limits(topk_idx)
+        except Exception as error:
+            self.refuse("plan", error)
+        assert topk_idx is not None
         return ops.make_plan(
             topk_idx, self._backend_number, self.num_experts, self.config.expert_alignment, max_recv, max_rows
         )
+
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
+        """Raise ``error`` and let the other ranks, who are on their way into ``phase``, raise too instead of waiting.
+
+        For layers that check more than a dispatcher does. The phase of a :meth:`dispatch` without a plan is "plan".
+        """
+        try:
+            self.backend.refuse(phase, error)
+        finally:
+            del error  # or its traceback, which holds this frame, would keep the caller's tensors alive
 
     def dispatch(self, x: Tensor, topk_idx: Tensor | Plan, topk_weights: Tensor | None = None) -> Dispatched:
         """Send every token to the experts it chose. Collective; differentiable in ``x`` and ``topk_weights``.
@@ -110,11 +128,22 @@ class TokenDispatcher:
 
         Raises:
             InputError: an argument of the wrong shape, dtype, device or value (on a GPU values are not looked at).
-            RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
+            HandleError: a plan of another dispatcher.
+            UnsupportedError: forward-mode differentiation, or another transform of torch.func.
+            RankMismatchError, PeerError: ranks disagree (also in what requires gradients), or another rank refused its
+                input or died.
         """
-        plan = topk_idx if isinstance(topk_idx, Plan) else self._begin_plan(topk_idx)
-        if topk_weights is not None:
-            topk_weights = topk_weights.float()
+        routes, plan = (None, topk_idx) if isinstance(topk_idx, Plan) else (topk_idx, None)
+        try:
+            _check_differentiable("x", x)
+            if plan is not None:
+                self._check_plan(plan)
+            if topk_weights is not None:
+                topk_weights = _as_weights("topk_weights", topk_weights)
+        except Exception as error:
+            self.refuse("plan" if plan is None else "dispatch", error)
+        if plan is None:
+            plan = self._begin_plan(routes)
         rows, weights = ops.dispatch(x, topk_weights, plan, self._backend_number, self.config.fp8_dispatch)
         return Dispatched(rows, weights, plan)
 
@@ -134,9 +163,18 @@ class TokenDispatcher:
             HandleError: ``dispatched`` comes from a dispatcher with another group or configuration.
             InputError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
+        try:
+            if not isinstance(dispatched, Dispatched):
+                raise HandleError(f"dispatched is {describe(dispatched)}; pass on what dispatch() returned")
+            self._check_plan(dispatched.plan)
+            _check_differentiable("rows", rows)
+            if weights is not None:
+                weights = _as_weights("weights", weights)
+        except Exception as error:
+            self.refuse("combine", error)
         tokens, _ = ops.combine(
             rows,
-            None if weights is None else weights.float(),
+            weights,
             dispatched.plan,
             self._backend_number,
             weights is not None,
@@ -144,8 +182,19 @@ class TokenDispatcher:
         )
         return tokens
 
-    def _limits(self, topk_idx: Tensor) -> tuple[int, int]:
+    def _check_plan(self, plan: Plan) -> None:
+        """What the backend, which other dispatchers share, cannot know."""
+        made, own = (plan.num_experts, plan.alignment), (self.num_experts, self.config.expert_alignment)
+        if made != own:
+            raise HandleError(
+                f"the plan was made for {made[0]} experts with rows aligned to {made[1]}, this dispatcher has {own[0]} "
+                f"and {own[1]}: use a plan that it made itself"
+            )
+
+    def _limits(self, topk_idx: Tensor | None) -> tuple[int, int]:
         """Fixed numbers of received and expert rows in capacity mode; a balanced load is K routes per own token."""
+        check_tensor("topk_idx", topk_idx)
+        assert topk_idx is not None
         factor = self.config.capacity_factor
         if factor == 0 or topk_idx.dim() != 2:
             return ops.NO_LIMIT, ops.NO_LIMIT
@@ -153,4 +202,27 @@ class TokenDispatcher:
         alignment = self.config.expert_alignment
         received = math.ceil(factor * tokens * min(topk, self.world_size))
         rows = math.ceil(factor * tokens * topk) + self.num_local_experts * (alignment - 1)
+        if max(received, rows) > _MOST_ROWS:
+            raise InputError(
+                "capacity_factor", factor, f"gives room for {max(received, rows)} rows, at most {_MOST_ROWS}"
+            )
         return received, -(-rows // alignment) * alignment
+
+
+def _as_weights(argument: str, weights: Tensor) -> Tensor:
+    """As fp32, in which weights travel."""
+    _check_differentiable(argument, weights)
+    if not weights.is_floating_point():
+        raise InputError(argument, weights.dtype, "must be floating point")
+    return weights.float()
+
+
+def _check_differentiable(argument: str, x: Tensor) -> None:
+    """That gradients of ``x``, if any, are of the kind that dispatch and combine pass on."""
+    check_tensor(argument, x)
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise UnsupportedError(f"{argument} is inside a transform of torch.func; only autograd's backward is offered")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise UnsupportedError(f"{argument} has a tangent (forward-mode AD); only autograd's backward is offered")

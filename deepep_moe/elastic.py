@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
-from deepep_moe.buffer import Buffer
+from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_tensor, describe
+from deepep_moe.backends.exchange import gather
+from deepep_moe.buffer import Buffer, bias_tensors, tokens_and_scales
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
+from deepep_moe.shared import Shared
 
 _SCALE_COLUMN_ALIGNMENT = 4  # entries of 4 bytes: what the TMA unit wants of a column's pitch
 
@@ -55,8 +58,12 @@ class EPHandle:
     plan: Plan
     owner: object
 
+    def tensors(self) -> list[Tensor | None]:
+        """All that it holds, its plan's included."""
+        return [*self.plan.tensors(), *(value for value in vars(self).values() if isinstance(value, Tensor))]
 
-class ElasticBuffer:
+
+class ElasticBuffer(Shared):
     """Communication buffer of one expert-parallel group.
 
     Args:
@@ -99,6 +106,7 @@ class ElasticBuffer:
             )
         else:
             config = replace(settings, max_tokens_per_rank=num_max_tokens_per_rank)
+        config = replace(config, capacity_factor=0.0)  # do_cpu_sync=False is what fixes sizes here
         self._backend: Backend | None = get_backend(group, None, config)
         self.group = self._backend.group
         self.rank_idx, self.num_ranks = self._backend.rank, self._backend.world_size
@@ -146,9 +154,10 @@ class ElasticBuffer:
         return self._runner.stream
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False) -> None:
-        """Wait until all ranks of the group are here."""
-        device = self._open().device
-        dist.barrier(self.group)
+        """Wait until all ranks of the group are here; a :class:`PeerTimeoutError` names those who do not come."""
+        backend = self._open()
+        device = backend.device
+        gather("barrier", self.group, device, backend.config.timeout_seconds, None)
         if with_cpu_sync and device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -198,53 +207,68 @@ class ElasticBuffer:
             ``do_expand``, None without ``topk_weights``; the handle; the event.
         """
         backend = self._open()
-        tokens, scales = x if isinstance(x, tuple) else (x, None)
-        if (handle is None) == (topk_idx is None):
-            raise InputError("topk_idx", "missing" if handle is None else "given", "give either topk_idx or handle")
-        if handle is not None:
-            self._check_owner(handle)
-        elif num_experts is None:
-            raise InputError("num_experts", None, "is needed with topk_idx")
-        bound = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        if do_cpu_sync is False and handle is None and bound < 1:
-            raise InputError("num_max_tokens_per_rank", bound, "must be at least 1 without a host sync")
+        previous_events = (previous_event, previous_event_before_epilogue)
+        alignment = 1 if expert_alignment is None else expert_alignment
+        bound, stats = num_max_tokens_per_rank or self.num_max_tokens_per_rank, cumulative_local_expert_recv_stats
+        worst_case = do_cpu_sync is False and handle is None
+        try:
+            tokens, scales = tokens_and_scales(x)
+            self._runner.check(previous_events, async_with_compute_stream, allocate_on_comm_stream)
+            check_integer("num_max_tokens_per_rank", bound, least=1 if worst_case else 0)
+            check_integer("expert_alignment", alignment, least=1)
+            if (handle is None) == (topk_idx is None):
+                raise InputError("topk_idx", "missing" if handle is None else "given", "give either topk_idx or handle")
+            if handle is not None:
+                self._check_owner(handle)
+                experts = handle.num_experts
+            else:
+                check_shape("topk_idx", topk_idx, (None, None), backend.device)
+                if num_experts is None:
+                    raise InputError("num_experts", None, "is needed with topk_idx")
+                check_num_experts(num_experts, self.num_ranks)
+                experts = num_experts
+            if stats is not None:
+                check_shape("cumulative_local_expert_recv_stats", stats, (experts // self.num_ranks,), backend.device)
+        except Exception as error:
+            backend.refuse("plan" if handle is None else "dispatch", error)
 
-        def call() -> tuple[Plan, Rows]:
+        def call() -> tuple[Rows, Tensor | None, EPHandle]:
+            """All that is returned is made here, so that the event covers it."""
             if handle is not None:
                 plan = handle.plan
             else:
                 assert topk_idx is not None
-                assert num_experts is not None
                 max_recv, max_rows = None, None
-                if do_cpu_sync is False:
-                    max_recv, max_rows = self._worst_case(topk_idx, num_experts, bound, alignment)
-                plan = backend.plan(topk_idx, num_experts, alignment=alignment, max_recv=max_recv, max_rows=max_rows)
+                if worst_case:
+                    max_recv, max_rows = self._worst_case(topk_idx, experts, bound, alignment)
+                plan = backend.plan(topk_idx, experts, alignment=alignment, max_recv=max_recv, max_rows=max_rows)
             rows = backend.dispatch(plan, tokens, layout=_layout(do_expand), scales=scales, weights=topk_weights)
             if use_tma_aligned_col_major_sf and rows.scales is not None:
                 rows = rows._replace(scales=_column_major(rows.scales))
-            if cumulative_local_expert_recv_stats is not None:
-                cumulative_local_expert_recv_stats.add_(plan.expert_counts)
-            return plan, rows
+            if stats is not None:
+                stats.add_(plan.expert_counts)
+            if handle is not None:
+                made = handle if handle.do_expand == do_expand else replace(handle, do_expand=do_expand)
+            else:
+                assert topk_idx is not None
+                kept = topk_idx.clone() if do_handle_copy else topk_idx
+                made = self._handle(plan, kept, do_expand, bound, num_sms)
+            recv_topk_idx = None if do_expand else plan.recv_topk_idx.to(made.topk_idx.dtype)
+            return rows, recv_topk_idx, made
 
-        alignment = 1 if expert_alignment is None else expert_alignment
-        (plan, rows), event = self._runner.run(
+        (rows, recv_topk_idx, made), event = self._runner.run(
             call,
-            previous_event=(previous_event, previous_event_before_epilogue),
+            previous_event=previous_events,
             async_finish=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
-            reads=(tokens, scales, topk_idx, topk_weights, *(handle.plan.tensors() if handle else ())),
-            made=lambda result: (*result[1], *result[0].tensors()),
+            reads=(tokens, scales, topk_idx, topk_weights, stats, *(handle.plan.tensors() if handle else ())),
+            made=lambda result: (*result[0], result[1], *result[2].tensors()),
         )
-        if handle is None:
-            assert topk_idx is not None
-            handle = self._handle(plan, topk_idx.clone() if do_handle_copy else topk_idx, do_expand, bound, num_sms)
-        elif handle.do_expand != do_expand:
-            handle = replace(handle, do_expand=do_expand)
         return (
             rows.x if rows.scales is None else (rows.x, rows.scales),
-            None if do_expand else plan.recv_topk_idx.to(handle.topk_idx.dtype),
+            recv_topk_idx,
             rows.weights,
-            handle,
+            made,
             event,
         )
 
@@ -269,12 +293,18 @@ class ElasticBuffer:
             bias: one or two [T, H] tensors of the rows' dtype, added to the result.
         """
         backend = self._open()
-        self._check_owner(handle)
-        biases = () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+        previous_events = (previous_event, previous_event_before_epilogue)
+        try:
+            check_tensor("x", x)
+            biases = bias_tensors(bias)
+            self._runner.check(previous_events, async_with_compute_stream, allocate_on_comm_stream)
+            self._check_owner(handle)
+        except Exception as error:
+            backend.refuse("combine", error)
         plan, layout = handle.plan, _layout(handle.do_expand)
         tokens, event = self._runner.run(
             lambda: backend.combine(plan, x, layout=layout, weights=topk_weights, bias=biases),
-            previous_event=(previous_event, previous_event_before_epilogue),
+            previous_event=previous_events,
             async_finish=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
             reads=(x, topk_weights, *biases, *plan.tensors()),
@@ -319,7 +349,7 @@ class ElasticBuffer:
 
     def _check_owner(self, handle: Any) -> None:
         if not isinstance(handle, EPHandle):
-            raise HandleError(f"handle is a {type(handle).__name__}; pass on the object that dispatch returned")
+            raise HandleError(f"handle is {describe(handle)}; pass on the object that dispatch returned")
         if handle.owner is not self._identity:
             raise HandleError("the handle was made by another ElasticBuffer")
 

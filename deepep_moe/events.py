@@ -84,6 +84,24 @@ class StreamRunner:
             self._stream = torch.cuda.Stream(self.device, priority=-1)
         return self._stream
 
+    @staticmethod
+    def check(
+        previous_event: EventLike | tuple[EventLike | None, ...] | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> list[EventLike]:
+        """What to wait for; raises InputError for arguments of :meth:`run` that make no sense."""
+        events = previous_event if isinstance(previous_event, tuple) else (previous_event,)
+        waits = [event for event in events if event is not None]
+        for event in waits:
+            if not isinstance(event, (EventHandle, EventOverlap)):
+                raise InputError(
+                    "previous_event", f"a {type(event).__name__}", "must be an EventOverlap or EventHandle"
+                )
+        if allocate_on_comm_stream and not (waits and async_finish):
+            raise InputError("allocate_on_comm_stream", True, "needs previous_event and async_finish")
+        return waits
+
     def run(
         self,
         call: Callable[[], T],
@@ -103,10 +121,7 @@ class StreamRunner:
             reads: tensors that the call reads: their memory is not reused before it has.
             made: the tensors of its result, which the current stream will use.
         """
-        events = previous_event if isinstance(previous_event, tuple) else (previous_event,)
-        waits = [event for event in events if event is not None]
-        if allocate_on_comm_stream and not (waits and async_finish):
-            raise InputError("allocate_on_comm_stream", True, "needs previous_event and async_finish")
+        waits = self.check(previous_event, async_finish, allocate_on_comm_stream)
         if self.device.type != "cuda":
             return call(), EventOverlap(EventHandle() if async_finish else None)
         if not waits and not async_finish:
@@ -121,7 +136,7 @@ class StreamRunner:
             result = call()
             done = EventHandle()
         for tensor in reads:
-            if tensor is not None:
+            if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(stream)
         for tensor in made(result):
             if tensor is not None and tensor.is_cuda:

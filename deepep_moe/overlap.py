@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends import Plan
+from deepep_moe.backends.checks import check_shape
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.events import EventOverlap, StreamRunner
+from deepep_moe.shared import Shared
 
 T = TypeVar("T")
 
@@ -43,7 +45,7 @@ class InFlight(Generic[T]):
         return self._result
 
 
-class Overlap:
+class Overlap(Shared):
     """Calls of ``dispatcher`` that run beside the current stream.
 
     All ranks begin the same calls in the same order; results may be waited for in any order.
@@ -68,10 +70,11 @@ class Overlap:
 
     def begin_combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> InFlight[Tensor]:
         """Start :meth:`TokenDispatcher.combine`."""
+        plan = dispatched.plan.tensors() if isinstance(dispatched, Dispatched) else ()
         tokens, event = self._runner.run(
             lambda: self.dispatcher.combine(rows, dispatched, weights=weights),
             async_finish=True,
-            reads=_on_device(rows, weights, *dispatched.plan.tensors()),
+            reads=_on_device(rows, weights, *plan),
             made=lambda made: (made,),
         )
         return InFlight(tokens, event)
@@ -93,6 +96,14 @@ class Overlap:
             [T, H'] in the dtype of what ``experts`` returns.
         """
         count = self.dispatcher.config.num_chunks
+        try:
+            device = self.dispatcher.backend.device
+            check_shape("x", x, (None, None), device)
+            check_shape("topk_idx", topk_idx, (x.shape[0], None), device)
+            if topk_weights is not None:
+                check_shape("topk_weights", topk_weights, tuple(topk_idx.shape), device)
+        except Exception as error:
+            self.dispatcher.refuse("plan", error)
         tokens = x.tensor_split(count)
         weights = (None,) * count if topk_weights is None else topk_weights.tensor_split(count)
         # All plans first: they are small, and from here on the host waits for nothing.
@@ -110,4 +121,4 @@ class Overlap:
 
 
 def _on_device(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None and tensor.is_cuda]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_cuda]

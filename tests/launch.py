@@ -46,11 +46,10 @@ def torchrun(
     that shows the output's end.
     """
     full = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **(env or {})}
     process = subprocess.Popen(
         full,
         cwd=ROOT,
-        env=environment,
+        env={**environment(), **(env or {})},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,8 +68,10 @@ def torchrun(
     return subprocess.CompletedProcess(full, process.returncode, output, "")
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+def environment() -> dict[str, str]:
+    """Of processes that tests start."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,9 +10,10 @@ import torch.distributed as dist
 
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.exchange import compare, gather, given_up
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import InputError, UnsupportedError
+from deepep_moe.errors import InputError, PeerError, UnsupportedError
 
 __all__ = [
     "BACKENDS",
@@ -33,7 +33,6 @@ __all__ = [
 BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NVLinkBackend, CollectiveBackend)}
 """By name, the best first: ``auto`` takes the first that every rank can use. The last one runs anywhere."""
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 # Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the id stays the group's own.
 _backends: WeakValueDictionary[tuple[int, torch.device, DispatcherConfig], Backend] = WeakValueDictionary()
@@ -50,6 +49,9 @@ def get_backend(
     Raises:
         InputError: no process group, or this process is not in it.
         UnsupportedError: ``config.backend`` names a backend that cannot run here; the message says why.
+        PeerError: an operation over the group has failed before.
+        RankMismatchError: ranks differ in settings that they must share (:meth:`DispatcherConfig.shared`); on a CPU
+            the first plan raises it.
     """
     config = config or DispatcherConfig()
     if not dist.is_initialized():
@@ -58,12 +60,15 @@ def get_backend(
     if not isinstance(chosen, dist.ProcessGroup):
         raise InputError("group", group, "must be a torch.distributed process group that this process belongs to")
     device = _with_index(device) if device is not None else default_device(chosen)
+    failed = given_up(chosen, device)
+    if failed is not None:
+        raise PeerError(f"the group was given up after an earlier error. Make a new group. ({failed})")
     key = (id(chosen), device, config)
     backend = _backends.get(key)
     found = backend is not None and backend.usable
     if device.type == "cuda":
         # Ranks differ in when the garbage collector ends a backend and in which of them saw it fail.
-        found = all(_gather(chosen, found))
+        found = _agree(chosen, device, config, found)
     if backend is None or not found:
         backend = _backends[key] = _make(chosen, device, config)
     return backend
@@ -83,7 +88,8 @@ def why_not(name: str, group: dist.ProcessGroup, device: torch.device) -> str | 
     reason = BACKENDS[name].supports(group, device)
     if device.type != "cuda":
         return reason
-    told = [f"rank {rank}: {reason}" for rank, reason in enumerate(_gather(group, reason)) if reason]
+    reasons = gather("set-up", group, device, DispatcherConfig().timeout_seconds, reason)
+    told = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     return "; ".join(told) or None
 
 
@@ -100,11 +106,12 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
     raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
 
 
-def _gather(group: dist.ProcessGroup, mine: T) -> list[T]:
-    """``mine`` of every rank."""
-    answers = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group=group)
-    return answers
+def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:
+    """Whether all ranks found a backend; raises RankMismatchError where they want to set up different ones."""
+    settings = {"backend": config.backend, **config.shared()}
+    answers = gather("set-up", group, device, config.timeout_seconds, [found, settings])
+    compare({name: [str(others[name]) for _, others in answers] for name in settings})
+    return all(one_found for one_found, _ in answers)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import DeepEPMoEError
 
 Phase = Literal["plan", "dispatch", "combine"]
 
@@ -260,7 +259,7 @@ class Backend(Protocol):
         [T, R]`` bool and ``num_tokens_per_expert [E]`` int32 say where tokens go, and only the rank layout exists.
         ``max_recv`` / ``max_rows`` fix N and M beforehand so that the host waits for nothing: unused rows have -1
         in ``recv_topk_idx``, ``recv_rows`` and ``row_recv``, ``expert_counts_host`` is None, and more rows than
-        that raise :class:`~deepep_moe.errors.CapacityError` at the next :meth:`check`. Otherwise the wait for N and M,
+        that raise :class:`~deepep_moe.errors.CapacityError` within the next call. Otherwise the wait for N and M,
         and what it raises, may be left to their first use (:meth:`Plan.known_sizes`).
         """
         ...
@@ -304,7 +303,7 @@ class Backend(Protocol):
         """
         ...
 
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         """Take this rank's place in an operation that it refuses: its peers raise too instead of waiting for it.
 
         For callers that check more than the backend does. Raises ``error``.

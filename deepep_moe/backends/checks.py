@@ -5,13 +5,20 @@ Values are looked at on a CPU only: on a GPU that would make the host wait.
 
 from __future__ import annotations
 
+import functools
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deepep_moe.backends.base import Backend, Layout, Plan, Wire
+from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
 
+_MOST = 2**31 - 1  # of what kernels count in int32
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
 
@@ -32,14 +39,30 @@ def check_plan_inputs(
             check_shape("is_token_in_rank", is_token_in_rank, (topk_idx.shape[0], world_size), device, torch.bool)
     else:
         _check_token_in_rank(is_token_in_rank, num_tokens_per_expert, num_experts, world_size, device)
-    if alignment < 1:
-        raise InputError("alignment", alignment, "must be at least 1")
+    check_integer("alignment", alignment, least=1)
+
+
+def check_limits(max_recv: int | None, max_rows: int | None) -> None:
+    """The sizes that :meth:`Backend.plan` is given."""
+    for name, limit in (("max_recv", max_recv), ("max_rows", max_rows)):
+        if limit is not None:
+            check_integer(name, limit)
+
+
+def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, setting: str, limit: int) -> str:
+    """What a CapacityError says: ``rank`` got ``needed`` of ``what``, and ``setting`` of the plan was ``limit``."""
+    room = f"{setting} = {limit}"
+    if config.capacity_factor:
+        tokens = f"max_tokens_per_rank = {config.max_tokens_per_rank}"
+        tokens += "" if config.max_tokens_per_rank else " (so the rank's own tokens in that batch)"
+        room = f"capacity_factor = {config.capacity_factor:g} with {tokens} gives room for {limit}"
+    return f"rank {rank} needs room for {needed} {what}, but {room}: nothing was sent"
 
 
 def check_plan(backend: Backend, plan: Plan, layout: Layout) -> None:
     """That ``backend`` made ``plan``, and that the plan has ``layout``."""
     if not isinstance(plan, Plan):
-        raise HandleError(f"plan is a {type(plan).__name__}; pass on what plan() or dispatch() returned")
+        raise HandleError(f"plan is {describe(plan)}; pass on what plan() or dispatch() returned")
     if plan.owner != backend.number:
         raise HandleError("the plan was made by a dispatcher or Buffer with another group or configuration")
     if not isinstance(layout, Layout):
@@ -108,8 +131,7 @@ def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: 
 
     Values are looked at on a CPU only: on a GPU that would make the host wait.
     """
-    if num_experts < 1 or num_experts % world_size:
-        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    check_num_experts(num_experts, world_size)
     check_shape("topk_idx", topk_idx, (None, None), device)
     if topk_idx.dtype not in (torch.int32, torch.int64):
         raise InputError("topk_idx", topk_idx.dtype, "must be int32 or int64")
@@ -122,6 +144,46 @@ def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: 
             raise InputError("topk_idx", wrong, f"an expert must be -1 (dropped) or 0 to {num_experts - 1}")
 
 
+def check_num_experts(num_experts: int, world_size: int) -> None:
+    """Raise :class:`InputError` unless every rank can own as many of the experts."""
+    check_integer("num_experts", num_experts, least=1)
+    if num_experts % world_size:
+        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+
+
+def check_integer(argument: str, value: int, least: int = 0, most: int = _MOST) -> None:
+    """Raise :class:`InputError` unless ``value`` is an integer from ``least`` to ``most``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(argument, repr(value), "must be an integer") from None
+    if isinstance(value, bool) or not least <= number <= most:
+        raise InputError(argument, value, f"must be an integer from {least} to {most}")
+
+
+def check_tensor(argument: str, tensor: Any) -> None:
+    """Raise :class:`InputError` unless ``tensor`` is a dense tensor that lies on this rank alone."""
+    if type(tensor) not in (Tensor, Parameter):
+        if not isinstance(tensor, Tensor):
+            raise InputError(argument, describe(tensor), "must be a torch.Tensor")
+        if isinstance(tensor, _dtensor()):
+            raise InputError(argument, "a DTensor", "must be a plain tensor: pass to_local() of it")
+    if tensor.layout is not torch.strided:
+        raise InputError(argument, f"a tensor of layout {tensor.layout}", "must be dense (torch.strided)")
+
+
+def describe(value: object) -> str:
+    """An argument that is of the wrong kind altogether."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+@functools.cache
+def _dtensor() -> type:
+    from torch.distributed.tensor import DTensor  # seldom needed, and not quick to import
+
+    return DTensor
+
+
 def _check_token_in_rank(
     is_token_in_rank: Tensor | None,
     num_tokens_per_expert: Tensor | None,
@@ -129,8 +191,7 @@ def _check_token_in_rank(
     world_size: int,
     device: torch.device,
 ) -> None:
-    if num_experts < 1 or num_experts % world_size:
-        raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
+    check_num_experts(num_experts, world_size)
     if is_token_in_rank is None or num_tokens_per_expert is None:
         raise InputError("topk_idx", None, "without it is_token_in_rank and num_tokens_per_expert are needed")
     check_shape("is_token_in_rank", is_token_in_rank, (None, world_size), device, torch.bool)
@@ -152,14 +213,13 @@ def check_rows(
 
 def check_shape(
     argument: str,
-    tensor: Tensor,
+    tensor: Any,
     shape: tuple[int | None, ...],
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Raise :class:`InputError` unless ``tensor`` has ``shape`` (None: any size), ``dtype`` and ``device``."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(argument, type(tensor).__name__, "must be a torch.Tensor")
+    check_tensor(argument, tensor)
     given = tensor.shape
     fits = len(given) == len(shape)
     if fits:

@@ -15,6 +15,9 @@ All sums go over gathered rows in a fixed order, so results are bit-for-bit repr
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -35,34 +38,41 @@ from deepep_moe.backends.base import (
 from deepep_moe.backends.checks import (
     check_combine,
     check_dispatch,
+    check_limits,
     check_plan_inputs,
     check_topk_idx,
+    overflow_text,
 )
-from deepep_moe.backends.exchange import Exchange, Fact, as_bytes
+from deepep_moe.backends.exchange import Agreement, Exchange, Fact, as_bytes
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError
+from deepep_moe.errors import CapacityError, HandleError, InputError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
+from deepep_moe.shared import Shared
 
 
-class CollectiveBackend:
+class CollectiveBackend(Shared):
     """:class:`~deepep_moe.backends.base.Backend` over the collectives of ``group``.
 
     Args:
         group: the expert-parallel process group; its backend must serve ``device`` (gloo: CPU, nccl: CUDA).
         device: where tensors live.
-        config: ``timeout_seconds`` and ``check_agreement`` apply.
+        config: ``timeout_seconds``, ``check_agreement`` and ``debug_waits`` apply.
     """
 
     name = "collective"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
-        self.number, self._plans = new_backend_number(), 0
+        self.number = new_backend_number()
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise InputError("group", group, "this process must be a member of the group")
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
-        self._overflow: CapacityError | None = None
+        self._settings: Mapping[str, Fact] = config.shared()
+        # At the latest when the process ends.
+        self._say_waits = weakref.finalize(self, _print_waits, self.rank, self._exchange.waited)
+        if not config.debug_waits:
+            self._say_waits.detach()
 
     @staticmethod
     def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -70,7 +80,7 @@ class CollectiveBackend:
 
     @property
     def usable(self) -> bool:
-        return self._exchange is not None
+        return self._exchange is not None and self._exchange.usable
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -98,78 +108,76 @@ class CollectiveBackend:
     ) -> Plan:
         exchange = self._open()
         ranks = self.world_size
-        self._plans += 1  # refused ones too: the number is equal on all ranks
-        problem: DeepEPMoEError | None = self._overflow
-        try:
+        exchange.count_plan()
+        fixed = max_recv is not None or max_rows is not None
+        with exchange.agreement("plan") as agreement:
             check_plan_inputs(
                 topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, ranks, self.device
             )
-        except DeepEPMoEError as error:
-            problem = problem or error
-        self._overflow = None
+            check_limits(max_recv, max_rows)
+            if topk_idx is not None:
+                in_rank = self._tokens_in_ranks(topk_idx, num_experts)
+            else:
+                assert is_token_in_rank is not None
+                in_rank = is_token_in_rank
+                topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=self.device)
+            agreement.private = in_rank.sum(0).tolist()
+            agreement.facts = {
+                "num_experts": num_experts,
+                "top-k": topk_idx.shape[1],
+                "expert alignment": alignment,
+                **self._settings,
+                "fixed sizes": fixed,
+            }
+        counts, number = agreement.shared, exchange.plans
+        assert counts is not None and topk_idx is not None
+        with exchange.moving("plan"):
+            prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int64)
+            send_counts, recv_counts = counts[self.rank].tolist(), counts[:, self.rank].tolist()
+            position = in_rank.cumsum(0, dtype=torch.int32) - 1
+            send_slot = torch.where(in_rank, position, -1).to(torch.int32)
+            sent_tokens = in_rank.t().nonzero()[:, 1]
+            meta = torch.cat([sent_tokens.unsqueeze(1), topk_idx[sent_tokens]], dim=1).to(torch.int32)
+            meta = exchange.all_to_all("plan", meta, send_counts, recv_counts)
 
-        in_rank = torch.zeros((0, ranks), dtype=torch.bool, device=self.device)
-        if problem is None:
-            in_rank = (
-                is_token_in_rank if topk_idx is None else self._tokens_in_ranks(topk_idx, num_experts)  # type: ignore[assignment]
-            )
-        facts: dict[str, Fact] = {
-            "plan": self._plans,
-            "num_experts": num_experts,
-            "top-k": 0 if topk_idx is None or problem is not None else topk_idx.shape[1],
-            "expert alignment": alignment,
-        }
-        counts = exchange.agree("plan", facts, problem, private=in_rank.sum(0).tolist())
-        prefix = counts.cumsum(0).to(device=self.device, dtype=torch.int64)
-        send_counts, recv_counts = counts[self.rank].tolist(), counts[:, self.rank].tolist()
-
-        position = in_rank.cumsum(0, dtype=torch.int32) - 1
-        send_slot = torch.where(in_rank, position, -1).to(torch.int32)
-        sent_tokens = in_rank.t().nonzero()[:, 1]
-        if topk_idx is None:
-            topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=self.device)
-        meta = torch.cat([sent_tokens.unsqueeze(1), topk_idx[sent_tokens]], dim=1).to(torch.int32)
-        meta = exchange.all_to_all("plan", meta, send_counts, recv_counts)
-
-        experts_here = num_experts // ranks
-        recv_src_idx = self._fit(meta[:, 0].contiguous(), max_recv, "received tokens", "max_recv")
-        local = self._fit(meta[:, 1:].to(torch.int64) - self.rank * experts_here, max_recv)
-        recv_topk_idx = torch.where((local >= 0) & (local < experts_here), local, -1)
-        if topk_idx.shape[1]:
-            placed = self._place(recv_topk_idx, experts_here, alignment, max_rows)
-        else:
-            assert num_tokens_per_expert is not None
-            placed = self._count_only(num_tokens_per_expert, experts_here, recv_topk_idx)
-        exact = max_recv is None and max_rows is None
+            experts_here, counted = num_experts // ranks, None
+            if not topk_idx.shape[1]:
+                assert num_tokens_per_expert is not None
+                counted = self._exchange_counts(exchange, num_tokens_per_expert)
+        # Only sizes that were fixed beforehand can be too small.
+        with exchange.agreement("plan") if fixed else exchange.moving("plan"):
+            recv_src_idx = self._fit(meta[:, 0].contiguous(), max_recv)
+            local = self._fit(meta[:, 1:].to(torch.int64) - self.rank * experts_here, max_recv)
+            recv_topk_idx = torch.where((local >= 0) & (local < experts_here), local, -1)
+            if counted is None:
+                placed = self._place(recv_topk_idx, experts_here, alignment, max_rows)
+            else:
+                placed = _no_expert_rows(recv_topk_idx, counted)
         return Plan(
             num_experts=num_experts,
             alignment=alignment,
-            identity=(self.number, self._plans),
+            identity=(self.number, number),
             topk_idx=topk_idx.to(torch.int64, copy=True),
             send_slot=send_slot,
             counted=torch.cat([prefix.reshape(-1), placed.counts, placed.offsets]),
             received=torch.cat([recv_src_idx.unsqueeze(1), recv_topk_idx.to(torch.int32), placed.recv_rows], dim=1),
             row_recv=placed.row_recv,
-            expert_counts_host=placed.counts.to("cpu", copy=True) if exact else None,
+            expert_counts_host=None if fixed else placed.counts.to("cpu", copy=True),
         )
 
     def _tokens_in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         owner = torch.div(topk_idx, num_experts // self.world_size, rounding_mode="floor")  # -1 stays negative
-        return (owner.unsqueeze(-1) == torch.arange(self.world_size, device=self.device)).any(1)
+        return (owner.unsqueeze(-1) == torch.arange(self.world_size, dtype=torch.int64, device=self.device)).any(1)
 
-    def _fit(self, rows: Tensor, limit: int | None, what: str = "", setting: str = "") -> Tensor:
-        """``rows`` cut or filled with -1 to ``limit`` rows; an overflow is reported by the next :meth:`check`."""
+    def _fit(self, rows: Tensor, limit: int | None) -> Tensor:
+        """``rows`` filled with -1 to ``limit`` rows."""
         if limit is None:
             return rows
-        if rows.shape[0] > limit and what:
-            self._note_overflow(rows.shape[0], limit, what, setting)
-        fill = rows.new_full((max(0, limit - rows.shape[0]), *rows.shape[1:]), -1)
-        return torch.cat([rows[:limit], fill])
-
-    def _note_overflow(self, needed: int, limit: int, what: str, setting: str) -> None:
-        self._overflow = CapacityError(
-            f"rank {self.rank} needs room for {needed} {what}, but {setting} = {limit}: rows beyond it were dropped"
-        )
+        if rows.shape[0] > limit:
+            raise CapacityError(
+                overflow_text(self.config, self.rank, rows.shape[0], "received tokens", "max_recv", limit)
+            )
+        return torch.cat([rows, rows.new_full((limit - rows.shape[0], *rows.shape[1:]), -1)])
 
     def _place(self, recv_topk_idx: Tensor, experts_here: int, alignment: int, max_rows: int | None) -> _Placed:
         """Give every route its expert row: by expert, then received row, then top-k position."""
@@ -181,40 +189,35 @@ class CollectiveBackend:
         needed = int(offsets[-1])
         num_rows = needed if max_rows is None else max_rows
         if needed > num_rows:
-            self._note_overflow(needed, num_rows, "expert rows", "max_rows")
+            raise CapacityError(overflow_text(self.config, self.rank, needed, "expert rows", "max_rows", num_rows))
 
         order = order[: int(counts.sum())]
         expert = routes[order]
-        rank_in_group = torch.arange(order.shape[0], device=self.device) - (counts.cumsum(0) - counts)[expert]
+        rank_in_group = (
+            torch.arange(order.shape[0], dtype=torch.int64, device=self.device) - (counts.cumsum(0) - counts)[expert]
+        )
         row = offsets[expert] + rank_in_group
-        fits = row < num_rows
-        order, row = order[fits], row[fits]
         recv_rows = torch.full_like(routes, -1, dtype=torch.int32)
         recv_rows[order] = row.to(torch.int32)
         row_recv = torch.full((num_rows,), -1, dtype=torch.int32, device=self.device)
         row_recv[row] = (order // recv_topk_idx.shape[1]).to(torch.int32)
-        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets.clamp(max=num_rows))
+        return _Placed(recv_rows.view_as(recv_topk_idx), row_recv, counts, offsets)
 
-    def _count_only(self, num_tokens_per_expert: Tensor, experts_here: int, recv_topk_idx: Tensor) -> _Placed:
-        """Without expert indices there are no expert rows, only how many tokens each expert would get."""
-        per_rank = num_tokens_per_expert.to(torch.int64).view(self.world_size, experts_here)
+    def _exchange_counts(self, exchange: Exchange, num_tokens_per_expert: Tensor) -> Tensor:
+        """[L] int64: without expert indices, how many tokens each expert of this rank would get."""
+        per_rank = num_tokens_per_expert.to(torch.int64).view(self.world_size, -1)
         ones = [1] * self.world_size
-        counts = self._open().all_to_all("plan", per_rank, ones, ones).sum(0)
-        return _Placed(
-            recv_rows=torch.empty_like(recv_topk_idx, dtype=torch.int32),
-            row_recv=torch.empty(0, dtype=torch.int32, device=self.device),
-            counts=counts,
-            offsets=counts.new_zeros(experts_here + 1),
-        )
+        return exchange.all_to_all("plan", per_rank, ones, ones).sum(0)
 
-    def refuse(self, phase: Phase, error: DeepEPMoEError) -> NoReturn:
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         exchange = self._open()
         if phase == "plan":
-            self._plans += 1
-            exchange.agree(phase, {}, error)
-        else:
-            self._agree(phase, {}, error)
-        raise error  # has been raised above
+            exchange.count_plan()
+        try:
+            with self._agreement(phase):
+                raise error
+        finally:
+            del error  # its traceback holds this frame: together they would keep the caller's tensors alive
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -229,20 +232,24 @@ class CollectiveBackend:
         weights: Tensor | None = None,
         backward: Backward = Backward.NONE,
     ) -> Rows:
-        self._open()
-        problem: DeepEPMoEError | None = None
-        facts: dict[str, Fact] = {}
-        try:
+        with self._agreement("dispatch") as agreement:
             check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
-            facts = _facts(plan, x, layout, weights, backward)
-            facts.update({"wire": wire, "scale columns": 0 if scales is None else scales.shape[1]})
-        except DeepEPMoEError as error:
-            problem = error
-        exchange = self._agree("dispatch", facts, problem)
+            agreement.facts = {
+                **_facts(plan, x, layout, weights, backward),
+                "wire": wire,
+                "scale columns": 0 if scales is None else scales.shape[1],
+                "dtype of scales": torch.float32 if scales is None else scales.dtype,
+            }
+        with self._open().moving("dispatch"):
+            return self._dispatch(plan, x, layout, wire, scales, weights)
+
+    def _dispatch(
+        self, plan: Plan, x: Tensor, layout: Layout, wire: Wire, scales: Tensor | None, weights: Tensor | None
+    ) -> Rows:
+        exchange = self._open()
         if wire is not Wire.AS_GIVEN:
             x, scales = quantize_e4m3(x)
-
-        send_counts, recv_counts = self._counts(plan)
+        send_counts, recv_counts = self._counts("dispatch", plan)
         x = x.detach()
         parts = [x] + [part for part in (scales, weights) if part is not None]
         packed = torch.cat([as_bytes(part) for part in parts], dim=1)
@@ -286,23 +293,29 @@ class CollectiveBackend:
         backward: Backward = Backward.NONE,
     ) -> Tokens:
         """See the protocol. Weights of the rank layout are summed as given, also where the route is elsewhere."""
-        self._open()
-        problem: DeepEPMoEError | None = None
-        facts: dict[str, Fact] = {}
-        try:
+        with self._agreement("combine") as agreement:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
-            facts = {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
-        except DeepEPMoEError as error:
-            problem = error
-        exchange = self._agree("combine", facts, problem)
+            agreement.facts = {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
+        with self._open().moving("combine"):
+            return self._combine(plan, x, layout, weights, apply_weights, bias)
 
+    def _combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        layout: Layout,
+        weights: Tensor | None,
+        apply_weights: bool,
+        bias: tuple[Tensor, ...],
+    ) -> Tokens:
+        exchange = self._open()
         x = x.detach()
         partial, back_weights = x, weights
         if layout is Layout.BY_EXPERT:
             partial, back_weights = _sum_routes(plan, x, weights, apply_weights)
         parts = [partial] + ([back_weights] if back_weights is not None else [])
         packed = torch.cat([as_bytes(part) for part in parts], dim=1)
-        send_counts, recv_counts = self._counts(plan)
+        send_counts, recv_counts = self._counts("combine", plan)
         packed = _resize(packed, sum(recv_counts))
         back = exchange.all_to_all("combine", packed, recv_counts, send_counts)
 
@@ -323,8 +336,8 @@ class CollectiveBackend:
             total += added.detach().float()
         return total.to(back.dtype)
 
-    def _counts(self, plan: Plan) -> tuple[list[int], list[int]]:
-        prefix = plan.rank_prefix.cpu()
+    def _counts(self, phase: Phase, plan: Plan) -> tuple[list[int], list[int]]:
+        prefix = self._open().to_host(phase, plan.rank_prefix)
         counts = prefix.diff(dim=0, prepend=prefix.new_zeros((1, self.world_size)))
         return counts[self.rank].tolist(), counts[:, self.rank].tolist()
 
@@ -335,11 +348,10 @@ class CollectiveBackend:
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        if self._overflow is not None:
-            overflow, self._overflow = self._overflow, None
-            raise overflow
+        pass  # calls raise what went wrong themselves
 
     def close(self) -> None:
+        self._say_waits()
         self._exchange = None
 
     def _open(self) -> Exchange:
@@ -347,14 +359,10 @@ class CollectiveBackend:
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
         return self._exchange
 
-    def _agree(self, phase: Phase, facts: dict[str, Fact], problem: DeepEPMoEError | None) -> Exchange:
-        """Where ``config.check_agreement`` says so, all ranks compare ``facts`` or learn of another's ``problem``."""
-        exchange = self._open()
-        if self.config.check_agreement:
-            exchange.agree(phase, facts, problem)
-        elif problem is not None:
-            raise problem
-        return exchange
+    def _agreement(self, phase: Phase) -> AbstractContextManager[Agreement]:
+        """On a CPU always compared: gloo ends the process where sizes differ."""
+        compared = self.config.check_agreement or self.device.type == "cpu" or phase == "plan"
+        return self._open().agreement(phase, compared=compared)
 
 
 class _Placed(NamedTuple):
@@ -364,6 +372,22 @@ class _Placed(NamedTuple):
     row_recv: Tensor
     counts: Tensor
     offsets: Tensor
+
+
+def _no_expert_rows(recv_topk_idx: Tensor, counts: Tensor) -> _Placed:
+    """Without expert indices there are no expert rows, only counts."""
+    return _Placed(
+        recv_rows=torch.empty_like(recv_topk_idx, dtype=torch.int32),
+        row_recv=torch.empty(0, dtype=torch.int32, device=recv_topk_idx.device),
+        counts=counts,
+        offsets=counts.new_zeros(counts.shape[0] + 1),
+    )
+
+
+def _print_waits(rank: int, waited: dict[str, float]) -> None:
+    """``config.debug_waits``. A collective waits for all peers at once and does not tell for whom."""
+    told = ", ".join(f"{seconds * 1e3:.3f} ms in {phase}" for phase, seconds in waited.items())
+    print(f"deepep_moe: rank {rank} waited for its peers {told}", flush=True)
 
 
 def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:

@@ -1,39 +1,79 @@
 """Calls to torch.distributed that are bounded, name their phase, and let every rank learn of one rank's mistake.
 
 Two things can leave a group hanging: a peer that died, and a peer that raised an exception and never joined the
-call. The first ends here as :class:`~deepep_moe.errors.PeerError` after ``timeout_seconds``. The second cannot
-happen to callers of :meth:`Exchange.agree`: a rank with bad input joins that exchange too, marked, and every rank
-raises.
+call. The first ends here as :class:`~deepep_moe.errors.PeerError`: every operation has ``timeout_seconds`` of its own,
+so that nothing is left running that would keep the process from ending. The second cannot happen to users of
+:meth:`Exchange.agreement`: a rank with bad input joins that exchange too, marked, and every rank raises.
+
+An operation that failed leaves ranks at different places, and its late messages would be taken for those of the next
+one. So a group that failed once is given up: later calls raise at once.
 """
 
 from __future__ import annotations
 
+import json
+import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import TypeAlias, get_args
+from typing import Any, NoReturn, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Phase
-from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.backends.rollcall import Note, explain, roll_call
+from deepep_moe.errors import PeerError, PeerTimeoutError, RankMismatchError
 
-Fact: TypeAlias = int | torch.dtype | Enum
+Fact: TypeAlias = int | float | torch.dtype | Enum
 _PHASES: tuple[Phase, ...] = get_args(Phase)
-_DTYPES = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.int32,
-    torch.uint8,
-    torch.float8_e8m0fnu,
-)
-_MAX_FACTS = 10
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+_MAX_FACTS = 12
 _UNUSED = -(2**62)
+_NO_PEER_TAG = 2**20  # of a message that nobody sends
+_DEVICE_GRACE_SECONDS = 30.0  # by which NCCL's own limit, which ends the process, comes after the host's
+
+
+@dataclass
+class _State:
+    """What outlives the Exchanges of a group: ranks differ in when the garbage collector ends a backend."""
+
+    plans: int = 0
+    given_up: tuple[type[PeerError], str] | None = None  # not the exception: it would keep its frames' tensors
+
+
+_states: WeakKeyDictionary[dist.ProcessGroup, dict[str, _State]] = WeakKeyDictionary()
+
+
+def given_up(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """The error after which ``group`` is of no further use on ``device``, if there was one."""
+    state = _states.get(group, {}).get(device.type)
+    return None if state is None or state.given_up is None else state.given_up[1]
+
+
+def gather(
+    phase: str, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, mine: object
+) -> list[Any]:
+    """``mine`` of every rank, by way of JSON. Takes the group's CPU half where it has one: ranks may share a GPU."""
+    cpu = [kind for kind in group._device_types if kind.type == "cpu"]
+    return Exchange(group, cpu[0] if cpu else device, timeout_seconds).gather(phase, mine)
+
+
+@dataclass
+class Agreement:
+    """What one rank brings to :meth:`Exchange.agreement`, and what it gets."""
+
+    facts: dict[str, Fact] = field(default_factory=dict)
+    """What ranks must share, by the names that users know."""
+    private: Sequence[int] = ()
+    """At most R numbers for all to know."""
+    shared: Tensor | None = None
+    """[R, R] int64 on the CPU, after the agreement: row r is what rank r gave as ``private``, zero-filled."""
 
 
 class Exchange:
@@ -42,8 +82,90 @@ class Exchange:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._state = _states.setdefault(group, {}).setdefault(device.type, _State())
+        self.waited: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
+        """Seconds that the host waited for peers, by phase."""
 
-    def all_to_all(self, phase: Phase, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
+    @property
+    def usable(self) -> bool:
+        """Whether no operation of the group has failed so far."""
+        return self._state.given_up is None
+
+    @property
+    def plans(self) -> int:
+        """Plans made over the group so far, by whatever backend. Equal on all ranks after an agreement."""
+        return self._state.plans
+
+    def count_plan(self) -> None:
+        """A plan begins, which may yet be refused."""
+        self._state.plans += 1
+
+    # -- agreement -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def agreement(self, phase: Phase, *, compared: bool = True) -> Iterator[Agreement]:
+        """Agree on entering ``phase``. The body checks this rank's input and fills in the :class:`Agreement`.
+
+        Whatever the body raises, all ranks raise: this one its own error, the others what it says. Without
+        ``compared`` nothing is exchanged, so a rank that raises takes the group with it (:meth:`moving`).
+
+        Raises:
+            RankMismatchError: on every rank, when facts differ or ranks are in different calls.
+            PeerError: another rank could not go on; its message is repeated.
+        """
+        self._check_usable(phase)
+        mine = Agreement()
+        if not compared:
+            with self.moving(phase):
+                yield mine
+            return
+        try:
+            yield mine
+        except Exception as error:
+            with suppress(PeerError):  # this rank has a reason of its own
+                self._exchange_headers(phase, Agreement(), str(error) or type(error).__name__)
+            raise
+        mine.shared = self._exchange_headers(phase, mine, None)
+
+    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: str | None) -> Tensor | None:
+        """Tell the others ``problem``, or compare facts with them. Returns what all gave as private numbers."""
+        if self.world_size == 1:
+            return torch.tensor([list(mine.private) or [0]], dtype=torch.int64, device="cpu")
+        assert len(mine.facts) <= _MAX_FACTS and len(mine.private) <= self.world_size
+        numbers = [int(problem is not None), _PHASES.index(phase), self._state.plans]
+        numbers += [*map(_encode, mine.facts.values()), *[_UNUSED] * (_MAX_FACTS - len(mine.facts))]
+        numbers += [*mine.private, *[0] * (self.world_size - len(mine.private))]
+        header = torch.tensor([numbers], dtype=torch.int64, device="cpu").to(self.device)
+        headers = self.to_host(phase, self._to_all(phase, header))
+        self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
+
+        if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
+            reasons = self.gather(phase, problem)
+            if problem is not None:
+                return None
+            told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
+            raise PeerError(f"{phase} was refused by another rank of the group: {told}")
+        compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
+        columns = headers[:, 3 : 3 + _MAX_FACTS].t().tolist()
+        compare(
+            {name: [_decode(code, like) for code in codes] for (name, like), codes in zip(mine.facts.items(), columns)}
+        )
+        return headers[:, 3 + _MAX_FACTS :]
+
+    @contextmanager
+    def moving(self, phase: Phase) -> Iterator[None]:
+        """Wrap what follows an agreement: if this rank fails alone now, its peers are told why instead of waiting."""
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            self._break_off(phase, error)
+            raise
+
+    # -- communication -------------------------------------------------------------------------------------------
+
+    def all_to_all(self, phase: str, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
         """Send ``send_counts[r]`` consecutive ``rows`` to each rank r, receive ``recv_counts[r]`` from it.
 
         Returns rows in rank order. Any dtype travels: gloo lacks some, so bytes are what it sees.
@@ -51,100 +173,124 @@ class Exchange:
         out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
         if self.world_size == 1:
             return out.copy_(rows)
-        with self._named(phase):
-            work = dist.all_to_all_single(
-                as_bytes(out),
-                as_bytes(rows),
-                list(recv_counts),
-                list(send_counts),
-                group=self.group,
-                async_op=True,
+        self._check_usable(phase)
+        on_cpu = self.device.type == "cpu"
+        options = dist.AllToAllOptions()
+        options.timeout = timedelta(seconds=self.timeout_seconds + (0 if on_cpu else _DEVICE_GRACE_SECONDS))
+        with self._waiting(phase):
+            work = self.group.alltoall_base(
+                as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options
             )
-            if self.device.type == "cpu":
-                work.wait(timedelta(seconds=self.timeout_seconds))
+            if on_cpu:
+                work.wait(options.timeout + timedelta(seconds=1))
             else:
-                work.wait()  # orders the stream; a bounded wait here would block the host
+                work.wait()  # orders the stream; the host waits, bounded, where it reads (to_host)
         return out
 
-    def agree(
-        self,
-        phase: Phase,
-        facts: Mapping[str, Fact],
-        problem: DeepEPMoEError | None = None,
-        private: Sequence[int] = (),
-    ) -> Tensor:
-        """Compare ``facts`` on all ranks and share ``private`` (at most R numbers, zero-filled).
+    def to_host(self, phase: str, tensor: Tensor) -> Tensor:
+        """``tensor`` on the CPU; the wait for what is enqueued before it is bounded."""
+        if tensor.device.type == "cpu":
+            return tensor
+        with self._waiting(phase):
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            host.copy_(tensor, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(tensor.device))
+            end = time.monotonic() + self.timeout_seconds
+            while not arrived.query():
+                if time.monotonic() > end:
+                    raise RuntimeError("the wait for the device timed out")
+                time.sleep(2e-5)
+        return host
 
-        Args:
-            facts: what ranks must share, by the name a user knows it by.
-            problem: this rank's reason not to continue. It is raised here after the others have learned of it.
-
-        Returns:
-            [R, R] int64 on the CPU: row r is what rank r gave as ``private``.
-
-        Raises:
-            RankMismatchError: on every rank, when facts differ or ranks are in different calls.
-            PeerError: when another rank has a problem; its message is repeated.
-        """
+    def gather(self, phase: str, mine: object) -> list[Any]:
+        """``mine`` of every rank; what JSON can hold."""
         if self.world_size == 1:
-            if problem is not None:
-                raise problem
-            return torch.tensor([list(private) or [0]], dtype=torch.int64)
+            return [mine]
+        text = torch.tensor([list(json.dumps(mine).encode())], dtype=torch.uint8, device="cpu").to(self.device)
+        size = torch.tensor([[text.shape[1]]], dtype=torch.int64, device="cpu").to(self.device)
+        sizes = self.to_host(phase, self._to_all(phase, size)).flatten().tolist()
+        sent = text.reshape(-1, 1).repeat(self.world_size, 1)
+        received = self.to_host(phase, self.all_to_all(phase, sent, [text.shape[1]] * self.world_size, sizes))
+        return [json.loads(bytes(part.flatten().tolist())) for part in received.split(sizes)]
 
-        mine = [int(problem is not None), _PHASES.index(phase)]
-        mine += [_encode(value) for value in facts.values()]
-        mine += [_UNUSED] * (2 + _MAX_FACTS - len(mine))
-        mine += list(private) + [0] * (self.world_size - len(private))
-        header = torch.tensor([mine], dtype=torch.int64).to(self.device).expand(self.world_size, -1).contiguous()
+    def _to_all(self, phase: str, row: Tensor) -> Tensor:
+        """``row [1, n]`` of every rank, ``[R, n]``."""
         ones = [1] * self.world_size
-        headers = self.all_to_all(phase, header, ones, ones).cpu()
+        return self.all_to_all(phase, row.expand(self.world_size, -1).contiguous(), ones, ones)
 
-        if headers[:, 0].any():
-            self._raise_problem(phase, problem, headers)
-        self._compare("call", [_PHASES[i] for i in headers[:, 1].tolist()])
-        for column, name in enumerate(facts, start=2):
-            self._compare(name, [_decode(value, facts[name]) for value in headers[:, column].tolist()])
-        return headers[:, 2 + _MAX_FACTS :]
-
-    def _raise_problem(self, phase: Phase, problem: DeepEPMoEError | None, headers: Tensor) -> None:
-        """Some rank cannot continue. All ranks know it, so all can afford a second exchange for the reason."""
-        reasons: list[str | None] = [None] * self.world_size
-        with self._named(phase):
-            dist.all_gather_object(reasons, None if problem is None else str(problem), group=self.group)
-        if problem is not None:
-            raise problem
-        told = "; ".join(f"rank {r}: {reason}" for r, reason in enumerate(reasons) if reason is not None)
-        raise PeerError(f"{phase} was refused by another rank of the group: {told}")
-
-    def _compare(self, name: str, values: list[str]) -> None:
-        if len(set(values)) == 1:
-            return
-        holders: dict[str, list[str]] = {}
-        for rank, value in enumerate(values):
-            holders.setdefault(value, []).append(str(rank))
-        told = "; ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in holders.items())
-        raise RankMismatchError(f"{name} differs between the ranks of the group: {told}")
+    # -- failure -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _named(self, phase: Phase) -> Iterator[None]:
+    def _waiting(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
         try:
             yield
-        except DeepEPMoEError:
-            raise
         except RuntimeError as error:
-            waited = "timed out" in str(error).lower()
-            kind = PeerTimeoutError if waited else PeerError
-            limit = f"{self.timeout_seconds:g} s, or the group's own timeout if shorter"
-            what = f"no answer from its group within {limit}" if waited else "its group is broken, a peer may be gone"
-            raise kind(
-                f"{phase}: rank {self.rank} of {self.world_size}: {what} "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from error
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._give_up(phase, time.monotonic() - began, said)
+        finally:
+            self.waited[phase] = self.waited.get(phase, 0.0) + time.monotonic() - began
+
+    def _give_up(self, phase: str, waited: float, said: str) -> NoReturn:
+        """Find out who did not come, and raise it from now on."""
+        timed_out = "timed out" in said.lower()
+        self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # whatever follows
+        notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
+        kind, text = explain(self.rank, self.world_size, self.timeout_seconds, notes, said)
+        self._state.given_up = (kind, text)
+        self._abort()
+        raise kind(f"{text}. Make a new group: this one is of no further use.")
+
+    def _break_off(self, phase: str, error: Exception) -> None:
+        """This rank leaves an operation that its peers are in."""
+        if self.world_size == 1 or self._state.given_up is not None:
+            return
+        reason = f"{type(error).__name__}: {error}"
+        self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
+        roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
+        self._abort()
+
+    def _abort(self) -> None:
+        """End what is still running, on this rank and on its peers."""
+        with suppress(RuntimeError):
+            if self.device.type == "cuda":
+                self.group._get_backend(self.device).abort()
+            else:  # gloo closes all connections of a group in which any message is overdue
+                nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+                self.group.recv([nothing], (self.rank + 1) % self.world_size, _NO_PEER_TAG).wait(
+                    timedelta(milliseconds=1)
+                )
+
+    def _check_usable(self, phase: str) -> None:
+        if self._state.given_up is not None:
+            kind, text = self._state.given_up
+            raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
+
+
+def compare(facts: Mapping[str, Sequence[str]]) -> None:
+    """Raise :class:`RankMismatchError` for the first of ``facts``, each rank's value by name, that differs."""
+    for name, values in facts.items():
+        if len(set(values)) > 1:
+            holders: dict[str, list[str]] = {}
+            for rank, value in enumerate(values):
+                holders.setdefault(value, []).append(str(rank))
+            told = "; ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in holders.items())
+            hint = f" ({_HINTS[name]})" if name in _HINTS else ""
+            raise RankMismatchError(f"{name} differs between the ranks of the group: {told}{hint}")
+
+
+_HINTS = {
+    "plan": "plans are counted as they are made: ranks call in another order, or one leaves a result unused",
+    "backward": "what requires gradients must be the same on all ranks",
+}
 
 
 def _encode(value: Fact) -> int:
     if isinstance(value, torch.dtype):
         return _DTYPES.index(value)
+    if isinstance(value, float):
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
     return list(type(value)).index(value) if isinstance(value, Enum) else int(value)
 
 
@@ -154,6 +300,8 @@ def _decode(code: int, like: Fact) -> str:
         return "nothing"
     if isinstance(like, torch.dtype):
         return str(_DTYPES[code])
+    if isinstance(like, float):
+        return str(struct.unpack("<d", struct.pack("<q", code))[0])
     if isinstance(like, Enum):
         return list(type(like))[code].name.lower().replace("_", " ")
     return str(bool(code)) if isinstance(like, bool) else str(code)
@@ -163,4 +311,5 @@ def as_bytes(rows: Tensor) -> Tensor:
     """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
     rows = rows.detach().contiguous()
     # contiguous() leaves any strides on tensors of no or one row, and view(dtype) is strict about them
-    return rows.as_strided(rows.shape, torch.empty(rows.shape, device="meta").stride()).view(torch.uint8)
+    dense = torch.empty(rows.shape, dtype=rows.dtype, device="meta").stride()
+    return rows.as_strided(rows.shape, dense).view(torch.uint8)

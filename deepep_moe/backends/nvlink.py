@@ -48,6 +48,7 @@ from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
 from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES
 from deepep_moe.peer_memory import PeerMemory
+from deepep_moe.shared import Shared
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ _FORMATS = (
 )
 
 
-class NVLinkBackend:
+class NVLinkBackend(Shared):
     """:class:`~deepep_moe.backends.base.Backend` for GPUs that reach each other's memory.
 
     Args:
@@ -143,7 +144,7 @@ class NVLinkBackend:
             self._check_limits(num_experts, 0 if topk_idx is None else topk_idx.shape[1])
             if torch.cuda.is_current_stream_capturing():
                 self._check_capture(num_experts, topk_idx, max_recv)
-        except DeepEPMoEError as error:
+        except Exception as error:
             self._refuse_plan(error)
         if topk_idx is not None:
             tokens, topk = topk_idx.shape
@@ -248,7 +249,10 @@ class NVLinkBackend:
             engine.wait_plan(0)
             if self.domain.usable:
                 self.domain.resume()  # what it says of the peers follows from this rank's mistake
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # see _refuse_operation
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -270,7 +274,7 @@ class NVLinkBackend:
             sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
             row_bytes = self._row_bytes("x", x, sent_dtype)
             x = _aligned(x)
-        except (DeepEPMoEError, torch.OutOfMemoryError) as error:
+        except Exception as error:
             self._refuse_operation(error, plan)
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
@@ -334,7 +338,7 @@ class NVLinkBackend:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             row_bytes = self._row_bytes("x", x, x.dtype)
             x = _aligned(x)
-        except (DeepEPMoEError, torch.OutOfMemoryError) as error:
+        except Exception as error:
             self._refuse_operation(error, plan)
         carry = weights is not None and not apply_weights
         pitch = _pitch(row_bytes + (4 * plan.num_topk if carry else 0))
@@ -385,7 +389,10 @@ class NVLinkBackend:
             own = isinstance(plan, Plan) and plan.owner == self.number
             counted = plan.counted.data_ptr() if own else 0  # type: ignore[union-attr]
             self._open().refuse_operation(counted, self._enter_stream())
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame: together they would keep the caller's tensors alive
 
     # -- memory --------------------------------------------------------------------------------------------------
 

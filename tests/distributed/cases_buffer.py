@@ -188,14 +188,14 @@ def worst_case_mode_fixes_the_size(group: dist.ProcessGroup) -> None:
     out, _, _ = buffer.combine(recv_x, handle)
     assert torch.equal(out, batch.times_its_ranks(handle))
 
-    dispatch(buffer, batch, num_worst_tokens=1)
     needs_more = [len(rank_rows([b[1] for b in batch.all], r, EXPERTS_PER_RANK)) > 1 for r in range(batch.world)]
-    if needs_more[batch.rank]:  # the next call says so, everywhere
+    if needs_more[batch.rank]:
         with raises(CapacityError, "needs room for", "max_recv = 1"):
-            dispatch(buffer, batch)
+            dispatch(buffer, batch, num_worst_tokens=1)
     else:
         with raises(PeerError, "needs room for"):
-            dispatch(buffer, batch)
+            dispatch(buffer, batch, num_worst_tokens=1)
+    assert torch.equal(dispatch(buffer, batch)[0], batch.received_x())  # and it goes on
 
 
 @case()

@@ -376,12 +376,12 @@ def capacity_mode_has_fixed_sizes_and_reports_overflow(group: dist.ProcessGroup)
     roomy.backend.check()
 
     tight = TokenDispatcher(group, 2 * world, DispatcherConfig(capacity_factor=0.25))
-    dispatched = tight.dispatch(x, torch.zeros_like(topk_idx), weights)  # all to rank 0
-    assert dispatched.rows.shape == (8, 8)
-    assert tight.combine(dispatched.rows, dispatched).shape == x.shape
-    if tight.rank == 0:
-        with raises(CapacityError, "needs room for", "rows beyond it were dropped"):
-            tight.backend.check()
+    for _ in range(2):  # all to rank 0
+        with raises(CapacityError if tight.rank == 0 else PeerError, "rank 0 needs room for", "capacity_factor = 0.25"):
+            tight.dispatch(x, torch.zeros_like(topk_idx), weights)
+    dropped = tight.dispatch(x, torch.full_like(topk_idx, -1), weights)  # and it goes on
+    assert dropped.rows.shape == (8, 8)
+    assert not tight.combine(dropped.rows, dropped).any()
 
 
 @case(ranks=(1, 2, 3))
@@ -444,6 +444,34 @@ def disagreement_names_ranks_and_values(group: dist.ProcessGroup) -> None:
             dispatcher.dispatch(x, topk_idx, weights)
         else:
             dispatcher.combine(dispatched.rows, dispatched)
+    sent = dispatcher.dispatch(x, topk_idx, weights)  # and the group goes on
+    torch.testing.assert_close(dispatcher.combine(sent.rows, sent), 2 * x)
+
+
+@case(ranks=(1, 2))
+def autocast_changes_dtypes_of_what_it_should_only(group: dist.ProcessGroup) -> None:
+    """Routing weights and rows come in bfloat16, tokens and master weights stay fp32."""
+    dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group), DispatcherConfig(expert_alignment=4))
+    x, topk_idx, scores = random_batch(dispatcher.rank, 9, 16, 2, dispatcher.num_experts)
+    matrices, own = local_matrices(dispatcher, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        dispatched = dispatcher.dispatch(x, topk_idx, (scores @ torch.eye(2)).to(torch.bfloat16))
+        assert dispatched.rows.dtype == torch.float32
+        assert dispatched.weights is not None and dispatched.weights.dtype == torch.float32
+        rows = torch.cat(
+            [torch.tanh(r @ m) for r, m in zip(dispatched.rows.split(dispatched.tokens_per_expert.tolist()), own)]
+        )
+        assert rows.dtype == torch.bfloat16
+        out = dispatcher.combine(rows, dispatched, weights=dispatched.weights)
+    assert out.dtype == torch.bfloat16
+    expected = dense_moe(x, topk_idx, scores, matrices)
+    torch.testing.assert_close(out.float(), expected, rtol=5e-2, atol=5e-2)
+    for got, wanted in zip(
+        torch.autograd.grad(out.float().sum(), (x, scores)),
+        torch.autograd.grad(expected.sum(), (x, scores)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=5e-2, atol=1e-1)
 
 
 @case()

@@ -17,4 +17,4 @@ def test_core(ranks: int, name: str) -> None:
 def test_dying_peer() -> None:
     output = torchrun(2, "-m", "tests.distributed.dying_peer", timeout=60).stdout
     assert "told: dispatch: rank 0 of 2: " in output
-    assert "a peer may be gone" in output
+    assert "rank 1 may be gone" in output

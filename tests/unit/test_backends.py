@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher
 from deepep_moe.backends import BACKENDS, Backend, Layout, get_backend
 from deepep_moe.config import BackendName
-from deepep_moe.errors import HandleError, InputError, UnsupportedError
+from deepep_moe.errors import CapacityError, HandleError, InputError, UnsupportedError
+from deepep_moe.overlap import Overlap
 
 CPU = torch.device("cpu")
 
@@ -134,6 +138,68 @@ def test_plans_survive_later_plans_and_changed_inputs(group: dist.ProcessGroup) 
     assert plan.topk_idx.tolist() == [[1], [0], [1]]
     x = torch.tensor([[1.0], [2.0], [3.0]])
     assert backend.dispatch(plan, x, layout=Layout.BY_EXPERT).x.tolist() == [[2.0], [1.0], [3.0]]
+
+
+def test_copies_share_and_pickling_says_why_not(group: dist.ProcessGroup) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 4))
+            self.overlap = Overlap(TokenDispatcher(group, 2))
+            self.buffers_of_others = [Buffer(group), ElasticBuffer(group), self.overlap.dispatcher.backend]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sent = self.overlap.dispatcher.dispatch(x @ self.weight, torch.tensor([[0], [1]]))
+            return self.overlap.dispatcher.combine(sent.rows, sent)
+
+    layer = Layer()
+    twin = copy.deepcopy(layer)
+    assert twin.overlap.dispatcher is layer.overlap.dispatcher
+    assert copy.copy(layer.overlap) is layer.overlap
+    with torch.no_grad():
+        twin.weight.mul_(2)
+    x = torch.ones(2, 4)
+    assert torch.equal(twin(x), 2 * layer(x))
+    for kind, value in (
+        ("TokenDispatcher", layer.overlap.dispatcher),
+        ("Overlap", layer.overlap),
+        ("Overlap", layer),
+        ("Buffer", layer.buffers_of_others[0]),
+        ("ElasticBuffer", layer.buffers_of_others[1]),
+        ("CollectiveBackend", layer.buffers_of_others[2]),
+    ):
+        with pytest.raises(UnsupportedError, match=f"a {kind} cannot be pickled: it belongs to a process group"):
+            pickle.dumps(value.__dict__ if isinstance(value, Layer) else value)
+
+
+def test_overflow_names_the_settings_that_gave_the_room(group: dist.ProcessGroup) -> None:
+    routes, x = torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 4)
+    for settings, told in (
+        ({"capacity_factor": 0.25}, r"capacity_factor = 0.25 with max_tokens_per_rank = 0 \(so the rank's own tokens"),
+        (
+            {"capacity_factor": 1.0, "max_tokens_per_rank": 1},
+            r"capacity_factor = 1 with max_tokens_per_rank = 1 gives room for 1",
+        ),
+    ):
+        dispatcher = TokenDispatcher(group, 2, DispatcherConfig(**settings))  # type: ignore[arg-type]
+        with pytest.raises(CapacityError, match=rf"rank 0 needs room for 4 received tokens, but {told}") as error:
+            dispatcher.dispatch(x, routes)
+        assert "max_recv" not in str(error.value)
+    huge = TokenDispatcher(group, 2, DispatcherConfig(capacity_factor=1e6, max_tokens_per_rank=2**20))
+    with pytest.raises(InputError, match=r"capacity_factor = 1000000\.0: gives room for"):
+        huge.dispatch(x, routes)
+
+
+def test_waits_are_printed(group: dist.ProcessGroup, capsys: pytest.CaptureFixture[str]) -> None:
+    backend = get_backend(group, CPU, DispatcherConfig(debug_waits=True))
+    backend.plan(torch.zeros(1, 1, dtype=torch.int64), 1)
+    backend.close()
+    backend.close()
+    told = capsys.readouterr().out
+    assert re.fullmatch(
+        r"deepep_moe: rank 0 waited for its peers [0-9.]+ ms in plan, [0-9.]+ ms in dispatch, [0-9.]+ ms in combine\n",
+        told,
+    )
 
 
 def test_second_derivatives_of_a_linear_path(group: dist.ProcessGroup) -> None:

@@ -83,6 +83,14 @@ def test_text_of_variables_is_converted(variable: str, text: str, expected: obje
         ("timeout_seconds", 0),
         ("timeout_seconds", float("inf")),
         ("check_agreement", None),
+        ("timeout_seconds", 1e15),
+        ("timeout_seconds", 1e-4),
+        ("timeout_seconds", 10**400),
+        ("capacity_factor", 1e308),
+        ("expert_alignment", 2**62),
+        ("max_tokens_per_rank", 2**31),
+        ("num_chunks", 2**40),
+        ("num_sms", 2**31),
     ],
 )
 def test_impossible_values_name_key_value_source_and_what_is_allowed(key: str, value: object) -> None:
@@ -92,6 +100,19 @@ def test_impossible_values_name_key_value_source_and_what_is_allowed(key: str, v
         assert part in str(raised.value)
     with pytest.raises(ConfigError, match=f"{key} = .* from argument"):
         DispatcherConfig(**{key: value})
+
+
+def test_a_file_must_be_text(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("num_sms: 4  # für\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"cannot read settings file .*settings\.yaml.*utf-8"):
+        DispatcherConfig.load(yaml_path=path, env={})
+
+
+def test_the_settings_that_ranks_share() -> None:
+    shared = DispatcherConfig(capacity_factor=2.0).shared()
+    assert shared["capacity_factor"] == 2.0
+    assert {"timeout_seconds", "num_sms", "debug_waits", "backend"}.isdisjoint(shared)
 
 
 def test_sources_are_named(tmp_path: Path) -> None:

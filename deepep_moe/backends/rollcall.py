@@ -1,0 +1,96 @@
+"""Who of a group is where, once an operation over it has failed.
+
+torch.distributed says that something went wrong, not with whom. So every rank that gives up leaves a note in the
+group's store and reads the others'. Ranks that waited for the same peer give up together, hence after a moment whoever
+left no note did not come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from threading import Thread
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from deepep_moe.errors import PeerError, PeerTimeoutError
+
+_GRACE_SECONDS = 1.0  # for notes of ranks that fail at the same time
+_STORE_SECONDS = 3.0  # for the store itself, whose host may be what was lost
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rank says when it gives up."""
+
+    phase: str
+    waited: float  # seconds
+    timed_out: bool  # rather than told by its connection
+    reason: str = ""  # of its own, where it gave up without waiting for anybody
+
+
+def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool = True) -> dict[int, Note]:
+    """Leave ``mine`` and return the notes by group rank, this rank's included; bounded, whatever the store does.
+
+    Args:
+        channel: groups have one connection per device type; this names it.
+        wait: for ranks that fail at the same time.
+    """
+    notes = {dist.get_rank(group): mine}
+
+    def exchange_notes() -> None:
+        store = _get_process_group_store(group)
+        keys = [f"deepep_moe/gave_up/{channel}/{rank}" for rank in range(dist.get_world_size(group))]
+        store.set(keys[dist.get_rank(group)], json.dumps(asdict(mine)))
+        if wait:
+            with suppress(Exception):  # some rank does not come
+                store.wait(keys, timedelta(seconds=_GRACE_SECONDS))
+        for rank, key in enumerate(keys):
+            if rank not in notes and store.check([key]):
+                notes[rank] = Note(**json.loads(store.get(key)))
+
+    def run() -> None:
+        with suppress(Exception):  # the store is gone: nobody is named
+            exchange_notes()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_GRACE_SECONDS + _STORE_SECONDS)
+    return dict(notes)
+
+
+def explain(
+    rank: int, world_size: int, timeout_seconds: float, notes: dict[int, Note], said: str
+) -> tuple[type[PeerError], str]:
+    """The kind of error and its text on ``rank``, from all notes and from what torch.distributed ``said`` here."""
+    mine = notes[rank]
+    who = f"{mine.phase}: rank {rank} of {world_size}"
+    broke_off = {r: note for r, note in notes.items() if note.reason and r != rank}
+    if broke_off:
+        told = "; ".join(f"rank {r} broke off {note.phase}: {note.reason}" for r, note in broke_off.items())
+        return PeerError, f"{who}: {told}"
+    absent = [r for r in range(world_size) if r not in notes]
+    timed_out = any(note.timed_out for note in notes.values())
+    if absent and timed_out:
+        return PeerTimeoutError, f"{who}: no answer from {_ranks(absent)} within {timeout_seconds:g} s ({said})"
+    if absent:
+        return PeerError, f"{who}: {_ranks(absent)} may be gone, the connection closed ({said})"
+    if not timed_out:
+        return PeerError, f"{who}: the connections of its group broke ({said})"
+    late = min(notes, key=lambda r: notes[r].waited)
+    if late == rank:
+        first = max(notes, key=lambda r: notes[r].waited)
+        return PeerError, f"{who} came too late: rank {first} had given up after {notes[first].waited:.3g} s ({said})"
+    return (
+        PeerTimeoutError,
+        f"{who}: no answer from rank {late} within {timeout_seconds:g} s; it came too late ({said})",
+    )
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in ranks]
+    return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
