@@ -9,6 +9,9 @@ All GEMMs are PyTorch's. There are two ways to call them, the same in the forwar
 
 The choice is made per call, by :func:`_in_one_call`. Nothing is concatenated or copied either way, but for weights of
 separate parameters that one ``grouped_mm`` shall read (see :func:`stacked`).
+
+The GEMMs write into ``out=`` tensors, which autocast leaves alone; so :func:`grouped_linear` casts its arguments, as
+autocast casts those of ``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
@@ -79,11 +82,21 @@ def grouped_linear(
         bias: L parameters of [O].
 
     Returns:
-        [M, O].
+        [M, O]; under autocast in autocast's dtype.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    result: Tensor = _GroupedLinear.apply(rows, groups, len(weights), *weights, *(bias or ()))
+    rows, *parameters = autocast(rows, *weights, *(bias or ()))
+    result: Tensor = _GroupedLinear.apply(rows, groups, len(weights), *parameters)
     return result
+
+
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast makes of a linear layer's arguments: in its dtype where it is on for the device, but for fp64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
 
 
 def project(rows: Tensor, weights: Sequence[Tensor], groups: Groups, biases: Sequence[Tensor] = ()) -> Tensor:

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from deepep_moe.errors import ConfigError, UnsupportedError
-from deepep_moe.grouped import Groups, grouped_linear, input_gradient, project, weight_gradients
+from deepep_moe.grouped import Groups, autocast, grouped_linear, input_gradient, project, weight_gradients
 from deepep_moe.weigh import weigh_rows
 
 _EXTRA_STATE = "_extra_state"
@@ -125,7 +125,9 @@ class GroupedExperts(MegatronModule):
         groups = Groups(tokens_per_expert)
         hidden = grouped_linear(rows, self.weight1, groups)
         if self.activation_recompute:
-            output: Tensor = _ActivateAndProject.apply(self._activate, hidden, probs, self.weight2, groups)
+            # Cast out here, where autograd casts the weight's gradient back.
+            (weight2,) = autocast(self.weight2)
+            output: Tensor = _ActivateAndProject.apply(self._activate, hidden, probs, weight2, groups)
             return output, None
         return grouped_linear(self._activate(hidden, probs), self.weight2, groups), None
 
@@ -237,8 +239,10 @@ class _ActivateAndProject(torch.autograd.Function):
         ctx: Any, activate: Callable[..., Tensor], hidden: Tensor, probs: Tensor, weight: Tensor, groups: Groups
     ) -> Tensor:
         ctx.activate, ctx.groups = activate, groups
+        device = hidden.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
         ctx.save_for_backward(hidden, probs, weight)
-        return project(activate(hidden, probs), (weight,), groups)
+        return project(*autocast(activate(hidden, probs)), (weight,), groups)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -246,9 +250,9 @@ class _ActivateAndProject(torch.autograd.Function):
         hidden, probs, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         wanted = ctx.needs_input_grad[1:4]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):  # as in the forward
             inputs = [tensor.detach().requires_grad_(want) for tensor, want in zip((hidden, probs), wanted)]
-            activated = ctx.activate(*inputs)
+            (activated,) = autocast(ctx.activate(*inputs))
         grad_weight = weight_gradients(gradient, activated.detach(), (weight,), ctx.groups)[0] if wanted[2] else None
         grads: list[Tensor | None] = [None, None]
         if wanted[0] or wanted[1]:
