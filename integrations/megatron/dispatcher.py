@@ -14,22 +14,33 @@ phase                    does                                                  g
 Experts multiply by the probabilities themselves, so combine is a plain sum and the gradient of the probabilities
 returns through dispatch. Between phases the object keeps only what the forward of one micro-batch needs next; the
 backward relies on autograd alone, because the 1F1B overlap and recomputation run forwards in between.
+
+An error of one rank is told to its peers in the communication that they are on their way into, so that all ranks raise
+and none waits: what ``dispatch_preprocess`` finds, which does not communicate, in ``token_dispatch``, and what the router
+or the experts raise inside ``MoELayer.forward`` by :meth:`DeepEPTokenDispatcher.tell_peers`.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
+from deepep_moe.backends.base import Phase
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
-from deepep_moe.errors import InputError
+from deepep_moe.errors import DeepEPMoEError, InputError
 from deepep_moe.integrations.megatron.options import check_options, dispatcher_config
 from deepep_moe.routes import routes
+
+_IN_FLIGHT = ("hidden_shape", "topk_idx", "_next", "_refused", "_dispatched", "_places")
 
 
 class DeepEPTokenDispatcher(MoETokenDispatcher):
@@ -65,6 +76,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.hidden_shape: torch.Size | None = None
         self.topk_idx: Tensor | None = None
         self.probs_dtype = torch.float32
+        self._next: Phase | None = None  # which communication the peers await, unless this rank is inside of one
+        self._refused: DeepEPMoEError | None = None  # what dispatch_preprocess found, for token_dispatch to say
         self._dispatched: Dispatched | None = None
         self._places: Tensor | None = None  # of the rows among those padded to capacity
 
@@ -75,6 +88,27 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             self.cudagraph_attrs.append("shared_experts.gate_score")
         self.cudagraph_attrs.append("shared_experts.cached_fc1_input")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeepEPTokenDispatcher:
+        """For a copy of the layer: the same dispatcher and groups, the copy's shared experts, nothing in flight."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            shared = isinstance(value, dist.ProcessGroup)
+            setattr(new, name, None if name in _IN_FLIGHT else value if shared else copy.deepcopy(value, memo))
+        return new
+
+    @contextmanager
+    def tell_peers(self) -> Iterator[None]:
+        """Around the forward of a layer: what goes wrong on this rank alone is told to the others, then raised."""
+        self._next = "plan"
+        try:
+            yield
+        except Exception as error:
+            if self._next is not None:
+                self.dispatcher.abandon(self._next, error)
+            raise
+        finally:
+            self._next = None
+
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the routing map into expert indices, without waiting for the device.
 
@@ -84,20 +118,17 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             probs: ``[T, E]``.
 
         Returns:
-            Tokens ``[T, H]`` (a view) and their probabilities ``[T, K]`` fp32; 0 where there is no route.
+            Tokens ``[T, H]`` and their probabilities ``[T, K]`` fp32; 0 where there is no route.
         """
         self.hidden_shape = hidden_states.shape
-        tokens = hidden_states.view(-1, hidden_states.shape[-1])
-        shape = (tokens.shape[0], self.num_experts)
-        if routing_map.dtype != torch.bool or routing_map.shape != shape or probs.shape != shape:
-            raise InputError(
-                "routing_map, probs",
-                f"{routing_map.dtype} {list(routing_map.shape)}, {list(probs.shape)}",
-                f"a bool map and probabilities of shape {list(shape)} (tokens, experts)",
-            )
-        self.probs_dtype = probs.dtype
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(hidden_states)
+        self._refused = self._check_routing(tokens, routing_map, probs)
+        if self._refused is not None:
+            routing_map = torch.zeros((len(tokens), self.num_experts), dtype=torch.bool, device=tokens.device)
+            probs = torch.zeros(routing_map.shape, dtype=torch.float32, device=tokens.device)
+        self.probs_dtype = probs.dtype
         if self.drop_and_pad:
             # Routes that only fill an expert up to its capacity have probability 0. They would carry tokens that are
             # multiplied by 0: dispatch_postprocess fills up with zero rows instead.
@@ -105,21 +136,41 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.topk_idx, topk_probs = self._routes(routing_map, probs)
         return tokens, topk_probs
 
-    def _routes(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices ``[T, K]`` (-1 = none) over the ranks' group, in ascending order, and their probabilities."""
+    def _check_routing(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> InputError | None:
+        """What is wrong with the routing. On a GPU the plan finds extra routes: nothing here waits for the device."""
+        shape = (tokens.shape[0], self.num_experts)
+        for name, given in (("routing_map", routing_map), ("probs", probs)):
+            if not isinstance(given, Tensor):
+                return InputError(name, type(given).__name__, "must be a torch.Tensor")
+            if given.device != tokens.device:
+                return InputError(name, given.device, f"must be on {tokens.device}, the device of hidden_states")
+        if routing_map.dtype != torch.bool or routing_map.shape != shape or probs.shape != shape:
+            return InputError(
+                "routing_map, probs",
+                f"{routing_map.dtype} {list(routing_map.shape)}, {list(probs.shape)}",
+                f"a bool map and probabilities of shape {list(shape)} (tokens, experts)",
+            )
+        if not probs.is_floating_point():
+            return InputError("probs", probs.dtype, "must be floating point")
         topk = self.config.moe_router_topk
-        if not routing_map.is_cuda and bool((routing_map.sum(dim=1) > topk).any()):
-            most = int(routing_map.sum(dim=1).max())
-            raise InputError(
+        if routing_map.is_cuda or not len(tokens):
+            return None
+        wanted = routing_map & (probs != 0) if self.drop_and_pad else routing_map
+        most = int(wanted.sum(dim=1).max())
+        if most > topk:
+            return InputError(
                 "routing_map", f"{most} routes in a row", f"at most moe_router_topk = {topk} routes per token"
             )
-        # On a GPU the plan refuses such a row: nothing here waits for the device.
-        index, weights = routes(routing_map, probs, topk)
+        return None
+
+    def _routes(self, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices ``[T, K]`` (-1 = none) over the ranks' group, in ascending order, and their probabilities."""
+        index, weights = routes(routing_map, probs, self.config.moe_router_topk)
         if self.tp_size == 1:
             return index, weights
         # Ranks of the group: expert-parallel rank major, expert-tensor-parallel rank minor.
         owner, local = index // self.num_local_experts, index % self.num_local_experts
-        slices = torch.arange(self.tp_size, device=index.device)
+        slices = torch.arange(self.tp_size, dtype=torch.int64, device=index.device)
         expert = (owner[..., None] * self.tp_size + slices) * self.num_local_experts + local[..., None]
         expert = torch.where(index[..., None] >= 0, expert, -1)
         return expert.flatten(1), weights.repeat_interleave(self.tp_size, 1)
@@ -128,7 +179,12 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         """Send tokens ``[T, H]`` and probabilities ``[T, K]`` to the experts: rows ``[M, H]`` and theirs, ``[M]``."""
         assert self.topk_idx is not None, "token_dispatch follows dispatch_preprocess"
         self._shared_experts_wait()
+        self._next = None
+        if self._refused is not None:
+            error, self._refused = self._refused, None
+            self.dispatcher.abandon("plan", error)
         dispatched = self.dispatcher.dispatch(hidden_states, self.topk_idx, probs)
+        self._next = "combine"
         assert dispatched.weights is not None
         self.topk_idx = None
         # The rows belong to the caller, who may free them; here only the plan and the counts live on.
@@ -163,17 +219,19 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         if counts.is_cuda:  # in capacity mode, where the host must not wait for them
             torch._assert_async((counts <= size).all(), rule)
         elif bool((counts > size).any()):
-            raise InputError(
+            self._next = None
+            error = InputError(
                 "hidden_states",
                 f"{num_tokens} tokens",
                 f"{rule}: this rank's capacity allows {size} rows per expert and {int(counts.max())} arrived",
             )
+            self.dispatcher.abandon("combine", error)
         on_device = self._dispatched.tokens_per_expert
         ends = on_device.cumsum(0)
         total = self.num_local_experts * size
-        places = torch.arange(rows.shape[0], device=rows.device)
+        places = torch.arange(rows.shape[0], dtype=torch.int64, device=rows.device)
         expert = torch.searchsorted(ends, places, right=True)  # L for rows after the last group, in capacity mode
-        firsts = torch.arange(self.num_local_experts, device=rows.device) * size
+        firsts = torch.arange(self.num_local_experts, dtype=torch.int64, device=rows.device) * size
         shift = torch.cat([firsts - (ends - on_device), ends.new_zeros(1)])
         places = torch.where(expert < self.num_local_experts, places + shift[expert], total)
         self._places = places.clamp(max=total - 1)  # what combine gets for a row of nobody does not matter
@@ -192,6 +250,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         assert self._dispatched is not None, "token_combine follows token_dispatch"
         self._shared_experts_wait()
         dispatched, self._dispatched = self._dispatched, None
+        self._next = None
         tokens = self.dispatcher.combine(hidden_states, dispatched)
         if self.shared_experts is not None:
             self.shared_experts.linear_fc2_forward(tokens)

@@ -104,7 +104,7 @@ class GroupedExperts(MegatronModule):
         rank, size = self.tp_group.rank(), self.tp_group.size()
         shape = list(weight.shape)
         shape[sharded_dim] *= size
-        whole = torch.empty(shape, dtype=torch.float32)
+        whole = torch.empty(shape, dtype=torch.float32, device="cpu")
         method(whole)
         weight.copy_(torch.cat(whole.chunk(pieces * size, dim=sharded_dim)[rank::size], dim=sharded_dim))
 

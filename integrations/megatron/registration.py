@@ -1,16 +1,18 @@
 """Teach Megatron-Core the token dispatcher type ``deepep``.
 
-Four places in Megatron-Core know dispatcher types by name. :func:`register` extends each of them, checks first that
-all four are where they should be, and does nothing for configurations of another type:
+:func:`register` extends the places in Megatron-Core that know dispatcher types by name or run a dispatcher, checks first
+that all of them are where they should be, and does nothing for configurations of another type:
 
 ===================================  ==================================================================================
 ``TransformerConfig`` field type     a ``Literal``; Megatron's command line takes its choices from it
 ``TransformerConfig.__post_init__``  validates; for us it runs with the type ``alltoall``, whose rules are ours too
 ``MoELayer.__init__``                builds the dispatcher; for us its ``alltoall`` branch builds our class
+``MoELayer.forward``                 runs the dispatcher; for us what goes wrong on one rank is told to all
 ``should_free_input``                says which inputs the 1F1B communication overlap may free after the forward pass
+``MegatronModule``                   learns ``copy.deepcopy`` for models with our dispatcher (copying.py)
 ===================================  ==================================================================================
 
-A configuration reads ``deepep`` at all times except inside these two functions, so copies of it stay true.
+A configuration reads ``deepep`` at all times except inside the two that validate and build, so copies of it stay true.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from deepep_moe.errors import ConfigError, UnsupportedError
+from deepep_moe.integrations.megatron import copying
 from deepep_moe.integrations.megatron.options import check_foreign_options, check_options
 
 NAME = "deepep"
@@ -63,6 +66,7 @@ def _attach(version: str) -> None:
     layers = importlib.import_module("megatron.core.transformer.moe.moe_layer")
     layer_class = _find(layers.__name__, "MoELayer", version)
     _find(layers.__name__, "MoEAlltoAllTokenDispatcher", version)
+    module_class = _find("megatron.core.transformer.module", "MegatronModule", version)
     schedule = _schedule_module(version)
     field = getattr(config_class, "__dataclass_fields__", {}).get(_FIELD)
     if field is None or get_origin(field.type) is not Literal:
@@ -74,7 +78,9 @@ def _attach(version: str) -> None:
         config_class.__annotations__[_FIELD] = field.type
     _wrap(config_class, "__post_init__", _post_init)
     _wrap(layer_class, "__init__", functools.partial(_layer_init, layers))
+    _wrap(layer_class, "forward", _layer_forward)
     _wrap(schedule, "should_free_input", _should_free_input)
+    copying.attach(module_class)
 
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -180,6 +186,15 @@ def _layer_init(
     finally:
         config.moe_token_dispatcher_type, module.MoEAlltoAllTokenDispatcher = NAME, alltoall
     _check_experts(layer, config)
+
+
+def _layer_forward(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher
+
+    if not isinstance(layer.token_dispatcher, DeepEPTokenDispatcher):
+        return original(layer, *args, **kwargs)
+    with layer.token_dispatcher.tell_peers():
+        return original(layer, *args, **kwargs)
 
 
 def _check_experts(layer: Any, config: Any) -> None:
