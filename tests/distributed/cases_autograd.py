@@ -1,0 +1,157 @@
+"""Cases of what autograd sees of TokenDispatcher over gloo: autocast, gradients that travel as FP8, copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe.errors import UnsupportedError
+from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
+from deepep_moe.grouped import Groups, grouped_linear
+from deepep_moe.weigh import weigh_rows
+from tests.distributed.cases_dispatcher import raises, random_batch
+from tests.launch import case
+
+HIDDEN = 128
+# The error of e4m3: three bits of mantissa. A gradient that is lost is off by 1.
+FP8_ERROR = 0.05
+
+
+@case(ranks=(1, 2))
+def autocast_computes_what_a_loop_over_experts_does(group: dist.ProcessGroup) -> None:
+    """Router and experts are ``torch.nn.functional.linear``, which autocast casts; rows travel as they are given."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    dispatcher = TokenDispatcher(group, 2 * world)
+    generator = torch.Generator().manual_seed(3)
+    all_experts = torch.randn(2 * world, 16, 16, generator=generator) / 4
+    router = torch.randn(2 * world, 16, generator=generator)
+    for dtype in (torch.bfloat16, torch.float16):
+        for tokens, x_dtype in ((6 + rank, torch.float32), (6 * (1 - rank), torch.float32), (5, dtype)):
+            for one_module, inside in ((False, False), (True, False), (True, True)):
+                given = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(rank)).to(x_dtype)
+                x, gate = given.clone().requires_grad_(), router.clone().requires_grad_()
+                own = all_experts[2 * rank : 2 * rank + 2].clone().requires_grad_()
+                with torch.autocast("cpu", dtype):
+                    weights, topk_idx = linear(x, gate).softmax(-1).topk(2, dim=-1)
+                    sent = dispatcher.dispatch(x, topk_idx, weights)
+                    assert sent.rows.dtype == x_dtype
+                    if one_module:
+                        groups = Groups(sent.tokens_per_expert, sent.tokens_per_expert_host)
+                        rows = weigh_rows(grouped_linear(sent.rows, own, groups), sent.weights)
+                        out = dispatcher.combine(rows, sent)
+                    else:
+                        parts = sent.rows.split(sent.tokens_per_expert.tolist())
+                        rows = torch.cat([linear(part, expert) for part, expert in zip(parts, own, strict=True)])
+                        out = dispatcher.combine(rows, sent, weights=sent.weights)
+                assert rows.dtype == out.dtype == dtype
+                with torch.autocast("cpu", dtype, enabled=inside):
+                    out.backward(torch.ones_like(out))
+
+                exact = [t.clone().requires_grad_() for t in (given, router, all_experts)]
+                with torch.autocast("cpu", dtype):
+                    weights, again = linear(exact[0], exact[1]).softmax(-1).topk(2, dim=-1)
+                    assert torch.equal(again, topk_idx)
+                    rows = torch.stack([linear(exact[0], expert) for expert in exact[2]], 1)  # [T, E, H]
+                    chosen = rows.gather(1, topk_idx.unsqueeze(-1).expand(-1, -1, 16))
+                    expected = (chosen.float() * weights.float().unsqueeze(-1)).sum(1)
+                expected.backward(torch.ones_like(expected))
+                dist.all_reduce(exact[2].grad, group=group)  # experts get gradients from all ranks
+                tolerance = 3e-2 if dtype == torch.bfloat16 else 4e-3
+                for name, got, wanted in (
+                    ("output", out, expected),
+                    ("x", x.grad, exact[0].grad),
+                    ("router", gate.grad, exact[1].grad),
+                    ("experts", own.grad, exact[2].grad[2 * rank : 2 * rank + 2]),
+                ):
+                    error = (got.float() - wanted.float()).norm()
+                    assert error <= tolerance * wanted.float().norm() + 1e-6, f"{name}: off by {error}"
+                assert x.grad.dtype == x_dtype
+                assert gate.grad.dtype == own.grad.dtype == torch.float32
+
+
+def gradients_of_combine(group: dist.ProcessGroup, fp8: bool, scale: float) -> tuple[Tensor, Tensor, Callable]:
+    """A BF16 output gradient of this size, what the rows get of it, and what dispatches tensors as they are."""
+    world = dist.get_world_size(group)
+    dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(fp8_dispatch_grad=fp8))
+    x, topk_idx, weights = random_batch(dispatcher.rank, 24, HIDDEN, 2, 2 * world, torch.bfloat16)
+    sent = dispatcher.dispatch(x, topk_idx, weights)
+    rows = sent.rows.detach().requires_grad_()
+    grad = (torch.randn(24, HIDDEN, generator=torch.Generator().manual_seed(99)) * scale).to(torch.bfloat16)
+    dispatcher.combine(rows, sent).backward(grad)
+    return grad, rows.grad, lambda value: dispatcher.dispatch(value, sent.plan).rows
+
+
+@case(ranks=(1, 2))
+def gradients_travel_as_fp8_only_if_asked(group: dist.ProcessGroup) -> None:
+    grad, exact, send = gradients_of_combine(group, fp8=False, scale=1.0)
+    assert torch.equal(exact, send(grad))
+    grad, rounded, send = gradients_of_combine(group, fp8=True, scale=1.0)
+    assert torch.equal(rounded, send(dequantize_e4m3(*quantize_e4m3(grad), grad.dtype)))
+    assert not torch.equal(rounded, exact)
+
+
+@case(ranks=(1, 2))
+def gradients_that_travel_as_fp8_are_the_only_thing_rounded(group: dist.ProcessGroup) -> None:
+    """Not the tokens, not the backward of dispatch, and the other way round."""
+    world = dist.get_world_size(group)
+    x, topk_idx, weights = random_batch(dist.get_rank(group), 24, HIDDEN, 2, 2 * world, torch.bfloat16)
+    plain = TokenDispatcher(group, 2 * world)
+    for settings in ({"fp8_dispatch_grad": True}, {"fp8_dispatch": True}):
+        dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(**settings))
+        results = []
+        for each in (plain, dispatcher):
+            sent = each.dispatch(x, topk_idx, weights)
+            grad = torch.sin(torch.arange(sent.rows.numel(), dtype=torch.float32).view_as(sent.rows)).to(x.dtype)
+            (of_x,) = torch.autograd.grad(sent.rows, x, grad)  # a combine
+            rows = grad.clone().requires_grad_()
+            out = each.combine(rows, sent)
+            (of_rows,) = torch.autograd.grad(out, rows, out.detach())  # a dispatch
+            results.append({"rows": sent.rows, "x": of_x, "out": out, "gradient of rows": of_rows})
+        rounded = {"gradient of rows"} if "fp8_dispatch_grad" in settings else {"rows"}
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]) is (name not in rounded), f"{name} with {settings}"
+
+
+@case(ranks=(1, 2))
+def small_gradients_keep_the_accuracy_of_fp8(group: dist.ProcessGroup) -> None:
+    """A loss that is a mean over many tokens has gradients far below one."""
+    for scale in (1.0, 1e-6, 1e-9, 1e-12, 1e-30):
+        grad, rounded, send = gradients_of_combine(group, fp8=True, scale=scale)
+        exact = send(grad).double()
+        error = (rounded.double() - exact).norm() / exact.norm()
+        assert 1e-3 < error < FP8_ERROR, f"gradients of {scale:g}: relative error {error:g}"
+
+
+class Layer(nn.Module):
+    """One weight instead of experts."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group))
+        self.weight = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: Tensor, topk_idx: Tensor) -> Tensor:
+        sent = self.dispatcher.dispatch(x, topk_idx)
+        return self.dispatcher.combine(sent.rows * self.weight, sent)
+
+
+@case(ranks=(1, 2))
+def a_copied_layer_has_weights_of_its_own_and_the_same_dispatcher(group: dist.ProcessGroup) -> None:
+    layer = Layer(group)
+    x, topk_idx, _ = random_batch(layer.dispatcher.rank, 6, HIDDEN, 2, layer.dispatcher.num_experts)
+    average = copy.deepcopy(layer)
+    with torch.no_grad():
+        average.weight.mul_(3.0)
+    assert average.dispatcher is layer.dispatcher
+    torch.testing.assert_close(average(x, topk_idx), 3 * layer(x, topk_idx))
+    average(x, topk_idx).sum().backward()
+    assert average.weight.grad is not None and layer.weight.grad is None
+    with raises(UnsupportedError, "TokenDispatcher cannot be pickled", "state_dict"):
+        torch.save(layer, io.BytesIO())
