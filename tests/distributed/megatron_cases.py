@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -183,49 +182,6 @@ def latent_experts(group: dist.ProcessGroup) -> None:
         util.assert_grouped_experts_agree(moe_latent_size=16, **layout)
 
 
-@case(ranks=(2,))
-def bad_routing_is_refused(group: dist.ProcessGroup) -> None:
-    from deepep_moe.errors import InputError
-
-    util = _util()
-    layout = util.parallel(ep=2)
-    dispatcher = util.moe_layer(util.configure("deepep", **layout)).token_dispatcher
-    x, probs = torch.zeros(3, util.HIDDEN), torch.zeros(3, util.EXPERTS)
-    for routing_map, expected in (
-        (torch.ones(3, util.EXPERTS, dtype=torch.bool), "routing_map = 8 routes in a row: at most moe_router_topk = 2"),
-        (torch.zeros(3, util.EXPERTS, dtype=torch.int32), "torch.int32"),
-        (torch.zeros(2, util.EXPERTS, dtype=torch.bool), r"shape \[3, 8\]"),
-    ):
-        with pytest.raises(InputError, match=expected):
-            dispatcher.dispatch_preprocess(x, routing_map, probs)
-
-
-@case(ranks=(2,))
-def padding_to_capacity_wants_equal_batches(group: dist.ProcessGroup) -> None:
-    from deepep_moe.errors import InputError
-
-    util = _util()
-    layer = util.moe_layer(
-        util.configure(
-            "deepep",
-            moe_expert_capacity_factor=1.0,
-            moe_pad_expert_input_to_capacity=True,
-            **util.parallel(ep=2),
-        )
-    )
-    rank = dist.get_rank()
-    dispatcher, tokens = layer.token_dispatcher, (2, 40)[rank]
-    routing_map = torch.zeros(tokens, util.EXPERTS, dtype=torch.bool)
-    routing_map[:, :2] = True  # all of it goes to rank 0, which expects no more than its own share
-    x, probs = dispatcher.dispatch_preprocess(torch.zeros(tokens, util.HIDDEN), routing_map, routing_map.float())
-    rows, probs = dispatcher.token_dispatch(x, probs)
-    if rank == 0:
-        with pytest.raises(InputError, match="the same number of tokens on all ranks"):
-            dispatcher.dispatch_postprocess(rows, probs)
-    else:
-        dispatcher.dispatch_postprocess(rows, probs)
-
-
 @case(ranks=(1,))
 def preprocessing_never_waits_for_the_device(group: dist.ProcessGroup) -> None:
     """On fake CUDA tensors nothing can be read back: what a CUDA graph may capture."""
@@ -361,4 +317,8 @@ def checkpoints_of_grouped_and_sequential_experts(group: dist.ProcessGroup) -> N
         util.assert_checkpoint_moves(etp, ep, writes_grouped, one_key_per_expert)
 
 
-include(__name__, "tests.distributed.megatron_capacity_cases")
+include(
+    __name__,
+    "tests.distributed.megatron_capacity_cases",
+    "tests.distributed.megatron_refusal_cases",
+)
