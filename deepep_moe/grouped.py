@@ -85,18 +85,17 @@ def grouped_linear(
         [M, O]; under autocast in autocast's dtype.
     """
     weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
-    rows, *parameters = autocast(rows, *weights, *(bias or ()))
-    result: Tensor = _GroupedLinear.apply(rows, groups, len(weights), *parameters)
+    parameters = [autocast(parameter) for parameter in (*weights, *(bias or ()))]
+    result: Tensor = _GroupedLinear.apply(autocast(rows), groups, len(weights), *parameters)
     return result
 
 
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast makes of a linear layer's arguments: in its dtype where it is on for the device, but for fp64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+def autocast(argument: Tensor) -> Tensor:
+    """What autocast makes of a linear layer's argument: in its dtype where it is on for the device, but for fp64."""
+    device = argument.device.type
+    if not torch.is_autocast_enabled(device) or argument.dtype == torch.float64:
+        return argument
+    return argument.to(torch.get_autocast_dtype(device))
 
 
 def project(rows: Tensor, weights: Sequence[Tensor], groups: Groups, biases: Sequence[Tensor] = ()) -> Tensor:

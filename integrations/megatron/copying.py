@@ -34,7 +34,8 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
         _refuse_wrapper(module)
         for shared in _shared(module):
             memo[id(shared)] = shared
-    create, arguments, state = object.__reduce_ex__(module, 4)[:3]  # type: ignore[misc]
+    parts: Any = object.__reduce_ex__(module, 4)
+    create, arguments, state = parts[:3]
     new = memo[id(module)] = create(*arguments)
     new.__setstate__(copy.deepcopy(state, memo))
     if ours:
@@ -63,7 +64,7 @@ def _refuse_wrapper(module: Module) -> None:
 
     if isinstance(module, _BaseDataParallel):
         raise UnsupportedError(
-            f"{type(module).__name__} cannot be copied: its gradient buffers and hooks serve the original's parameters; "
+            f"{type(module).__name__} cannot be copied: its gradient buffers and hooks serve the original; "
             "copy the model inside of it (its attribute module)"
         )
 

@@ -15,9 +15,9 @@ Experts multiply by the probabilities themselves, so combine is a plain sum and 
 returns through dispatch. Between phases the object keeps only what the forward of one micro-batch needs next; the
 backward relies on autograd alone, because the 1F1B overlap and recomputation run forwards in between.
 
-An error of one rank is told to its peers in the communication that they are on their way into, so that all ranks raise
-and none waits: what ``dispatch_preprocess`` finds, which does not communicate, in ``token_dispatch``, and what the router
-or the experts raise inside ``MoELayer.forward`` by :meth:`DeepEPTokenDispatcher.tell_peers`.
+The peers of a rank with an error are told of it in the communication that they are on their way into, so that all raise
+and none waits. ``dispatch_preprocess`` does not communicate: what it refuses is told by ``token_dispatch``. What the
+router or the experts raise inside of ``MoELayer.forward`` is told by :meth:`DeepEPTokenDispatcher.tell_peers`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             yield
         except Exception as error:
             if self._next is not None:
-                self.dispatcher.abandon(self._next, error)
+                self.dispatcher.refuse(self._next, error)
             raise
         finally:
             self._next = None
@@ -182,7 +182,10 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self._next = None
         if self._refused is not None:
             error, self._refused = self._refused, None
-            self.dispatcher.abandon("plan", error)
+            try:
+                self.dispatcher.refuse("plan", error)
+            finally:
+                del error  # its traceback holds this frame: together they would keep the tensors alive
         dispatched = self.dispatcher.dispatch(hidden_states, self.topk_idx, probs)
         self._next = "combine"
         assert dispatched.weights is not None
@@ -220,12 +223,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
             torch._assert_async((counts <= size).all(), rule)
         elif bool((counts > size).any()):
             self._next = None
-            error = InputError(
-                "hidden_states",
-                f"{num_tokens} tokens",
-                f"{rule}: this rank's capacity allows {size} rows per expert and {int(counts.max())} arrived",
-            )
-            self.dispatcher.abandon("combine", error)
+            arrived = f"this rank's capacity allows {size} rows per expert and {int(counts.max())} arrived"
+            self.dispatcher.refuse("combine", InputError("hidden_states", f"{num_tokens} tokens", f"{rule}: {arrived}"))
         on_device = self._dispatched.tokens_per_expert
         ends = on_device.cumsum(0)
         total = self.num_local_experts * size

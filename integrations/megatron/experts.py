@@ -126,7 +126,7 @@ class GroupedExperts(MegatronModule):
         hidden = grouped_linear(rows, self.weight1, groups)
         if self.activation_recompute:
             # Cast out here, where autograd casts the weight's gradient back.
-            (weight2,) = autocast(self.weight2)
+            weight2 = autocast(self.weight2)
             output: Tensor = _ActivateAndProject.apply(self._activate, hidden, probs, weight2, groups)
             return output, None
         return grouped_linear(self._activate(hidden, probs), self.weight2, groups), None
@@ -242,7 +242,7 @@ class _ActivateAndProject(torch.autograd.Function):
         device = hidden.device.type
         ctx.autocast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
         ctx.save_for_backward(hidden, probs, weight)
-        return project(*autocast(activate(hidden, probs)), (weight,), groups)
+        return project(autocast(activate(hidden, probs)), (weight,), groups)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -252,7 +252,7 @@ class _ActivateAndProject(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:4]
         with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):  # as in the forward
             inputs = [tensor.detach().requires_grad_(want) for tensor, want in zip((hidden, probs), wanted)]
-            (activated,) = autocast(ctx.activate(*inputs))
+            activated = autocast(ctx.activate(*inputs))
         grad_weight = weight_gradients(gradient, activated.detach(), (weight,), ctx.groups)[0] if wanted[2] else None
         grads: list[Tensor | None] = [None, None]
         if wanted[0] or wanted[1]:

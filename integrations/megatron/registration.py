@@ -1,7 +1,7 @@
 """Teach Megatron-Core the token dispatcher type ``deepep``.
 
-:func:`register` extends the places in Megatron-Core that know dispatcher types by name or run a dispatcher, checks first
-that all of them are where they should be, and does nothing for configurations of another type:
+:func:`register` extends the places in Megatron-Core that know dispatcher types by name or run a dispatcher. It checks
+first that all of them are where they should be, and does nothing for configurations of another type:
 
 ===================================  ==================================================================================
 ``TransformerConfig`` field type     a ``Literal``; Megatron's command line takes its choices from it

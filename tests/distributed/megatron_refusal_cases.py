@@ -53,7 +53,11 @@ def bad_routing_is_refused_on_all_ranks(group: dist.ProcessGroup) -> None:
         x, good = torch.ones(3, util.HIDDEN), routing_of(3, util.EXPERTS)
         expected = through(dispatcher, x, good, good.float())
         for routing_map, probs, message in (
-            (routing_of(3, 8, routes=5), good.float(), "5 routes in a row: at most moe_router_topk = 2 routes per token"),
+            (
+                routing_of(3, 8, routes=5),
+                good.float(),
+                "5 routes in a row: at most moe_router_topk = 2 routes per token",
+            ),
             (good.int(), good.float(), r"torch.int32 \[3, 8\]"),
             (good[:2], good.float(), r"shape \[3, 8\] \(tokens, experts\)"),
             (good, good.float()[:, :4], r"shape \[3, 8\] \(tokens, experts\)"),
