@@ -5,7 +5,9 @@ Same weights, same data, same process group. ``alltoall`` runs on NCCL, so every
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import time
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepep_moe.errors import InputError, PeerError
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 
 
@@ -272,6 +275,78 @@ def test_layer_in_capacity_mode(
         util.assert_near(util.run_layer(fixed, *batch), util.run_layer(exact, *batch))
     torch.cuda.synchronize()
     fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_autocast(util: ModuleType, ranks: Ranks, dtype: torch.dtype, inside: bool) -> None:
+    """Grouped experts compute what ``SequentialMLP`` does on ``alltoall``. The router's fp64 is left alone."""
+    options = {**util.parallel(ep=ranks.size), **SHARED, "moe_router_dtype": "fp64"}
+    found = []
+    for kind, grouped in (("alltoall", False), ("deepep", True), ("deepep", False)):
+        layer = util.moe_layer(util.configure(kind, torch.float32, **options), ranks.device, grouped_experts=grouped)
+        x, grad = util.layer_batch(40 + ranks.rank, torch.float32, ranks.device)
+        x.requires_grad_()
+        with torch.autocast("cuda", dtype):
+            output, _ = layer(x)
+        assert output.dtype == dtype
+        with torch.autocast("cuda", dtype, enabled=inside):
+            output.backward(grad.to(dtype))
+        found.append(util.results(layer, x, output))
+    for actual in found[1:]:
+        assert actual.keys() == found[0].keys()
+        for name, wanted in found[0].items():
+            assert actual[name].dtype == wanted.dtype, name
+            error = (actual[name].float() - wanted.float()).norm() / wanted.float().norm()
+            assert error < (2e-2 if dtype == torch.bfloat16 else 4e-3), f"{name}: relative error {error:g}"
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one by one", "grouped"])
+def test_copies_have_weights_of_their_own(util: ModuleType, ranks: Ranks, grouped: bool) -> None:
+    """CUDA streams, process groups and the dispatcher are shared."""
+    options = {**util.parallel(ep=ranks.size), **SHARED, "moe_shared_expert_overlap": True}
+    layer = util.moe_layer(util.configure("deepep", torch.bfloat16, **options), ranks.device, grouped_experts=grouped)
+    batch = util.layer_batch(40, torch.bfloat16, ranks.device)
+    expected = util.run_layer(layer, *batch)
+    copied = copy.deepcopy(layer)
+    assert copied.token_dispatcher.dispatcher is layer.token_dispatcher.dispatcher
+    assert copied.shared_experts.stream is layer.shared_experts.stream
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    util.assert_near(util.run_layer(copied, *batch), expected)
+
+
+@pytest.mark.parametrize("place", ["router", "experts", "routing map"])
+def test_errors_of_one_rank_are_told_to_all(util: ModuleType, ranks: Ranks, place: str) -> None:
+    if ranks.size == 1:
+        pytest.skip("needs a rank to tell")
+    layer = util.moe_layer(util.configure("deepep", torch.bfloat16, **util.parallel(ep=ranks.size)), ranks.device)
+    batch = util.layer_batch(40, torch.bfloat16, ranks.device)
+    expected = util.run_layer(layer, *batch)
+    wrong = ranks.rank == 1
+
+    def fail(module: Any, args: Any, output: Any) -> Any:
+        if place == "routing map":
+            return output[0], output[1].int()
+        raise ValueError("not today")
+
+    def run_to_the_end() -> None:
+        util.run_layer(layer, *batch)
+        torch.cuda.synchronize()
+        layer.token_dispatcher.dispatcher.backend.check()
+
+    handle = (
+        getattr(layer, "experts" if place == "experts" else "router").register_forward_hook(fail) if wrong else None
+    )
+    started = time.monotonic()
+    error = PeerError if not wrong else InputError if place == "routing map" else ValueError
+    with pytest.raises(error):
+        run_to_the_end()
+    assert time.monotonic() - started < TIMEOUT_SECONDS / 2
+    if handle is not None:
+        handle.remove()
+    util.assert_near(util.run_layer(layer, *batch), expected)
 
 
 def let_experts_lag(model: Any) -> None:
