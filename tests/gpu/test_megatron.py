@@ -331,8 +331,8 @@ def test_errors_of_one_rank_are_told_to_all(util: ModuleType, ranks: Ranks, plac
             return output[0], output[1].int()
         raise ValueError("not today")
 
-    def run_to_the_end() -> None:
-        util.run_layer(layer, *batch)
+    def forward() -> None:
+        layer(batch[0])
         torch.cuda.synchronize()
         layer.token_dispatcher.dispatcher.backend.check()
 
@@ -342,7 +342,7 @@ def test_errors_of_one_rank_are_told_to_all(util: ModuleType, ranks: Ranks, plac
     started = time.monotonic()
     error = PeerError if not wrong else InputError if place == "routing map" else ValueError
     with pytest.raises(error):
-        run_to_the_end()
+        forward()
     assert time.monotonic() - started < TIMEOUT_SECONDS / 2
     if handle is not None:
         handle.remove()
