@@ -11,7 +11,8 @@ and so does the launcher, for training scripts that are not yours to edit::
         --moe-token-dispatcher-type deepep ...
 
 ``registration.py`` says what is changed in Megatron-Core, ``options.py`` which of its options mean what here,
-``dispatcher.py`` is the dispatcher. ``experts.py`` has grouped-GEMM experts, ``cpu.py`` runs all of it without a GPU.
+``dispatcher.py`` is the dispatcher. ``experts.py`` has grouped-GEMM experts, ``copying.py`` lets models be copied, and
+``cpu.py`` runs all of it without a GPU.
 """
 
 from __future__ import annotations

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError
+from deepep_moe.fp8 import BLOCK
 
 _DEFAULT_NUM_SMS = 20  # of moe_deepep_num_sms; a user who sets nothing has it too
 
@@ -39,7 +42,14 @@ def check_foreign_options(config: Any) -> None:
 def check_options(config: Any) -> None:
     """Raise :class:`~deepep_moe.errors.ConfigError` if a validated ``TransformerConfig`` cannot work here."""
     check_foreign_options(config)
-    if config.num_moe_experts and _graph_covers_dispatch(config) and dispatcher_config(config).capacity_factor == 0:
+    if not config.num_moe_experts:
+        return
+    settings = dispatcher_config(config)
+    width = "moe_latent_size" if getattr(config, "moe_latent_size", None) else "hidden_size"
+    if (settings.fp8_dispatch or settings.fp8_dispatch_grad) and config.params_dtype == torch.bfloat16:
+        if getattr(config, width) % BLOCK:
+            raise _refused(config, width, f"to be sent as FP8 (fp8_dispatch, fp8_dispatch_grad) a multiple of {BLOCK}")
+    if _graph_covers_dispatch(config) and settings.capacity_factor == 0:
         raise _refused(
             config,
             "cuda_graph_impl",

@@ -102,6 +102,24 @@ def parts_that_are_frozen(group: dist.ProcessGroup) -> None:
 
 
 @case(ranks=(2,))
+def one_forward_one_backward_with_frozen_parts(group: dist.ProcessGroup) -> None:
+    """Megatron's fine-grained schedule on ``deepep`` against batches in turn on ``alltoall``."""
+    util = _util()
+
+    def run(kind: str, frozen: str, **options: Any) -> dict[str, Tensor]:
+        model = util.gpt(util.configure(kind, **options))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+        run_batches = util.run_in_turn if kind == "alltoall" else util.run_overlapped
+        return {name: value.clone() for name, value in run_batches(model, [util.batch(1), util.batch(2)]).items()}
+
+    layout = util.parallel(ep=2)
+    compare(run, frozen="router", **layout)
+    compare(run, frozen="local_experts", **PADDED, **layout)
+    compare(run, frozen="experts.0", fp32_residual_connection=True, **layout)
+
+
+@case(ranks=(2,))
 def accumulation_and_evaluation_in_between(group: dist.ProcessGroup) -> None:
     layout = _util().parallel(ep=2)
     compare(train, batches=3, evaluate=True, **layout)

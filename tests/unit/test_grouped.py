@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepep_moe import grouped
@@ -55,6 +56,35 @@ def test_values_and_gradients(counts: list[int], dtype: torch.dtype, separate: b
     assert_near(rows.grad, exact[0].grad)
     grads = [p.grad for p in parameters]
     assert_near(torch.stack(grads) if separate else grads[0], exact[1].grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("separate", [False, True], ids=["one weight", "a weight per expert"])
+def test_autocast(dtype: torch.dtype, given: torch.dtype, inside: bool, separate: bool) -> None:
+    """As ``torch.nn.functional.linear`` of each expert: to the bit, where PyTorch multiplies one expert at a time."""
+    torch.manual_seed(0)
+    counts = [3, 0, 5]
+    data = torch.randn(8, IN, dtype=given), torch.randn(3, OUT, IN), torch.randn(3, OUT)
+    if given == torch.float64:  # which autocast leaves alone
+        data = tuple(value.double() for value in data)
+    results = []
+    for together in (True, False):
+        rows, weight, biases = (value.clone().requires_grad_() for value in data)
+        with torch.autocast("cpu", dtype):
+            if together:
+                experts = list(weight.unbind(0)) if separate else weight
+                output = grouped_linear(rows, experts, Groups(torch.tensor(counts)), list(biases.unbind(0)))
+            else:
+                output = torch.cat([F.linear(*one) for one in zip(rows.split(counts), weight, biases, strict=True)])
+        with torch.autocast("cpu", dtype, enabled=inside and together):
+            output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
+        results.append((output, rows.grad, weight.grad, biases.grad))
+    assert results[0][0].dtype == (given if given == torch.float64 else dtype)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

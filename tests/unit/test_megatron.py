@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from deepep_moe.errors import ConfigError, UnsupportedError
 from tests.launch import ROOT, torchrun
@@ -114,6 +115,17 @@ def test_cuda_graphs_may_not_cover_the_communication(
             check_options(graphed)
         monkeypatch.setenv("DEEPEP_MOE_CAPACITY_FACTOR", "2")
     check_options(graphed)
+
+
+@pytest.mark.parametrize("setting", ["FP8_DISPATCH", "FP8_DISPATCH_GRAD"])
+def test_fp8_wants_whole_blocks_of_channels(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"DEEPEP_MOE_{setting}", "1")
+    config(hidden_size=96)  # FP32 tokens travel as they are
+    config(hidden_size=256, params_dtype=torch.bfloat16)
+    with pytest.raises(
+        ConfigError, match=r"hidden_size = 96 with moe_token_dispatcher_type = 'deepep'.* multiple of 128"
+    ):
+        config(hidden_size=96, params_dtype=torch.bfloat16)
 
 
 def test_settings_come_from_megatron_then_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
