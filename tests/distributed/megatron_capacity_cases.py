@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from deepep_moe.errors import CapacityError
+from tests.distributed.megatron_refusal_cases import refused, through
 from tests.launch import case, on_ranks
 
 _util = on_ranks("tests.distributed.megatron_util")
@@ -50,6 +53,31 @@ def one_layer(group: dist.ProcessGroup) -> None:
             actual, expected = (util.run_layer(layer, tokens, seed) for layer in (fixed, exact))
             util.assert_all_near(actual, expected)
         fixed.token_dispatcher.dispatcher.backend.check()  # nothing overflowed
+
+
+@case(ranks=(2,))
+def a_rank_without_tokens_is_told_which_settings_give_it_room(group: dist.ProcessGroup) -> None:
+    """Its room follows from its own tokens, unless ``max_tokens_per_rank`` is set: no factor makes it more."""
+    util = _util()
+    config = util.configure("deepep", **util.parallel(ep=2))
+    tokens = 8 * (1 - dist.get_rank())
+    x = torch.randn(tokens, util.HIDDEN)
+    routing_map = torch.zeros(tokens, util.EXPERTS, dtype=torch.bool)
+    routing_map[:, 4:6] = True  # rank 1's
+    with util.capacity_mode():
+        dispatcher = util.moe_layer(config, grouped_experts=True).token_dispatcher
+    through(dispatcher, x, routing_map, routing_map.float())
+    with refused(
+        dist.get_rank() == 1,
+        CapacityError,
+        r"rank 1 needs room for 8 received tokens, but capacity_factor = 2 with max_tokens_per_rank = 0 .* room for 0",
+    ):
+        through(dispatcher, x, routing_map, routing_map.float())
+    with util.capacity_mode(max_tokens_per_rank=8):
+        dispatcher = util.moe_layer(config, grouped_experts=True).token_dispatcher
+    for _ in range(2):
+        torch.testing.assert_close(through(dispatcher, x, routing_map, routing_map.float()), 4 * x)
+    dispatcher.dispatcher.backend.check()
 
 
 @case(ranks=(2,))
