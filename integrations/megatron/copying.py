@@ -25,7 +25,16 @@ _MARKS = (bool, int, float, str)
 
 def attach(module_class: Any) -> None:
     """Teach ``MegatronModule`` to be copied, and to say why it cannot be pickled."""
-    module_class.__deepcopy__, module_class.__reduce_ex__ = _deepcopy, _reduce_ex
+    module_class.__deepcopy__ = _deepcopy
+    module_class.__reduce_ex__ = _reduce_ex
+    module_class.__copy__ = _copy  # PyTorch's, which would ask __reduce_ex__
+
+
+def _copy(module: Any) -> Any:
+    create, arguments, state = _parts(module)
+    new = create(*arguments)
+    new.__setstate__(state)
+    return new
 
 
 def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
@@ -34,8 +43,7 @@ def _deepcopy(module: Any, memo: dict[int, Any]) -> Any:
         _refuse_wrapper(module)
         for shared in _shared(module):
             memo[id(shared)] = shared
-    parts: Any = object.__reduce_ex__(module, 4)
-    create, arguments, state = parts[:3]
+    create, arguments, state = _parts(module)
     new = memo[id(module)] = create(*arguments)
     new.__setstate__(copy.deepcopy(state, memo))
     if ours:
@@ -51,6 +59,12 @@ def _reduce_ex(module: Any, protocol: Any) -> Any:
             "process groups exist in running processes only; save its state_dict() or a sharded checkpoint"
         )
     return object.__reduce_ex__(module, protocol)
+
+
+def _parts(module: Any) -> Any:
+    """What makes an empty module of the same class, its arguments, and the module's state."""
+    parts: Any = object.__reduce_ex__(module, 4)
+    return parts[:3]
 
 
 def _has_dispatcher(module: Module) -> bool:

@@ -287,6 +287,8 @@ def copies_have_weights_of_their_own(group: dist.ProcessGroup) -> None:
             with torch.no_grad():
                 for original, own in zip(model.parameters(), copied.parameters(), strict=True):
                     original.copy_(own)
+        shallow = copy.copy(model)
+        assert all(own is original for own, original in zip(shallow.parameters(), model.parameters(), strict=True))
         for module in (model, model.decoder.layers[0].mlp):
             with pytest.raises(UnsupportedError, match=rf"{type(module).__name__} .* cannot be pickled: .*state_dict"):
                 torch.save(module, io.BytesIO())
