@@ -8,7 +8,7 @@ ordered by source rank, then by source token, one per token and not per expert. 
   takes it back;
 * kernel chunk sizes (:class:`~deepep_moe.config.Config`) are accepted and not needed.
 
-Low-latency and multi-node kernels raise :class:`~deepep_moe.errors.UnsupportedError`.
+The low-latency calls are in low_latency_calls.py; multi-node calls raise :class:`~deepep_moe.errors.UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deepep_moe.backends.checks import check_integer, check_shape, check_tensor,
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
+from deepep_moe.low_latency_calls import LowLatencyCalls
 from deepep_moe.shared import Shared
 
 topk_idx_t = torch.int64
@@ -62,17 +63,18 @@ class Handle(tuple):
         return handle
 
 
-class Buffer(Shared):
+class Buffer(LowLatencyCalls, Shared):
     """Communication buffer of one expert-parallel group.
 
     Args:
         group: the process group. Its backend decides where tensors live: nccl CUDA, gloo the CPU.
         num_nvl_bytes, num_rdma_bytes: kept for :meth:`get_local_buffer_tensor`; staging sizes itself.
-        low_latency_mode: needs the nvshmem backend.
+        low_latency_mode: make the low-latency engine now; without it the first low-latency call does.
         explicitly_destroy: :meth:`destroy` will be called; without it leaving the buffer to the garbage collector
             does the same.
-        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, enable_shrink: accepted for
-            compatibility; they tune transports that are not used here.
+        enable_shrink: low-latency calls mask a rank that does not answer in time instead of failing.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted for compatibility; they
+            tune transports that are not used here.
         comm: an MPI communicator instead of ``group`` is not supported.
 
     Settings other than these come from :meth:`DispatcherConfig.load`.
@@ -97,8 +99,6 @@ class Buffer(Shared):
     ) -> None:
         if comm is not None:
             raise UnsupportedError("comm: MPI communicators are not supported; pass a torch.distributed group")
-        if low_latency_mode:
-            _needs_nvshmem("low_latency_mode")
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             check_integer(name, value, most=_MOST_BYTES)
         config = replace(DispatcherConfig.load(), capacity_factor=0.0)  # num_worst_tokens is what fixes sizes here
@@ -113,11 +113,15 @@ class Buffer(Shared):
         self._runner = StreamRunner(self._backend.device)
         self._local_memory: dict[bool, Tensor] = {}
         self._identity = object()  # what handles know this buffer by; unlike id() never given to another
+        self.enable_shrink = enable_shrink
+        if low_latency_mode:
+            self._opened()
 
     # -- life and settings ---------------------------------------------------------------------------------------
 
     def destroy(self) -> None:
         """Give the backend back. Idempotent; later calls and handles of this buffer raise HandleError."""
+        self._close_low_latency()
         self._backend = None
         self._local_memory.clear()
 
@@ -380,27 +384,6 @@ class Buffer(Shared):
 
     def internode_combine(self, *args: Any, **kwargs: Any) -> NoReturn:
         _needs_nvshmem("internode_combine")
-
-    def clean_low_latency_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("clean_low_latency_buffer")
-
-    def low_latency_dispatch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("low_latency_dispatch")
-
-    def low_latency_combine(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("low_latency_combine")
-
-    def low_latency_update_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("low_latency_update_mask_buffer")
-
-    def low_latency_query_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("low_latency_query_mask_buffer")
-
-    def low_latency_clean_mask_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("low_latency_clean_mask_buffer")
-
-    def get_next_low_latency_combine_buffer(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("get_next_low_latency_combine_buffer")
 
 
 def tokens_and_scales(x: Any) -> tuple[Tensor, Tensor | None]:

@@ -273,18 +273,9 @@ def what_other_backends_offer_is_said(group: dist.ProcessGroup) -> None:
     for name in (
         "internode_dispatch",
         "internode_combine",
-        "low_latency_dispatch",
-        "low_latency_combine",
-        "clean_low_latency_buffer",
-        "low_latency_update_mask_buffer",
-        "low_latency_query_mask_buffer",
-        "low_latency_clean_mask_buffer",
-        "get_next_low_latency_combine_buffer",
     ):
         with raises(UnsupportedError, name, "nvshmem"):
             getattr(buffer, name)()
-    with raises(UnsupportedError, "low_latency_mode", "nvshmem"):
-        Buffer(group, low_latency_mode=True)
     with raises(UnsupportedError, "MPI"):
         Buffer(None, comm=object())
 

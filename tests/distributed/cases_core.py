@@ -10,6 +10,7 @@ include(
     "tests.distributed.cases_autograd",
     "tests.distributed.cases_buffer",
     "tests.distributed.cases_elastic",
+    "tests.distributed.cases_low_latency",
     "tests.distributed.cases_overlap",
     "tests.distributed.cases_defaults",
     "tests.distributed.cases_refusals",

@@ -1,0 +1,543 @@
+"""Low latency: the DeepEP 1.x calls for decode-sized batches, at places that are fixed beforehand.
+
+No plan and no host wait: what arrives lies in ``[L, R * M, H]``, L local experts, R ranks, at most M tokens of each. A
+token crosses once per *rank* that has one of its experts, and one row per token and rank comes back. Rows of an expert
+are in source order (rank, then token, then place in the top-k), so the same input gives the same bits.
+
+Two engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain) and ``reference``
+(low_latency_reference.py, torch.distributed: on CPUs, and on GPUs that cannot map each other's memory). This module
+is what both share: argument checks, handles, hooks, and how many calls may be in flight.
+
+What is rounded where: combine sums a token's rows on the rank that computed them, in top-k order, times their weights,
+in fp32; that sum is rounded to BF16 and sent home, the rank's own sums too; there the ranks' sums are added in rank
+order, in fp32, and rounded once more. ``use_logfmt`` changes nothing: BF16 is what is sent.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends import Backend
+from deepep_moe.backends.checks import check_shape, check_topk_idx
+from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
+from deepep_moe.events import EventOverlap, StreamRunner
+from deepep_moe.fp8 import BLOCK
+
+_log = logging.getLogger(__name__)
+
+MAX_TOKENS = 1 << 15
+"""Most tokens per rank: a place within one source and expert travels in 16 bits."""
+MAX_TOPK = 32
+MAX_EXPERTS = 1024
+CALLS_IN_FLIGHT = 2
+_ROW_BYTES = 16  # rows are moved in units of this
+
+
+class Half(enum.IntFlag):
+    """What of a call to do now: with a hook its two halves are apart."""
+
+    SEND = 1
+    RECEIVE = 2
+    BOTH = 3
+
+
+class Format(enum.IntEnum):
+    """What rows become on their way."""
+
+    BF16 = 0
+    FP8 = 1
+    """e4m3 with one fp32 scale per 128 channels."""
+    FP8_ROUNDED = 2
+    """The same, scales rounded up to powers of two."""
+    FP8_UE8M0 = 3
+    """The same as rounded; only the exponents are returned, four in an int32."""
+
+    @classmethod
+    def of(cls, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Format:
+        """What DeepEP's three switches mean; without ``use_fp8`` the others mean nothing."""
+        if not use_fp8:
+            return cls.BF16
+        if use_ue8m0 and not round_scale:
+            raise InputError("use_ue8m0", True, "needs round_scale: exponents say powers of two only")
+        return cls.FP8_UE8M0 if use_ue8m0 else cls.FP8_ROUNDED if round_scale else cls.FP8
+
+
+@dataclass(eq=False)
+class DispatchCall:
+    """One dispatch: what it reads, what it fills, and what combine needs of it."""
+
+    x: Tensor
+    """[T, H] bf16."""
+    topk_idx: Tensor
+    """[T, K] int32 or int64."""
+    num_experts: int
+    max_tokens: int
+    format: Format
+    rows: Tensor
+    """[L, R * M, H] bf16 or e4m3."""
+    scales: Tensor | None
+    """[L, R * M, S] fp32 or int32, tokens contiguous."""
+    counts: Tensor
+    """[L] int32."""
+    src_info: Tensor
+    """[L, R * M] int32: token at its source."""
+    layout_range: Tensor
+    """[L, R] int64: first row << 32 | rows."""
+    stats: Tensor | None
+    """[L] int32, added to."""
+    wait_stats: Tensor | None
+    """[R] int64 nanoseconds, added to."""
+    received: bool = False
+    """Whether the receiving half was queued."""
+    state: Any = None
+    """The engine's own: where each token's rows went."""
+
+    @property
+    def hidden(self) -> int:
+        return self.x.shape[1]
+
+
+@dataclass(eq=False)
+class CombineCall:
+    """One combine."""
+
+    x: Tensor
+    """[L, R * M, H] bf16."""
+    topk_idx: Tensor
+    """[T, K]: that of the dispatch; entries may have become -1."""
+    topk_weights: Tensor
+    """[T, K] float32."""
+    dispatched: DispatchCall
+    out: Tensor
+    """[T, H] bf16."""
+    wait_stats: Tensor | None
+    """[R] int64 nanoseconds, added to."""
+    state: Any = None
+    """The engine's own."""
+
+
+class Engine(Protocol):
+    """Moves rows. All calls but those on masks are collective; they are queued on the current stream."""
+
+    name: str
+
+    def dispatch(self, call: DispatchCall, half: Half) -> None: ...
+    def combine(self, call: CombineCall, half: Half) -> None: ...
+    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
+        """Take part in a dispatch only to tell the others that this rank cannot."""
+
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
+        """The same in a combine, of ``call`` if that is known."""
+
+    def update_mask(self, rank: int, masked: bool) -> None: ...
+    def query_mask(self, status: Tensor) -> None: ...
+    def clean_mask(self) -> None: ...
+    def check(self) -> None:
+        """Raise what went wrong so far, if anything did."""
+
+    def close(self) -> None: ...
+
+
+class LowLatencyHandle(tuple):
+    """What dispatch returns for combine; its places are those of DeepEP.
+
+    src_info [L, R * M] int32; layout_range [L, R] int64; M; hidden; num_experts.
+    """
+
+    call: DispatchCall
+    owner: object
+
+    @classmethod
+    def of(cls, call: DispatchCall, owner: object) -> LowLatencyHandle:
+        handle = cls((call.src_info, call.layout_range, call.max_tokens, call.hidden, call.num_experts))
+        handle.call, handle.owner = call, owner
+        return handle
+
+
+@dataclass(eq=False)
+class _InFlight:
+    """Calls of one kind whose hook was not called yet, by their number."""
+
+    kind: str
+    made: int = 0
+    waiting: set[int] = field(default_factory=set)
+
+    def enter(self) -> int:
+        """Number of a new call. Its memory is that of the call two before, which must have been received."""
+        number = self.made + 1
+        late = [n for n in self.waiting if n <= number - CALLS_IN_FLIGHT]
+        if late:
+            raise HandleError(
+                f"return_recv_hook: the hook of {self.kind} {min(late)} was not called, and this is {self.kind} "
+                f"{number}: at most {CALLS_IN_FLIGHT} may be in flight"
+            )
+        self.made = number
+        return number
+
+
+class LowLatency:
+    """The low-latency calls of one group.
+
+    Args:
+        backend: of the group; its kind decides the engine. Collective.
+        masks: a peer that does not answer in time is masked instead of being an error.
+        runner: what asynchronous calls run on.
+    """
+
+    def __init__(self, backend: Backend, masks: bool, runner: StreamRunner) -> None:
+        self.device, self.masks = backend.device, masks
+        self.rank, self.world_size = backend.rank, backend.world_size
+        self._engine = make_engine(backend, masks)
+        self._runner = runner
+        self._identity = object()
+        self._dispatches, self._combines = _InFlight("dispatch"), _InFlight("combine")
+        self._combine_buffers: dict[tuple[int, ...], list[Tensor]] = {}
+        self._lent: list[tuple[DispatchCall, Tensor]] = []  # combine buffers that were handed out, oldest first
+
+    @property
+    def engine(self) -> str:
+        """``cuda`` or ``reference``."""
+        return self._engine.name
+
+    def close(self) -> None:
+        """Give all memory back. Captured graphs must not be replayed afterwards."""
+        self._engine.close()
+        self._combine_buffers.clear()
+        self._lent.clear()
+
+    def check(self) -> None:
+        """Raise what kernels reported so far; the calls do so too."""
+        self._engine.check()
+
+    # -- dispatch ------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        max_tokens: int,
+        num_experts: int,
+        stats: Tensor | None,
+        wait_stats: Tensor | None,
+        switches: tuple[bool, bool, bool],
+        async_finish: bool,
+        return_recv_hook: bool,
+    ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
+        """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
+        try:
+            _check_modes(async_finish, return_recv_hook)
+            format = Format.of(*switches)
+            self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
+        except DeepEPMoEError as problem:
+            hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
+            self._engine.refuse_dispatch(max_tokens, hidden, problem)
+            raise
+        number = self._dispatches.enter()
+
+        def make() -> DispatchCall:
+            # on the stream that fills them: memory belongs to it
+            return self._new_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
+
+        def run() -> DispatchCall:
+            call = make()
+            self._engine.dispatch(call, Half.BOTH)
+            call.received = True
+            return call
+
+        if return_recv_hook:
+            call = make()
+            self._engine.dispatch(call, Half.SEND)
+
+            def receive() -> None:
+                self._engine.dispatch(call, Half.RECEIVE)
+                call.received = True
+
+            hook = self._hook(self._dispatches, number, receive)
+            return call, LowLatencyHandle.of(call, self._identity), EventOverlap(), hook
+        if not async_finish:
+            call, event = run(), EventOverlap()
+        else:
+            call, event = self._runner.run(
+                run, async_finish=True, reads=(x, topk_idx, stats, wait_stats), made=_made_by_dispatch
+            )
+        return call, LowLatencyHandle.of(call, self._identity), event, None
+
+    def _check_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        max_tokens: int,
+        num_experts: int,
+        stats: Tensor | None,
+        wait_stats: Tensor | None,
+        format: Format,
+    ) -> None:
+        if not 1 <= max_tokens <= MAX_TOKENS:
+            raise InputError("num_max_dispatch_tokens_per_rank", max_tokens, f"must be 1 to {MAX_TOKENS}")
+        if num_experts > MAX_EXPERTS:
+            raise InputError("num_experts", num_experts, f"must be at most {MAX_EXPERTS}")
+        check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
+        tokens, topk = topk_idx.shape
+        if topk > MAX_TOPK:
+            raise InputError("topk_idx", f"top-k {topk}", f"must be at most {MAX_TOPK}")
+        if tokens > max_tokens:
+            raise InputError("x", f"{tokens} tokens", f"num_max_dispatch_tokens_per_rank is {max_tokens}")
+        check_shape("x", x, (tokens, None), self.device, torch.bfloat16)
+        _check_contiguous("x", x)
+        _check_contiguous("topk_idx", topk_idx)
+        unit = BLOCK if format != Format.BF16 else _ROW_BYTES // 2
+        if x.shape[1] < 1 or x.shape[1] % unit:
+            raise InputError("x", f"hidden size {x.shape[1]}", f"must be a multiple of {unit} in {format.name}")
+        if self.device.type == "cpu":  # on a GPU the kernel looks
+            _check_distinct(topk_idx)
+        local_experts = num_experts // self.world_size
+        if stats is not None:
+            name = "cumulative_local_expert_recv_stats"
+            check_shape(name, stats, (local_experts,), self.device, torch.int32)
+            _check_contiguous(name, stats)
+        _check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
+
+    def _new_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        max_tokens: int,
+        num_experts: int,
+        stats: Tensor | None,
+        wait_stats: Tensor | None,
+        format: Format,
+    ) -> DispatchCall:
+        experts, room, hidden = num_experts // self.world_size, self.world_size * max_tokens, x.shape[1]
+        device = self.device
+        scales = None
+        if format == Format.BF16:
+            dtype = torch.bfloat16
+        else:
+            dtype = torch.float8_e4m3fn
+            blocks, scale_dtype = hidden // BLOCK, torch.float32
+            if format == Format.FP8_UE8M0:
+                blocks, scale_dtype = -(-blocks // 4), torch.int32
+            scales = torch.empty_strided(
+                (experts, room, blocks), (blocks * room, 1, room), dtype=scale_dtype, device=device
+            )
+        return DispatchCall(
+            x,
+            topk_idx,
+            num_experts,
+            max_tokens,
+            format,
+            torch.empty_strided((experts, room, hidden), (room * hidden, hidden, 1), dtype=dtype, device=device),
+            scales,
+            torch.empty_strided((experts,), (1,), dtype=torch.int32, device=device),
+            torch.empty_strided((experts, room), (room, 1), dtype=torch.int32, device=device),
+            torch.empty_strided((experts, self.world_size), (self.world_size, 1), dtype=torch.int64, device=device),
+            stats,
+            wait_stats,
+        )
+
+    # -- combine -------------------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any,
+        zero_copy: bool,
+        async_finish: bool,
+        return_recv_hook: bool,
+        out: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
+        """See :meth:`deepep_moe.buffer.Buffer.low_latency_combine`."""
+        dispatched: DispatchCall | None = None
+        try:
+            dispatched = self._call_of(handle)
+            _check_modes(async_finish, return_recv_hook)
+            if zero_copy:
+                x = self._take_combine_buffer(dispatched)
+            self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+        except DeepEPMoEError as problem:
+            self._engine.refuse_combine(dispatched, problem)
+            raise
+        number = self._combines.enter()
+
+        def make() -> CombineCall:
+            result = out
+            if result is None:
+                shape = (topk_idx.shape[0], dispatched.hidden)
+                result = torch.empty_strided(shape, (shape[1], 1), dtype=torch.bfloat16, device=self.device)
+            return CombineCall(x, topk_idx, topk_weights, dispatched, result, wait_stats)
+
+        def run() -> CombineCall:
+            call = make()
+            self._engine.combine(call, Half.BOTH)
+            return call
+
+        if return_recv_hook:
+            call = make()
+            self._engine.combine(call, Half.SEND)
+            hook = self._hook(self._combines, number, lambda: self._engine.combine(call, Half.RECEIVE))
+            return call.out, EventOverlap(), hook
+        if not async_finish:
+            return run().out, EventOverlap(), None
+        call, event = self._runner.run(
+            run,
+            async_finish=True,
+            reads=(x, topk_idx, topk_weights, dispatched.state, wait_stats, out),
+            made=lambda call: (call.out,),
+        )
+        return call.out, event, None
+
+    def _call_of(self, handle: Any) -> DispatchCall:
+        if not isinstance(handle, LowLatencyHandle):
+            raise HandleError(f"handle is a {type(handle).__name__}; pass on what low_latency_dispatch returned")
+        if handle.owner is not self._identity:
+            raise HandleError("handle was made by another Buffer")
+        if not handle.call.received:
+            raise HandleError("handle: call the hook of its dispatch before combine")
+        return handle.call
+
+    def _check_combine(
+        self,
+        dispatched: DispatchCall,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> None:
+        check_shape("x", x, tuple(dispatched.rows.shape), self.device, torch.bfloat16)
+        _check_contiguous("x", x)
+        shape = tuple(dispatched.topk_idx.shape)
+        check_shape("topk_idx", topk_idx, shape, self.device)
+        check_topk_idx(topk_idx, dispatched.num_experts, self.world_size, self.device)
+        _check_contiguous("topk_idx", topk_idx)
+        check_shape("topk_weights", topk_weights, shape, self.device, torch.float32)
+        _check_contiguous("topk_weights", topk_weights)
+        if out is not None:
+            check_shape("out", out, (shape[0], dispatched.hidden), self.device, torch.bfloat16)
+            _check_contiguous("out", out)
+        _check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
+
+    def next_combine_buffer(self, handle: Any) -> Tensor:
+        """[L, R * M, H] bf16 for the rows of ``handle``'s combine with ``zero_copy``. Two may be filled at a time."""
+        call = self._call_of(handle)
+        for owner, buffer in self._lent:
+            if owner is call:
+                return buffer
+        if len(self._lent) == CALLS_IN_FLIGHT:
+            raise HandleError(
+                f"get_next_low_latency_combine_buffer: {CALLS_IN_FLIGHT} buffers are being filled; "
+                "combine one of their handles with zero_copy first"
+            )
+        shape = tuple(call.rows.shape)
+        buffers = self._combine_buffers.setdefault(shape, [])
+        lent = {id(buffer) for _, buffer in self._lent}
+        free = [buffer for buffer in buffers if id(buffer) not in lent]
+        if free and len(buffers) == CALLS_IN_FLIGHT:
+            buffer = free[0]
+        else:
+            buffer = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        # The one that was used longest ago comes first: a combine may still read the other.
+        self._combine_buffers[shape] = [b for b in buffers if b is not buffer] + [buffer]
+        self._lent.append((call, buffer))
+        return buffer
+
+    def _take_combine_buffer(self, call: DispatchCall) -> Tensor:
+        for entry in self._lent:
+            if entry[0] is call:
+                self._lent.remove(entry)
+                return entry[1]
+        raise InputError("zero_copy", True, "write the rows into get_next_low_latency_combine_buffer(handle) first")
+
+    # -- the rest ------------------------------------------------------------------------------------------------
+
+    def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
+        """Nothing is left behind by any call, so this only checks its arguments and raises what was reported."""
+        for name, value in (("num_max_dispatch_tokens_per_rank", max_tokens), ("hidden", hidden)):
+            if value < 1:
+                raise InputError(name, value, "must be at least 1")
+        if num_experts < 1 or num_experts % self.world_size:
+            raise InputError("num_experts", num_experts, f"must be a positive multiple of {self.world_size} ranks")
+        self._engine.check()
+
+    def update_mask(self, rank: int, masked: bool) -> None:
+        self._check_masks("low_latency_update_mask_buffer")
+        if not 0 <= rank < self.world_size or rank == self.rank:
+            raise InputError("rank", rank, f"must be another rank of the group's {self.world_size}, not {self.rank}")
+        self._engine.update_mask(rank, bool(masked))
+
+    def query_mask(self, status: Tensor) -> None:
+        self._check_masks("low_latency_query_mask_buffer")
+        check_shape("mask_status", status, (self.world_size,), self.device, torch.int32)
+        _check_contiguous("mask_status", status)
+        self._engine.query_mask(status)
+
+    def clean_mask(self) -> None:
+        self._check_masks("low_latency_clean_mask_buffer")
+        self._engine.clean_mask()
+
+    def _check_masks(self, call: str) -> None:
+        if not self.masks:
+            raise UnsupportedError(f"{call}: masks need Buffer(..., enable_shrink=True)")
+
+    def _hook(self, in_flight: _InFlight, number: int, receive: Callable[[], None]) -> Callable[[], None]:
+        in_flight.waiting.add(number)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+        def hook() -> None:
+            if number not in in_flight.waiting:
+                raise HandleError(f"the hook of {in_flight.kind} {number} was called twice")
+            in_flight.waiting.remove(number)
+            if stream is None or stream == torch.cuda.current_stream(self.device):
+                receive()
+            else:  # both halves run on the stream of the call
+                with torch.cuda.stream(stream):
+                    receive()
+
+        return hook
+
+
+def make_engine(backend: Backend, masks: bool) -> Engine:
+    """Kernels where the group's backend maps its peers' memory, else the reference. Collective."""
+    from deepep_moe.low_latency_reference import ReferenceEngine
+
+    return ReferenceEngine(backend)
+
+
+def _check_modes(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise InputError("async_finish", True, "not together with return_recv_hook")
+
+
+def _check_contiguous(argument: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise InputError(argument, f"strides {tensor.stride()} of shape {tuple(tensor.shape)}", "must be contiguous")
+
+
+def _check_wait_stats(argument: str, wait_stats: Tensor | None, ranks: int, device: torch.device) -> None:
+    if wait_stats is not None:
+        check_shape(argument, wait_stats, (ranks,), device, torch.int64)
+        _check_contiguous(argument, wait_stats)
+
+
+def _check_distinct(topk_idx: Tensor) -> None:
+    """A token may choose an expert once: M rows per source and expert is what there is room for."""
+    ordered = topk_idx.sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
+    if len(twice):
+        token, place = twice[0].tolist()
+        chosen = int(ordered[token, place + 1])
+        raise InputError("topk_idx", f"expert {chosen} twice for token {token}", "experts of a token must differ")
+
+
+def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:
+    return call.rows, call.scales, call.counts, call.src_info, call.layout_range, call.state

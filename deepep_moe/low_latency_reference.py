@@ -1,0 +1,202 @@
+"""The reference of the low-latency calls, over torch.distributed: the layouts and sums of the kernels, in PyTorch.
+
+It serves CPUs, and GPUs that cannot map each other's memory (over NCCL; the host waits, so no CUDA graphs there). All of
+the exchange happens in the sending half; the receiving half writes what the caller sees.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends import Backend
+from deepep_moe.backends.exchange import Exchange
+from deepep_moe.errors import DeepEPMoEError, InputError
+from deepep_moe.fp8 import BLOCK, E4M3_MAX
+from deepep_moe.low_latency import CombineCall, DispatchCall, Format, Half
+
+AMAX_FLOOR = 1e-4  # of a block of 128 channels: this format's, whatever other FP8 formats here use
+
+
+class _Sent(NamedTuple):
+    """Of a dispatch: what this rank sent, and what came."""
+
+    tokens: Tensor  # [S] own tokens, by destination
+    send_counts: list[int]
+    recv_counts: list[int]
+    source: Tensor  # [N] rank of each received row
+    token: Tensor  # [N] its token there
+    local: Tensor  # [N, K] local expert of each route, -1 elsewhere
+    rows: Tensor  # [N, H]
+    scales: Tensor | None  # [N, H / 128] fp32
+    place: Tensor  # [N, K] row of each route within its expert
+
+
+class ReferenceEngine:
+    """:class:`~deepep_moe.low_latency.Engine` over torch.distributed.
+
+    Masks are those set by hand: nothing is sent to a masked rank, and what it sends is ignored. A rank that died is an
+    error here, masks or not: torch.distributed cannot go on without it.
+    """
+
+    name = "reference"
+
+    def __init__(self, backend: Backend) -> None:
+        self.device = backend.device
+        self._exchange = Exchange(backend.group, backend.device, backend.config.timeout_seconds)
+        self.rank, self.world_size = self._exchange.rank, self._exchange.world_size
+        self._masked = torch.zeros(self.world_size, dtype=torch.bool, device=self.device)
+
+    # -- dispatch ------------------------------------------------------------------------------------------------
+
+    def dispatch(self, call: DispatchCall, half: Half) -> None:
+        if half & Half.SEND:
+            call.state = self._send(call)
+        if half & Half.RECEIVE:
+            self._deliver(call, call.state)
+
+    def _facts(self, call: DispatchCall) -> dict[str, int | torch.dtype]:
+        return {
+            "num_max_dispatch_tokens_per_rank": call.max_tokens,
+            "hidden size": call.hidden,
+            "top-k": call.topk_idx.shape[1],
+            "num_experts": call.num_experts,
+            "format (use_fp8, round_scale, use_ue8m0)": int(call.format),
+        }
+
+    def _send(self, call: DispatchCall) -> _Sent:
+        local_experts = call.num_experts // self.world_size
+        experts = call.topk_idx.to(torch.int64)
+        owner = torch.where(experts >= 0, experts // local_experts, -1)
+        ranks = torch.arange(self.world_size, dtype=torch.int64, device=self.device)
+        goes = (owner.unsqueeze(2) == ranks).any(1) & ~self._masked  # [T, R]
+        destination, tokens = goes.t().nonzero().unbind(1)
+        send_counts = destination.bincount(minlength=self.world_size).tolist()
+        headers = self._exchange.agree("dispatch", self._facts(call), private=send_counts)
+        recv_counts = headers[:, self.rank].tolist()
+
+        rows, scales = quantize(call.x, call.format)
+        exchange = self._exchange.all_to_all
+        told = torch.cat([tokens.unsqueeze(1), experts[tokens]], 1)
+        told = exchange("dispatch", told, send_counts, recv_counts)
+        rows = exchange("dispatch", rows[tokens], send_counts, recv_counts)
+        if scales is not None:
+            scales = exchange("dispatch", scales[tokens], send_counts, recv_counts)
+
+        source = ranks.repeat_interleave(torch.tensor(recv_counts, dtype=torch.int64, device=self.device))
+        here = (told[:, 1:] // local_experts == self.rank) & ~self._masked[source].unsqueeze(1)
+        local = torch.where(here, told[:, 1:] - self.rank * local_experts, -1)
+        # rows come by source, then token: a route's place is the number of routes to its expert before it
+        flat = local.flatten()
+        routes = (flat.unsqueeze(1) == torch.arange(local_experts, dtype=torch.int64, device=self.device)).long()
+        place = ((routes.cumsum(0) - 1) * routes).sum(1).view_as(local)
+        return _Sent(tokens, send_counts, recv_counts, source, told[:, 0], local, rows, scales, place)
+
+    def _deliver(self, call: DispatchCall, sent: _Sent) -> None:
+        row, route = (sent.local >= 0).nonzero().unbind(1)
+        expert, place = sent.local[row, route], sent.place[row, route]
+        # bytes: not every device has index_put for e4m3
+        call.rows.view(torch.uint8)[expert, place] = sent.rows[row].view(torch.uint8)
+        call.src_info[expert, place] = sent.token[row].int()
+        if sent.scales is not None:
+            assert call.scales is not None
+            scales = sent.scales if call.format != Format.FP8_UE8M0 else pack_ue8m0(sent.scales)
+            call.scales[expert, place] = scales[row]
+        local_experts, ranks = call.layout_range.shape
+        counts = (expert * ranks + sent.source[row]).bincount(minlength=local_experts * ranks)
+        counts = counts.view(local_experts, ranks)
+        call.layout_range.copy_((counts.cumsum(1) - counts) << 32 | counts)
+        call.counts.copy_(counts.sum(1))
+        if call.stats is not None:
+            call.stats += call.counts
+
+    # -- combine -------------------------------------------------------------------------------------------------
+
+    def combine(self, call: CombineCall, half: Half) -> None:
+        if half & Half.SEND:
+            call.state = self._send_back(call)
+        if half & Half.RECEIVE:
+            call.out.copy_(call.state)
+
+    def _send_back(self, call: CombineCall) -> Tensor:
+        dispatched = call.dispatched
+        sent: _Sent = dispatched.state
+        dropped = call.topk_idx < 0
+        changed = (call.topk_idx != dispatched.topk_idx) & ~dropped
+        problem = None
+        if bool(changed.any()):
+            token, k = changed.nonzero()[0].tolist()
+            problem = InputError(
+                "topk_idx", int(call.topk_idx[token, k]), f"route {k} of token {token} went elsewhere in the dispatch"
+            )
+        self._exchange.agree("combine", self._facts(dispatched), problem)
+
+        exchange = self._exchange.all_to_all
+        weights = call.topk_weights[sent.tokens]
+        kept = (~dropped)[sent.tokens].to(torch.uint8)
+        weights = exchange("combine", weights, sent.send_counts, sent.recv_counts)
+        kept = exchange("combine", kept, sent.send_counts, sent.recv_counts)
+        sums = torch.zeros((len(sent.token), dispatched.hidden), dtype=torch.float32, device=self.device)
+        for k in range(sent.local.shape[1]):
+            wanted = ((sent.local[:, k] >= 0) & (kept[:, k] > 0)).nonzero().squeeze(1)
+            rows = call.x[sent.local[wanted, k], sent.place[wanted, k]].float()
+            sums[wanted] += weights[wanted, k].unsqueeze(1) * rows
+        back = exchange("combine", sums.bfloat16(), sent.recv_counts, sent.send_counts)
+        total = torch.zeros((call.out.shape[0], dispatched.hidden), dtype=torch.float32, device=self.device)
+        first = 0
+        for rank, count in enumerate(sent.send_counts):
+            if not self._masked[rank]:
+                total[sent.tokens[first : first + count]] += back[first : first + count].float()
+            first += count
+        return total.bfloat16()
+
+    # -- refusals, masks -----------------------------------------------------------------------------------------
+
+    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
+        self._exchange.agree("dispatch", {}, problem)
+
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
+        self._exchange.agree("combine", {}, problem)
+
+    def update_mask(self, rank: int, masked: bool) -> None:
+        self._masked[rank] = masked
+
+    def query_mask(self, status: Tensor) -> None:
+        status.copy_(self._masked)
+
+    def clean_mask(self) -> None:
+        self._masked.zero_()
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def quantize(x: Tensor, format: Format) -> tuple[Tensor, Tensor | None]:
+    """``x [T, H]`` as it is sent, and scales ``[T, H / 128]`` fp32: amax / 448, perhaps rounded to powers of two."""
+    if format == Format.BF16:
+        return x, None
+    blocks = x.float().view(x.shape[0], x.shape[1] // BLOCK, BLOCK)
+    amax = blocks.abs().amax(2).clamp(min=AMAX_FLOOR)
+    # divided by a tensor: by a number PyTorch may multiply with a rounded reciprocal
+    limit = torch.full_like(amax, E4M3_MAX)
+    scales = amax / limit
+    if format == Format.FP8:
+        inverse = limit / amax
+    else:
+        mantissa, exponent = scales.frexp()  # mantissa in [0.5, 1)
+        scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
+        inverse = scales.reciprocal()
+    rows = (blocks * inverse.unsqueeze(2)).to(torch.float8_e4m3fn)
+    return rows.view(x.shape), scales
+
+
+def pack_ue8m0(scales: Tensor) -> Tensor:
+    """Powers of two ``[N, S]`` fp32 -> their exponents, four in an int32, the first lowest; missing ones are 0."""
+    exponents = (scales.view(torch.int32) >> 23) & 0xFF
+    padding = -exponents.shape[1] % 4
+    return torch.nn.functional.pad(exponents, (0, padding)).to(torch.uint8).view(torch.int32)

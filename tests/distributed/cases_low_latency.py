@@ -1,0 +1,314 @@
+"""Cases of the low-latency calls over gloo, through ``import deep_ep`` as inference engines use them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import deepep_moe.compat
+from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, PeerError, RankMismatchError, UnsupportedError
+from tests.distributed.cases_dispatcher import raises
+from tests.launch import case
+from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
+
+deepep_moe.compat.install()
+
+from deep_ep import Buffer  # noqa: E402
+
+HIDDEN = 384  # three blocks of FP8: not a multiple of four
+
+
+def small(group: dist.ProcessGroup, seed: int = 0, hidden: int = HIDDEN, topk: int = 3, room: int = 7) -> Batch:
+    ranks = dist.get_world_size(group)
+    tokens = tuple(0 if r == 1 else min(room, 4 + r) for r in range(ranks))  # ragged, and one rank without tokens
+    return Batch(seed, Shape(room, hidden, topk, 3 * ranks, tokens), dropped=0.2)
+
+
+def dispatch(buffer: Buffer, batch: Batch, **options: Any) -> Any:
+    rank = buffer.rank
+    arguments: dict[str, Any] = {
+        "x": batch.x[rank],
+        "topk_idx": batch.topk_idx[rank],
+        "num_max_dispatch_tokens_per_rank": batch.shape.max_tokens,
+        "num_experts": batch.shape.experts,
+    }
+    return buffer.low_latency_dispatch(**{**arguments, **options})
+
+
+@case()
+def every_combination_against_a_dense_reference(group: dist.ProcessGroup) -> None:
+    buffer = Buffer(group, low_latency_mode=True)
+    modes = ("plain", "async", "hook")
+    rank = buffer.rank
+    combinations = itertools.product(FORMATS, modes, modes, (False, True), (False, True), (False, True))
+    for seed, (format, mode, back, zero_copy, given_out, dropped) in enumerate(combinations):
+        batch = small(group, seed)
+        where = f"{format} {mode} {back} zero_copy={zero_copy} out={given_out} dropped={dropped}, rank {rank}"
+        options = {"async_finish": mode == "async", "return_recv_hook": mode == "hook"}
+        topk_idx = batch.topk_idx[rank]
+        if seed % 2:
+            batch.topk_idx = [t.int() for t in batch.topk_idx]
+            topk_idx = batch.topk_idx[rank]
+        result = dispatch(buffer, batch, **FORMATS[format], **options)
+        event, hook = result[3:]
+        assert (hook is not None) == (mode == "hook"), where
+        if hook is not None:
+            hook()
+        event.current_stream_wait()
+        check_dispatch(batch, rank, format, result)
+        handle = result[2]
+        into = buffer.get_next_low_latency_combine_buffer(handle) if zero_copy else None
+        if into is not None:
+            into.fill_(torch.nan)
+        y = expert_outputs(batch, rank, format, result, into)
+        if dropped:
+            topk_idx = topk_idx.clone()
+            topk_idx[:, 0] = -1
+        out = torch.full_like(batch.x[rank], torch.nan) if given_out else None
+        options = {"async_finish": back == "async", "return_recv_hook": back == "hook"}
+        got, event, hook = buffer.low_latency_combine(
+            torch.full_like(y, torch.nan) if zero_copy else y,
+            topk_idx,
+            batch.weights[rank],
+            handle,
+            use_logfmt=bool(seed % 3),
+            zero_copy=zero_copy,
+            out=out,
+            **options,
+        )
+        if hook is not None:
+            hook()
+        event.current_stream_wait()
+        assert out is None or got is out, where
+        check_combine(got, combined(batch, rank, format, topk_idx), where)
+
+
+@case()
+def shapes_that_others_refuse(group: dist.ProcessGroup) -> None:
+    buffer, ranks = Buffer(group), dist.get_world_size(group)
+    for seed, (room, hidden, topk, experts, format) in enumerate(
+        ((1, 8, 1, ranks, "bf16"), (5, 24, 12, 12 * ranks, "bf16"), (3, 128, 32, 33 * ranks, "fp8"))
+    ):
+        tokens = tuple((r + seed) % (room + 1) for r in range(ranks))
+        batch = Batch(seed, Shape(room, hidden, topk, experts, tokens))
+        result = dispatch(buffer, batch, **FORMATS[format])
+        check_dispatch(batch, buffer.rank, format, result)
+        y = expert_outputs(batch, buffer.rank, format, result)
+        rank = buffer.rank
+        out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
+        check_combine(out, combined(batch, rank, format), f"shape {seed}")
+
+
+@case()
+def blocks_of_zeros_and_powers_of_two(group: dist.ProcessGroup) -> None:
+    buffer = Buffer(group)
+    batch = small(group)
+    for r, x in enumerate(batch.x):
+        x[:, :128] = 0
+        x[:, 128:256] = 448 * 2.0**r
+    for format in ("fp8", "rounded", "ue8m0"):
+        check_dispatch(batch, buffer.rank, format, dispatch(buffer, batch, **FORMATS[format]))
+
+
+@case()
+def two_calls_in_flight(group: dist.ProcessGroup) -> None:
+    buffer = Buffer(group)
+    rank = buffer.rank
+    batches = [small(group, seed) for seed in (1, 2)]
+    results = [dispatch(buffer, batch, use_fp8=False, return_recv_hook=True) for batch in batches]
+    with raises(HandleError, "return_recv_hook", "dispatch 1", "dispatch 3", "at most 2"):
+        dispatch(buffer, batches[0])
+    for batch, result in zip(batches, results):
+        result[4]()
+        check_dispatch(batch, rank, "bf16", result)
+    with raises(HandleError, "hook of dispatch 1", "twice"):
+        results[0][4]()
+    buffers = [buffer.get_next_low_latency_combine_buffer(result[2]) for result in results]
+    assert buffers[0].data_ptr() != buffers[1].data_ptr()
+    sent = []
+    for batch, result, into in zip(batches, results, buffers):
+        expert_outputs(batch, rank, "bf16", result, into)
+        sent.append(
+            buffer.low_latency_combine(
+                into, batch.topk_idx[rank], batch.weights[rank], result[2], zero_copy=True, return_recv_hook=True
+            )
+        )
+    with raises(HandleError, "return_recv_hook", "combine 1"):
+        buffer.low_latency_combine(buffers[0], batches[0].topk_idx[rank], batches[0].weights[rank], results[0][2])
+    for batch, (out, _, hook) in zip(batches, sent):
+        hook()
+        check_combine(out, combined(batch, rank, "bf16"), "two in flight")
+    # a handle may be combined again
+    y = expert_outputs(batches[0], rank, "bf16", results[0])
+    out, _, _ = buffer.low_latency_combine(y, batches[0].topk_idx[rank], batches[0].weights[rank], results[0][2])
+    assert torch.equal(out, sent[0][0])
+
+
+@case()
+def statistics_add_up(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    stats = torch.ones(batch.shape.local_experts, dtype=torch.int32)
+    waits = torch.zeros(batch.shape.ranks, dtype=torch.int64)
+    total = stats.clone()
+    for _ in range(3):
+        result = dispatch(buffer, batch, cumulative_local_expert_recv_stats=stats, dispatch_wait_recv_cost_stats=waits)
+        total += result[1]
+    assert torch.equal(stats, total)
+
+
+@case()
+def normal_and_low_latency_calls_mix(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    rank = buffer.rank
+    topk_idx = batch.topk_idx[rank]
+    for _ in range(3):
+        result = dispatch(buffer, batch, use_fp8=False)
+        *_, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, batch.shape.experts)
+        rows, *_, handle, _ = buffer.dispatch(
+            batch.x[rank], is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx
+        )
+        buffer.clean_low_latency_buffer(batch.shape.max_tokens, HIDDEN, batch.shape.experts)
+        back, _, _ = buffer.combine(rows, handle)
+        assert torch.equal(back, (in_rank.sum(1, keepdim=True) * batch.x[rank].float()).bfloat16())
+        check_dispatch(batch, rank, "bf16", result)
+
+
+@case(ranks=(2, 3))
+def masked_ranks_count_as_none(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group, enable_shrink=True), small(group)
+    rank, last = buffer.rank, dist.get_world_size(group) - 1
+    status = torch.full((last + 1,), 7, dtype=torch.int32)
+    if rank != last:
+        buffer.low_latency_update_mask_buffer(last, True)
+    buffer.low_latency_query_mask_buffer(status)
+    masked = {last} if rank != last else set()
+    assert status.tolist() == [int(r in masked) for r in range(last + 1)]
+    result = dispatch(buffer, batch, use_fp8=False)
+    if rank != last:
+        check_dispatch(batch, rank, "bf16", result, masked)
+    y = expert_outputs(batch, rank, "bf16", result)
+    if rank == last:
+        y.zero_()  # it got less than it expects
+    out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
+    if rank != last:
+        check_combine(out, combined(batch, rank, "bf16", masked=masked), "masked")
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any()
+    check_dispatch(batch, rank, "bf16", dispatch(buffer, batch, use_fp8=False))
+    with raises(InputError, "rank", str(rank)):
+        buffer.low_latency_update_mask_buffer(rank, True)
+    plain = Buffer(group)
+    for call in (
+        lambda: plain.low_latency_update_mask_buffer(0, True),
+        lambda: plain.low_latency_query_mask_buffer(status),
+        plain.low_latency_clean_mask_buffer,
+    ):
+        with raises(UnsupportedError, "enable_shrink"):
+            call()
+
+
+@case()
+def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    rank, shape = buffer.rank, batch.shape
+    first = rank == 0
+    x, topk_idx = batch.x[rank], batch.topk_idx[rank]
+    transposed = torch.zeros((HIDDEN, shape.tokens[0]), dtype=torch.bfloat16).t()
+    twice = batch.topk_idx[0].clone()
+    twice[2] = 1
+    wrong: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"num_max_dispatch_tokens_per_rank": 2}, ("x = 4 tokens", "num_max_dispatch_tokens_per_rank is 2")),
+        ({"num_max_dispatch_tokens_per_rank": 0}, ("num_max_dispatch_tokens_per_rank = 0",)),
+        ({"num_experts": shape.experts * 1000}, ("num_experts", str(shape.experts * 1000), "1024")),
+        ({"x": transposed}, ("x = strides (1, 4)", "contiguous")),
+        ({"x": x.float()}, ("x = torch.float32", "bfloat16")),
+        ({"x": x[:, :192].contiguous()}, ("x = hidden size 192", "multiple of 128")),
+        ({"x": x[:, :4].contiguous(), "use_fp8": False}, ("x = hidden size 4", "multiple of 8")),
+        ({"topk_idx": torch.full_like(topk_idx, shape.experts)}, ("topk_idx", str(shape.experts))),
+        ({"topk_idx": twice}, ("topk_idx = expert 1 twice for token 2",)),
+        ({"use_ue8m0": True}, ("use_ue8m0", "round_scale")),
+        ({"async_finish": True, "return_recv_hook": True}, ("async_finish", "return_recv_hook")),
+        ({"cumulative_local_expert_recv_stats": topk_idx}, ("cumulative_local_expert_recv_stats", "shape")),
+        ({"dispatch_wait_recv_cost_stats": topk_idx}, ("dispatch_wait_recv_cost_stats", "shape")),
+    ]
+    for options, told in wrong:
+        with raises(InputError if first else PeerError, *told):
+            dispatch(buffer, batch, **(options if first else {}))
+    result = dispatch(buffer, batch, use_fp8=False)
+    check_dispatch(batch, rank, "bf16", result)
+    y, weights = expert_outputs(batch, rank, "bf16", result), batch.weights[rank]
+    other = topk_idx.clone()
+    if first:
+        other[1] = (batch.topk_idx[0][1] + 1).clamp(max=shape.experts - 1)
+    for changed, kind, told in (
+        ({"x": y.float()}, InputError, ("x = torch.float32",)),
+        ({"x": y.transpose(1, 2).contiguous().transpose(1, 2)}, InputError, ("x = strides", "contiguous")),
+        ({"x": y[:, :3]}, InputError, ("x = shape",)),
+        ({"topk_idx": topk_idx[:1]}, InputError, ("topk_idx = shape (1, 3)",)),
+        ({"topk_idx": other}, InputError, ("topk_idx", "token 1", "went elsewhere")),
+        ({"topk_weights": weights.double()}, InputError, ("topk_weights = torch.float64",)),
+        ({"out": y[0]}, InputError, ("out = shape",)),
+        ({"zero_copy": True}, InputError, ("zero_copy", "get_next_low_latency_combine_buffer")),
+        ({"handle": tuple(result[2])}, HandleError, ("handle is a tuple",)),
+        ({"handle": dispatch(Buffer(group), batch)[2]}, HandleError, ("another Buffer",)),
+    ):
+        arguments = {"x": y, "topk_idx": topk_idx, "topk_weights": weights, "handle": result[2]}
+        with raises(kind if first else PeerError, *told):
+            buffer.low_latency_combine(**{**arguments, **(changed if first else {})})
+    with raises(TypeError, "x_global_scale"):
+        dispatch(buffer, batch, x_global_scale=1.0)
+    with raises(InputError, "num_experts"):
+        buffer.clean_low_latency_buffer(1, HIDDEN, 3 * shape.ranks + 1 if shape.ranks > 1 else 0)
+    out, _, _ = buffer.low_latency_combine(y, topk_idx, weights, result[2])
+    check_combine(out, combined(batch, rank, "bf16"), "after errors")
+
+
+@case(ranks=(2, 3))
+def ranks_that_differ_are_told(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    odd = buffer.rank == 1
+    x = torch.zeros((0, 2 * HIDDEN), dtype=torch.bfloat16)
+    for options, told in (
+        ({"num_max_dispatch_tokens_per_rank": 9}, ("num_max_dispatch_tokens_per_rank", "9 on rank 1", "7 on rank 0")),
+        ({"x": x}, ("hidden size", "768 on rank 1", "384 on rank 0")),
+        ({"num_experts": 6 * batch.shape.ranks}, ("num_experts",)),
+        ({"topk_idx": batch.topk_idx[1][:, :2].contiguous()}, ("top-k", "2 on rank 1")),
+        ({"use_fp8": False}, ("use_fp8", "0 on rank 1", "1 on rank 0")),
+    ):
+        with raises(RankMismatchError, *told):
+            dispatch(buffer, batch, **(options if odd else {}))
+    check_dispatch(batch, buffer.rank, "fp8", dispatch(buffer, batch))
+
+
+@case()
+def hooks_and_handles_out_of_order(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    rank = buffer.rank
+    result = dispatch(buffer, batch, use_fp8=False, return_recv_hook=True)
+    y = torch.zeros(result[0].shape, dtype=torch.bfloat16)
+    arguments = (y, batch.topk_idx[rank], batch.weights[rank], result[2])
+    with raises((HandleError, PeerError), "hook"):
+        buffer.low_latency_combine(*arguments)
+    with raises((HandleError, PeerError), "hook"):
+        buffer.get_next_low_latency_combine_buffer(result[2])
+    result[4]()
+    buffer.low_latency_combine(*arguments)
+    buffer.destroy()
+    with raises(DeepEPMoEError, "destroyed"):
+        dispatch(buffer, batch)
+
+
+@case(ranks=(2,))
+def defaults_of_the_caller_change_nothing(group: dist.ProcessGroup) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        buffer, batch = Buffer(group), small(group)
+        for format in FORMATS:
+            result = dispatch(buffer, batch, **FORMATS[format])
+            check_dispatch(batch, buffer.rank, format, result)
+    finally:
+        torch.set_default_dtype(torch.float32)
