@@ -31,7 +31,9 @@ void bind_enumerations(py::module_& m) {
         .value("RECV_OVERFLOW", kRecvOverflow)
         .value("ROWS_OVERFLOW", kRowsOverflow)
         .value("STAGING", kStaging)
-        .value("BAD_PEER_INPUT", kBadPeerInput);
+        .value("BAD_PEER_INPUT", kBadPeerInput)
+        .value("REPEATED_EXPERT", kRepeatedExpert)
+        .value("CHANGED_ROUTE", kChangedRoute);
     py::enum_<Phase>(m, "Phase", py::arithmetic())
         .value("PLAN_COUNTS", kPlanCounts)
         .value("PLAN_PLACES", kPlanPlaces)
@@ -52,7 +54,9 @@ void bind_enumerations(py::module_& m) {
         .value("FORMAT", kFormat)
         .value("ROW_BYTES", kRowBytes)
         .value("MAX_TOKENS", kMaxTokens)
-        .value("HIDDEN", kHidden);
+        .value("HIDDEN", kHidden)
+        .value("ROW_FORMAT", kRowFormat)
+        .value("HANDLE", kHandle);
     py::enum_<DataType>(m, "DataType")
         .value("FLOAT32", DataType::kFloat32)
         .value("BFLOAT16", DataType::kBFloat16)
@@ -119,4 +123,5 @@ PYBIND11_MODULE(_C, m) {
     bind_local(m);
     bind_throughput(m);
     bind_bench(m);
+    bind_latency(m);
 }

@@ -9,6 +9,8 @@ ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
 MAX_RANKS: int
 MAX_TOPK: int
 MAX_EXPERTS: int
+LATENCY_BLOCKS_PER_SM: int
+LATENCY_MAX_BLOCKS: int
 NO_EXPERT_ROWS: int  # as max_rows of a plan: expert rows are not asked for
 OPERATION_BY_EXPERT: int  # flags beside an OperationKind
 OPERATION_WITH_WEIGHTS: int
@@ -22,6 +24,8 @@ class Failure(enum.IntEnum):
     ROWS_OVERFLOW = ...
     STAGING = ...
     BAD_PEER_INPUT = ...
+    REPEATED_EXPERT = ...
+    CHANGED_ROUTE = ...
 
 class Phase(enum.IntEnum):
     """Where a rank was when it failed: the members are in csrc/runtime/domain.h."""
@@ -222,3 +226,80 @@ class ThroughputEngine:
 
 def fill_peers(targets: list[int], num_bytes: int, num_blocks: int, stream: int) -> None:
     """Store ``num_bytes`` (a multiple of 16) to every address, all at once; for measuring the link."""
+# -- the latency engine -----------------------------------------------------------------------------------------------
+
+class LatencyArena:
+    """Symmetric memory of one (M, hidden size): the address of each rank's, as mapped here."""
+
+    def __init__(self, addresses: list[int], max_tokens: int, hidden: int, /) -> None: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+
+class LatencyEngine:
+    def __init__(self, domain: Domain, num_blocks: int, masks: bool) -> None: ...
+    @staticmethod
+    def control_bytes() -> int: ...
+    @staticmethod
+    def arena_bytes(num_ranks: int, max_tokens: int, hidden: int, /) -> int: ...
+    @staticmethod
+    def places_words(num_ranks: int, max_tokens: int, num_topk: int, /) -> int: ...
+    def set_control(self, addresses: list[int], /) -> None: ...
+    def dispatch(
+        self,
+        arena: LatencyArena,
+        *,
+        half: int,
+        format: int,
+        refused: bool,
+        x: int,
+        topk_idx: int,
+        wide_idx: bool,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        places: int,
+        rows: int,
+        scales: int,
+        counts: int,
+        src_info: int,
+        layout_range: int,
+        stats: int,
+        wait_stats: int,
+        stream: int,
+    ) -> None: ...
+    def combine(
+        self,
+        arena: LatencyArena,
+        *,
+        half: int,
+        format: int,
+        refused: bool,
+        x: int,
+        topk_idx: int,
+        wide_idx: bool,
+        weights: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        places: int,
+        epoch: int,
+        out: int,
+        wait_stats: int,
+        stream: int,
+    ) -> None: ...
+    def announce(
+        self,
+        *,
+        max_tokens: int,
+        hidden: int,
+        num_topk: int,
+        num_experts: int,
+        format: int,
+        refused: bool,
+        stream: int,
+    ) -> None: ...
+    def set_mask(self, rank: int, stream: int, /) -> None: ...
+    def query_mask(self, status: int, stream: int, /) -> None: ...
+    def lift_masks(self, arenas: list[LatencyArena], lift: int, stream: int, /) -> None: ...

@@ -102,6 +102,7 @@ class Buffer(LowLatencyCalls, Shared):
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             check_integer(name, value, most=_MOST_BYTES)
         config = replace(DispatcherConfig.load(), capacity_factor=0.0)  # num_worst_tokens is what fixes sizes here
+        low_latency_sms = config.num_sms  # as in DeepEP, set_num_sms is about normal calls
         if Buffer._num_sms_chosen:
             config = replace(config, num_sms=Buffer.num_sms)
         self._backend: Backend | None = get_backend(group, None, config)
@@ -113,7 +114,7 @@ class Buffer(LowLatencyCalls, Shared):
         self._runner = StreamRunner(self._backend.device)
         self._local_memory: dict[bool, Tensor] = {}
         self._identity = object()  # what handles know this buffer by; unlike id() never given to another
-        self.enable_shrink = enable_shrink
+        self.enable_shrink, self._low_latency_sms = enable_shrink, low_latency_sms
         if low_latency_mode:
             self._opened()
 

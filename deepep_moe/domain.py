@@ -52,6 +52,8 @@ _FIELDS = {
     "ROW_BYTES": "bytes of a row in flight",
     "MAX_TOKENS": "tokens per rank (max_tokens_per_rank, num_max_dispatch_tokens_per_rank)",
     "HIDDEN": "hidden size",
+    "ROW_FORMAT": "format (use_fp8, round_scale, use_ue8m0)",
+    "HANDLE": "handle (the number of its dispatch)",
 }
 _REASONS = {
     "TIMEOUT": "it waited in vain for another rank",
@@ -172,6 +174,10 @@ class Domain:
                 f"; {seen - expected} routes in a row of a routing map, more than top-k" if seen > expected else ""
             )
             return InputError("topk_idx", seen, f"an expert must be -1 (dropped) or 0 to {expected - 1}{too_many}")
+        if kind == "REPEATED_EXPERT":
+            return InputError("topk_idx", f"expert {seen} twice for token {expected}", "experts of a token must differ")
+        if kind == "CHANGED_ROUTE":
+            return InputError("topk_idx", f"route {seen}", f"of token {expected} of rank {peer} went elsewhere before")
         if kind == "BAD_PEER_INPUT" and peer == self.rank:
             return PeerError(
                 "this rank gave up in an earlier call, whose error says why. Destroy this buffer or dispatcher."

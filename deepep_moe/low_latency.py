@@ -187,14 +187,15 @@ class LowLatency:
 
     Args:
         backend: of the group; its kind decides the engine. Collective.
+        num_sms: SMs that kernels may use; 0: all.
         masks: a peer that does not answer in time is masked instead of being an error.
         runner: what asynchronous calls run on.
     """
 
-    def __init__(self, backend: Backend, masks: bool, runner: StreamRunner) -> None:
+    def __init__(self, backend: Backend, num_sms: int, masks: bool, runner: StreamRunner) -> None:
         self.device, self.masks = backend.device, masks
         self.rank, self.world_size = backend.rank, backend.world_size
-        self._engine = make_engine(backend, masks)
+        self._engine = make_engine(backend, num_sms, masks)
         self._runner = runner
         self._identity = object()
         self._dispatches, self._combines = _InFlight("dispatch"), _InFlight("combine")
@@ -506,10 +507,21 @@ class LowLatency:
         return hook
 
 
-def make_engine(backend: Backend, masks: bool) -> Engine:
+def make_engine(backend: Backend, num_sms: int, masks: bool) -> Engine:
     """Kernels where the group's backend maps its peers' memory, else the reference. Collective."""
+    # both import what a call is from here
+    from deepep_moe.low_latency_cuda import CudaEngine
     from deepep_moe.low_latency_reference import ReferenceEngine
 
+    domain = getattr(backend, "domain", None)
+    if domain is not None:
+        return CudaEngine(domain, num_sms, masks)
+    if backend.device.type == "cuda" and backend.rank == 0:
+        _log.warning(
+            "deepep_moe: low-latency calls run on the reference, through torch.distributed: backend %s does not map "
+            "the peers' memory. It is right, slow, and not for CUDA graphs; `deepep-moe doctor` says what is missing.",
+            backend.name,
+        )
     return ReferenceEngine(backend)
 
 

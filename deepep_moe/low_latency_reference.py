@@ -1,7 +1,7 @@
 """The reference of the low-latency calls, over torch.distributed: the layouts and sums of the kernels, in PyTorch.
 
-It serves CPUs, and GPUs that cannot map each other's memory (over NCCL; the host waits, so no CUDA graphs there). All of
-the exchange happens in the sending half; the receiving half writes what the caller sees.
+It serves CPUs, and GPUs that cannot map each other's memory (over NCCL; the host waits, so no CUDA graphs there). All
+of the exchange happens in the sending half; the receiving half writes what the caller sees.
 """
 
 from __future__ import annotations

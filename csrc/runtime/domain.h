@@ -25,14 +25,16 @@ static_assert(8 * sizeof(RankMask) >= kMaxRanks, "a bit per rank");
 
 enum Failure : int {
     kNoFailure,
-    kTimeout,       // peer, phase; expected and seen epoch
-    kPeerFailed,    // peer: it gave up; seen = its Failure; phase is where this rank was
-    kMismatch,      // peer, field; expected = own value, seen = the peer's
-    kBadExpert,     // expected = number of experts, seen = the index
-    kRecvOverflow,  // peer: whose; expected = rows there is room for, seen = rows that came (by source)
-    kRowsOverflow,  // the same by expert
-    kStaging,       // expected = tokens per rank that staging holds, seen = tokens of a rank
-    kBadPeerInput,  // peer: it refused its input; its own error says why
+    kTimeout,         // peer, phase; expected and seen epoch
+    kPeerFailed,      // peer: it gave up; seen = its Failure; phase is where this rank was
+    kMismatch,        // peer, field; expected = own value, seen = the peer's
+    kBadExpert,       // expected = number of experts, seen = the index
+    kRecvOverflow,    // peer: whose; expected = rows there is room for, seen = rows that came (by source)
+    kRowsOverflow,    // the same by expert
+    kStaging,         // expected = tokens per rank that staging holds, seen = tokens of a rank
+    kBadPeerInput,    // peer: it refused its input; its own error says why
+    kRepeatedExpert,  // expected = the token, seen = the expert it chose twice
+    kChangedRoute,    // peer: whose; expected = its token, seen = the route that went elsewhere in the dispatch
 };
 
 // Where a rank was. One list, so that the record of a failure means the same whichever engine wrote it.
@@ -61,6 +63,8 @@ enum Field : int {
     kRowBytes,
     kMaxTokens,
     kHidden,
+    kRowFormat,
+    kHandle,
     kNumFields
 };
 

@@ -1,0 +1,198 @@
+// Memory and kernel arguments of the latency engine: decode-sized batches, at places that are fixed beforehand.
+//
+// Symbols in shapes: T tokens of a rank, M the most of any rank, K top-k, R ranks, E experts, L = E / R local experts,
+// H hidden size.
+//
+// Two kinds of packets cross the link, and neither needs a fence or a flag of its own. Each is sixteen bytes that are
+// written and read at once.
+//   tables  three words and the epoch of the call: there when the epoch is that of the running call
+//   rows    sixteen bytes of a row, the last word inverted: there when that word is not 0. Who has read one clears it.
+//
+// Why a slot may be written again. All of it exists twice and call e of a kind uses half e % 2, so what is written has
+// been used by call e - 2. Before a rank writes to a peer it waits until the peer says that it has finished reading
+// call e - 2 (Control::consumed). A peer says so at the start of every kernel, about kernels before that one on its
+// stream, all of whose reads and clears are done. It is never waited for in vain: at the latest the peer's own call e
+// says it before it waits for anything, and a rank makes call e only after it has received call e - 2.
+//
+// Who waits for whom. The first R blocks send tables and wait for nothing but `consumed`; rows of a dispatch wait for
+// nothing else either; rows of a combine wait for the peers' tables; receivers wait for tables, then rows. There is no
+// circle, provided that all blocks of the grid can be resident: the grid is at most two blocks per SM.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/tagged.h"
+#include "runtime/domain.h"
+
+namespace deepep_moe::latency {
+
+constexpr int kMaxTopk = 32;          // one lane of a warp per route of a token
+constexpr int kMaxExperts = 1024;     // what shared memory holds
+constexpr int kTokenLimit = 1 << 15;  // a place within one source and expert has 16 bits
+constexpr int kMaxBlocks = 1024;
+constexpr int kThreads = 512;
+constexpr int kBlocksPerSm = 2;
+constexpr int kWarps = kThreads / 32;
+
+constexpr int kRoutesPerPacket = 3;   // dispatch: local expert << 16 | place among the source's rows of it; -1: none
+constexpr int kWeightsPerPacket = 2;  // combine: two weights, and their local experts in 16 bits each; 0xffff: none
+constexpr int kMaxRoutePackets = (kMaxTopk + kRoutesPerPacket - 1) / kRoutesPerPacket;
+constexpr int kMaxWeightPackets = kMaxTopk / kWeightsPerPacket;
+
+inline __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+enum Kind : int { kDispatch, kCombine, kNumKinds };
+
+// Which half of a call a kernel does.
+enum Half : int { kSend = 1, kReceive = 2, kBoth = 3 };
+
+enum class Format : int { kBf16, kFp8, kFp8Rounded, kFp8Ue8m0 };
+
+// What a rank tells the others about a call, in packets of three words and the epoch.
+struct Facts {
+    // In the order of words. Ranks must agree on those below kNumAgreed.
+    enum Word : int {
+        kFactMaxTokens,
+        kFactHidden,
+        kFactTopk,
+        kFactExperts,
+        kFactFormat,
+        kFactHandle,  // of a combine: the epoch of the dispatch that it belongs to
+        kNumAgreed,
+        kFactTokens = kNumAgreed,
+        kFactRefused,  // this rank refused its input: it has no tokens, and sends none of the rows it was asked for
+        kNumWords = 9
+    };
+    static constexpr int kPackets = kNumWords / 3;
+    int word[kNumWords];
+};
+
+// Symmetric memory, one for all arenas.
+struct Control {
+    int4 facts[kNumKinds][2][kMaxRanks][Facts::kPackets];  // [kind][epoch % 2][source]
+    int consumed[kMaxRanks][kNumKinds * 2];                // [source][2 * kind + epoch % 2] last epoch it has received
+    int4 meeting[2][kMaxRanks];  // [first, second half][source] its epochs of either kind, 0, number of the meeting
+};
+
+// Device memory of this rank alone. Epochs are counted here, not in launch arguments, so that a captured graph can be
+// replayed, and by every block on its own: all kernels have the same grid, and no block need wait for another.
+struct LocalState {
+    int epochs[kNumKinds][kMaxBlocks];
+    int consumed[kNumKinds * 2];            // what Control::consumed will say
+    int masked[kMaxRanks];                  // not 0: nothing is sent to that rank or expected from it
+    int decided[kNumKinds * 2][kMaxRanks];  // whether the blocks of call e count on a rank: 2 * e + lost, modulo 2^32
+    int meetings;
+};
+
+struct Runtime {
+    Domain domain;
+    Control* control[kMaxRanks];  // [rank] as mapped here
+    LocalState* local;
+    bool masks;  // a rank that does not answer in time is masked, instead of being the end
+};
+
+// Symmetric memory of one (M, H), fixed once and for all: captured graphs hold it.
+//   routes  [2][R][M][packets of K routes]                     of dispatch, by source
+//   counts  [2][R][kMaxExperts] Tagged: rows for each local expert
+//   weights [2][R][M][packets of K weights]                    of combine, by home rank
+//   rows    [kinds][2][R][M][2 * H bytes]: of dispatch by source and token (e4m3 is followed by its scales); of combine
+//           by the rank that summed them and token
+struct Arena {
+    char* base[kMaxRanks];  // [rank] as mapped here
+    int num_ranks, max_tokens, hidden;
+    int64_t counts_offset, weights_offset, rows_offset;
+
+    __host__ __device__ int64_t slots() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
+    __host__ __device__ int64_t row_bytes() const { return 2 * static_cast<int64_t>(hidden); }
+    __host__ __device__ int64_t bytes() const { return rows_offset + 2 * kNumKinds * slots() * row_bytes(); }
+
+    __device__ __forceinline__ int64_t slot(int epoch, int source, int token) const {
+        return (static_cast<int64_t>(epoch & 1) * num_ranks + source) * max_tokens + token;
+    }
+    __device__ __forceinline__ int4* routes(int owner, int epoch, int source, int token, int packets) const {
+        return reinterpret_cast<int4*>(base[owner]) + slot(epoch, source, 0) * kMaxRoutePackets + token * packets;
+    }
+    __device__ __forceinline__ Tagged* counts(int owner, int epoch, int source) const {
+        return reinterpret_cast<Tagged*>(base[owner] + counts_offset) +
+               ((epoch & 1) * num_ranks + source) * kMaxExperts;
+    }
+    __device__ __forceinline__ int4* weights(int owner, int epoch, int source, int token, int packets) const {
+        return reinterpret_cast<int4*>(base[owner] + weights_offset) + slot(epoch, source, 0) * kMaxWeightPackets +
+               token * packets;
+    }
+    __device__ __forceinline__ int4* row(Kind kind, int owner, int epoch, int source, int token) const {
+        return reinterpret_cast<int4*>(base[owner] + rows_offset +
+                                       (kind * 2 * slots() + slot(epoch, source, token)) * row_bytes());
+    }
+};
+
+// What a dispatch leaves for its combine (and its sending half for the receiving one), in memory of the call.
+struct Places {
+    int* data;
+
+    static constexpr int kHead = 2 + kMaxRanks;
+    __device__ __forceinline__ int& epoch() const { return data[0]; }
+    __device__ __forceinline__ int& tokens(int source) const { return data[2 + source]; }  // as received: 0 if masked
+    // [R][M][K]: row of the route in [L * R * M], -1 where its expert is elsewhere
+    __device__ __forceinline__ int& row(const Arena& arena, int num_topk, int source, int token, int k) const {
+        return data[kHead + (static_cast<int64_t>(source) * arena.max_tokens + token) * num_topk + k];
+    }
+};
+
+// Expert indices of the caller: [T, K] int32 or int64.
+struct TopkIdx {
+    const void* data;
+    bool wide;
+
+    __device__ __forceinline__ int64_t at(int64_t i) const {
+        return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
+    }
+};
+
+struct DispatchArgs {
+    Runtime runtime;
+    Arena arena;
+    const char* x;  // [T, H] bf16
+    TopkIdx topk_idx;
+    int num_tokens, num_topk, num_experts;
+    Format format;
+    bool refused;
+    Places places;
+    char* rows;                      // [L, R * M, H] bf16 or e4m3
+    void* scales;                    // [L, H / 128, R * M] fp32, or [L, H / 512 rounded up, R * M] packed exponents
+    int* counts;                     // [L]
+    int* src_info;                   // [L, R * M]
+    int64_t* layout_range;           // [L, R]
+    int* stats;                      // [L] or null
+    unsigned long long* wait_stats;  // [R] nanoseconds, or null
+};
+
+struct CombineArgs {
+    Runtime runtime;
+    Arena arena;
+    const char* x;  // [L, R * M, H] bf16
+    TopkIdx topk_idx;
+    const float* weights;  // [T, K]
+    int num_tokens, num_topk, num_experts;
+    Format format;  // of the dispatch
+    bool refused;
+    Places places;  // of the dispatch
+    int* epoch;     // of this call, from its sending to its receiving half
+    char* out;      // [T, H] bf16
+    unsigned long long* wait_stats;
+};
+
+// Launches; each is defined beside its kernel and returns the launch's status.
+cudaError_t launch_dispatch(const DispatchArgs& args, Half half, int num_blocks, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, cudaStream_t stream);
+// Tell the peers the facts of a dispatch that is about to come, before this rank does what may take it long.
+cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, cudaStream_t stream);
+cudaError_t launch_set_mask(const Runtime& runtime, int rank, cudaStream_t stream);
+cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t stream);
+// A barrier of all ranks that are not masked, or whose bit in `lift` is set; those of the latter that come are masked
+// no longer. All ranks have the same epochs after it.
+cudaError_t launch_meet(const Runtime& runtime, bool second, RankMask lift, cudaStream_t stream);
+
+}  // namespace deepep_moe::latency

@@ -1,0 +1,105 @@
+// The latency engine as Python sees it. Arguments go by name: there are many, of few types.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "latency/engine.h"
+
+namespace py = pybind11;
+
+namespace deepep_moe {
+
+namespace {
+
+using namespace latency;
+
+void dispatch(LatencyEngine& self, const Arena& arena, int half, int format, bool refused, Address x, Address topk_idx,
+              bool wide_idx, int num_tokens, int num_topk, int num_experts, Address places, Address rows,
+              Address scales, Address counts, Address src_info, Address layout_range, Address stats, Address wait_stats,
+              Address stream) {
+    DispatchArgs args{};
+    args.arena = arena;
+    args.x = at<char>(x);
+    args.topk_idx = {at<void>(topk_idx), wide_idx};
+    args.num_tokens = num_tokens;
+    args.num_topk = num_topk;
+    args.num_experts = num_experts;
+    args.format = static_cast<Format>(format);
+    args.refused = refused;
+    args.places = {at<int>(places)};
+    args.rows = at<char>(rows);
+    args.scales = at<void>(scales);
+    args.counts = at<int>(counts);
+    args.src_info = at<int>(src_info);
+    args.layout_range = at<int64_t>(layout_range);
+    args.stats = at<int>(stats);
+    args.wait_stats = at<unsigned long long>(wait_stats);
+    self.dispatch(args, static_cast<Half>(half), stream);
+}
+
+void combine(LatencyEngine& self, const Arena& arena, int half, int format, bool refused, Address x, Address topk_idx,
+             bool wide_idx, Address weights, int num_tokens, int num_topk, int num_experts, Address places,
+             Address epoch, Address out, Address wait_stats, Address stream) {
+    CombineArgs args{};
+    args.arena = arena;
+    args.x = at<char>(x);
+    args.topk_idx = {at<void>(topk_idx), wide_idx};
+    args.weights = at<float>(weights);
+    args.num_tokens = num_tokens;
+    args.num_topk = num_topk;
+    args.num_experts = num_experts;
+    args.format = static_cast<Format>(format);
+    args.refused = refused;
+    args.places = {at<int>(places)};
+    args.epoch = at<int>(epoch);
+    args.out = at<char>(out);
+    args.wait_stats = at<unsigned long long>(wait_stats);
+    self.combine(args, static_cast<Half>(half), stream);
+}
+
+void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int num_experts, int format, bool refused,
+              Address stream) {
+    Facts facts{};
+    facts.word[Facts::kFactMaxTokens] = max_tokens;
+    facts.word[Facts::kFactHidden] = hidden;
+    facts.word[Facts::kFactTopk] = num_topk;
+    facts.word[Facts::kFactExperts] = num_experts;
+    facts.word[Facts::kFactFormat] = format;
+    facts.word[Facts::kFactRefused] = refused;
+    self.announce(facts, stream);
+}
+
+}  // namespace
+
+void bind_latency(py::module_& m) {
+    m.attr("LATENCY_BLOCKS_PER_SM") = kBlocksPerSm;
+    m.attr("LATENCY_MAX_BLOCKS") = kMaxBlocks;
+    py::class_<Arena>(m, "LatencyArena")
+        .def(py::init(&LatencyEngine::arena))
+        .def_readonly("max_tokens", &Arena::max_tokens)
+        .def_readonly("hidden", &Arena::hidden);
+    using Engine = LatencyEngine;
+    py::class_<Engine>(m, "LatencyEngine")
+        .def(py::init<std::shared_ptr<DomainRuntime>, int, bool>(), py::arg("domain"), py::arg("num_blocks"),
+             py::arg("masks"))
+        .def_static("control_bytes", &Engine::control_bytes)
+        .def_static("arena_bytes", &Engine::arena_bytes)
+        .def_static("places_words", &Engine::places_words)
+        .def("set_control", &Engine::set_control)
+        .def("dispatch", &dispatch, py::arg("arena"), py::kw_only(), py::arg("half"), py::arg("format"),
+             py::arg("refused"), py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("num_tokens"),
+             py::arg("num_topk"), py::arg("num_experts"), py::arg("places"), py::arg("rows"), py::arg("scales"),
+             py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"), py::arg("wait_stats"),
+             py::arg("stream"))
+        .def("combine", &combine, py::arg("arena"), py::kw_only(), py::arg("half"), py::arg("format"),
+             py::arg("refused"), py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"),
+             py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_experts"), py::arg("places"), py::arg("epoch"),
+             py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
+        .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),
+             py::arg("num_experts"), py::arg("format"), py::arg("refused"), py::arg("stream"))
+        .def("set_mask", &Engine::set_mask)
+        .def("query_mask", &Engine::query_mask)
+        .def("lift_masks", &Engine::lift_masks);
+}
+
+}  // namespace deepep_moe

@@ -1,0 +1,290 @@
+// Combine: the rank that computed a token's rows sums them, times their weights, and sends one row home, which adds the
+// ranks' rows.
+//
+//   tables   block d < R: weights and local experts of this rank's tokens, for rank d
+//   rows     all other blocks, a warp per 512 channels of a token of any rank: wait for its weights, sum its experts'
+//   rows
+//            in top-k order in fp32, round to BF16, store a packet per lane
+//   receive  all blocks, a warp per 256 channels of a token of this rank: wait for the packets of each rank that has
+//   one
+//            of its experts, add them in rank order in fp32, clear them
+//
+// Own sums go the same way, so that a result does not depend on where an expert is. Which ranks send for a token, and
+// which ones are waited for, both follow from the indices given to this combine: they cannot disagree.
+#include <cuda_bf16.h>
+
+#include "device/sum.cuh"
+#include "latency/packets.cuh"
+
+namespace deepep_moe::latency {
+
+namespace {
+
+using Bf16x8 = Vector<__nv_bfloat16>;
+
+constexpr int kSendVectors = 2;   // sixteen bytes each, of a row, per lane
+constexpr int kRoutesAtOnce = 2;  // rows of one token whose loads are in flight together
+constexpr int kRanksAtOnce = 4;   // rows that come home
+constexpr int kNoExpert = 0xffff;
+
+__device__ __forceinline__ Facts facts_of(const CombineArgs& args) {
+    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
+             args.places.epoch(), args.refused ? 0 : args.num_tokens, args.refused, 0}};
+}
+
+// -- tables
+// ------------------------------------------------------------------------------------------------------------
+
+// All threads of a block call.
+__device__ void send_tables(const CombineArgs& args, const Waiting& waiting, int peer) {
+    const Domain& domain = args.runtime.domain;
+    const int local_experts = args.num_experts / domain.num_ranks, packets = ceil_div(args.num_topk, kWeightsPerPacket);
+    __shared__ bool writable;
+    if (threadIdx.x < kWarpSize) {
+        const bool free = (waiting.writable_ranks(kCombine) >> peer & 1) != 0;
+        if (free) send_facts(args.runtime, kCombine, waiting.epoch, peer, facts_of(args));
+        if (threadIdx.x == 0) writable = free;
+    }
+    __syncthreads();
+    const int tokens = args.refused || !writable ? 0 : args.num_tokens;
+    for (int i = threadIdx.x; i < tokens * packets; i += kThreads) {
+        const int token = i / packets, j = i % packets;
+        int weights[kWeightsPerPacket], experts[kWeightsPerPacket];
+#pragma unroll
+        for (int n = 0; n < kWeightsPerPacket; ++n) {
+            const int k = j * kWeightsPerPacket + n;
+            const int64_t at = static_cast<int64_t>(token) * args.num_topk + k;
+            weights[n] = 0;
+            experts[n] = kNoExpert;
+            if (k >= args.num_topk) continue;
+            const int64_t expert = args.topk_idx.at(at);
+            if (expert < 0 || expert >= args.num_experts) {
+                if (expert != -1)
+                    report_problem(domain, {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts,
+                                            static_cast<int>(expert)});
+                continue;
+            }
+            if (static_cast<int>(expert) / local_experts != peer) continue;
+            weights[n] = __float_as_int(args.weights[at]);
+            experts[n] = static_cast<int>(expert) - peer * local_experts;
+        }
+        store_packet(args.arena.weights(peer, waiting.epoch, domain.rank, token, packets) + j,
+                     {weights[0], weights[1], experts[0] | experts[1] << 16, waiting.epoch});
+    }
+}
+
+// -- rows
+// --------------------------------------------------------------------------------------------------------------
+
+// What a warp sums at a time: 512 channels of a token of some rank. Warps side by side take tokens of different ranks,
+// so that all links are busy.
+struct Piece {
+    int home, token, first;  // first: of the vectors
+    bool exists;
+    int row;  // of this lane's route, in [L * R * M], or -1
+
+    __device__ __forceinline__ Piece(const CombineArgs& args, int item, int pieces) {
+        const int ranks = args.runtime.domain.num_ranks, lane = threadIdx.x % kWarpSize;
+        const int rest = item / ranks;
+        home = (args.runtime.domain.rank + 1 + item % ranks) % ranks;
+        token = rest / pieces;
+        first = rest % pieces * (kSendVectors * kWarpSize);
+        exists = token < args.places.tokens(home);
+        row = exists && lane < args.num_topk ? args.places.row(args.arena, args.num_topk, home, token, lane) : -1;
+    }
+};
+
+// Fetch the rows while their weights are still on the way.
+__device__ __forceinline__ void prefetch(const CombineArgs& args, const Piece& piece) {
+    const int lane = threadIdx.x % kWarpSize, vectors = args.arena.hidden / 8;
+    for (unsigned left = __ballot_sync(kFullMask, piece.row >= 0); left; left &= left - 1) {
+        const int row = __shfl_sync(kFullMask, piece.row, __ffs(left) - 1), at = piece.first + lane * kSendVectors;
+        if (at < vectors)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const int4*>(args.x) +
+                                                          static_cast<int64_t>(row) * vectors + at));
+    }
+}
+
+// Weight and local expert (kNoExpert: none here) of this lane's route. False if they do not come.
+__device__ __forceinline__ bool read_weights(const CombineArgs& args, const Waiting& waiting, const Piece& piece,
+                                             float& weight, int& expert) {
+    const Runtime& rt = args.runtime;
+    const int lane = threadIdx.x % kWarpSize, packets = ceil_div(args.num_topk, kWeightsPerPacket);
+    const int4* from = args.arena.weights(rt.domain.rank, waiting.epoch, piece.home, piece.token, packets) + lane;
+    int4 packet{0, 0, 0, waiting.epoch};
+    const auto arrived = [&] {
+        if (lane < packets) packet = load_packet(from);
+        return packet.w == waiting.epoch;
+    };
+    // a rank that refused its input has sent no weights, but has said so
+    const auto refused = [&] {
+        constexpr int kWord = Facts::kFactRefused;
+        const int4* facts = rt.control[rt.domain.rank]->facts[kCombine][waiting.epoch & 1][piece.home];
+        const int4 told = load_packet(facts + kWord / 3);
+        return told.w == waiting.epoch && (kWord % 3 == 0 ? told.x : kWord % 3 == 1 ? told.y : told.z) != 0;
+    };
+    if (!waiting.warp(piece.home, arrived, refused)) return false;
+    const int of = lane / kWeightsPerPacket;
+    const int x = __shfl_sync(kFullMask, packet.x, of), y = __shfl_sync(kFullMask, packet.y, of);
+    const int z = __shfl_sync(kFullMask, packet.z, of);
+    weight = __int_as_float(lane % 2 ? y : x);
+    expert = lane < args.num_topk ? (lane % 2 ? z >> 16 : z) & 0xffff : kNoExpert;
+    return true;
+}
+
+__device__ __forceinline__ void send_piece(const CombineArgs& args, const Waiting& waiting, const Piece& piece) {
+    const Arena& arena = args.arena;
+    const int lane = threadIdx.x % kWarpSize, vectors = arena.hidden / 8;
+    float weight;
+    int expert;
+    if (!read_weights(args, waiting, piece, weight, expert)) return;
+    const bool wanted = expert != kNoExpert;
+    if (!__any_sync(kFullMask, wanted)) return;
+    const bool found = wanted && piece.row >= 0 && piece.row / static_cast<int>(arena.slots()) == expert;
+    if (wanted && !found)
+        report_problem(args.runtime.domain, {kChangedRoute, kLowLatencyCombine, piece.home, 0, piece.token, lane});
+
+    Bf16x8 sum[kSendVectors];
+#pragma unroll
+    for (int v = 0; v < kSendVectors; ++v) sum[v].clear();
+    const int4* x = reinterpret_cast<const int4*>(args.x) + piece.first + lane;
+    const auto has = [&](int v) { return piece.first + v * kWarpSize + lane < vectors; };
+    for (unsigned left = __ballot_sync(kFullMask, found); left;) {
+        int4 loaded[kRoutesAtOnce][kSendVectors];
+        float factor[kRoutesAtOnce];
+#pragma unroll
+        for (int n = 0; n < kRoutesAtOnce; ++n) {
+            const int route = __ffs(left) - 1;  // -1: the last lane is read, in vain
+            const int row = __shfl_sync(kFullMask, piece.row, route & 31);
+            factor[n] = __shfl_sync(kFullMask, weight, route & 31);
+            const bool any = left != 0;
+            left &= left - 1;
+#pragma unroll
+            for (int v = 0; v < kSendVectors; ++v)
+                loaded[n][v] =
+                    any && has(v) ? load_streaming(x + static_cast<int64_t>(row) * vectors + v * kWarpSize) : int4{};
+            if (!any) factor[n] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < kRoutesAtOnce; ++n)
+#pragma unroll
+            for (int v = 0; v < kSendVectors; ++v) sum[v].add_scaled(loaded[n][v], factor[n]);
+    }
+    int4* out =
+        arena.row(kCombine, piece.home, waiting.epoch, args.runtime.domain.rank, piece.token) + piece.first + lane;
+#pragma unroll
+    for (int v = 0; v < kSendVectors; ++v)
+        if (has(v)) store_packet(out + v * kWarpSize, seal(sum[v].pack()));
+}
+
+// -- receive
+// -----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void receive_piece(const CombineArgs& args, const Waiting& waiting, RankMask sending,
+                                              int token, int first) {
+    const Arena& arena = args.arena;
+    const Domain& domain = args.runtime.domain;
+    const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
+    RankMask left =
+        sending & ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / domain.num_ranks);
+    int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
+    const int64_t stride = static_cast<int64_t>(arena.max_tokens) * vectors;  // from rank to rank
+    Bf16x8 sum;
+    sum.clear();
+    while (left) {
+        int4 v[kRanksAtOnce];
+        RankMask loading = left;  // all at once, waited for one by one
+#pragma unroll
+        for (int n = 0; n < kRanksAtOnce; ++n) {
+            v[n] = {0, 0, 0, 1};
+            if (loading && at < vectors) v[n] = load_packet(of_rank_0 + (__ffs(loading) - 1) * stride);
+            loading &= loading - 1;
+        }
+#pragma unroll
+        for (int n = 0; n < kRanksAtOnce; ++n) {
+            if (left == 0) break;
+            const int rank = __ffs(left) - 1;
+            left &= left - 1;
+            int4* from = of_rank_0 + rank * stride;
+            const auto arrived = [&] {
+                if (!is_sealed(v[n])) v[n] = load_packet(from);
+                return is_sealed(v[n]);
+            };
+            if (!waiting.warp(rank, arrived)) continue;
+            if (at < vectors) store_packet(from, {0, 0, 0, 0});
+            sum.add(unseal(v[n]));
+        }
+    }
+    if (at < vectors)
+        store_streaming(reinterpret_cast<int4*>(args.out) + static_cast<int64_t>(token) * vectors + at, sum.pack());
+}
+
+// All threads of the block call.
+__device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
+    __shared__ Ranks ranks;
+    __shared__ RankMask sending;
+    if (threadIdx.x < kWarpSize) {
+        ranks.read(waiting, kCombine, facts_of(args), reports ? args.wait_stats : nullptr);
+        __syncwarp();
+        const int r = threadIdx.x;
+        const bool sends = r < args.runtime.domain.num_ranks && !ranks.lost[r] && !ranks.refused[r];
+        const RankMask mask = __ballot_sync(kFullMask, sends);
+        if (r == 0) sending = mask;
+    }
+    __syncthreads();
+    const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
+    const int items = args.refused ? 0 : args.num_tokens * pieces;
+    for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps)
+        receive_piece(args, waiting, sending, item / pieces, item % pieces * kWarpSize);
+}
+
+// -- the kernel
+// --------------------------------------------------------------------------------------------------------
+
+template <int kHalf>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const __grid_constant__ CombineArgs args) {
+    const Runtime& rt = args.runtime;
+    const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
+    const bool reports = blockIdx.x == gridDim.x - 1;
+    const int pieces = ceil_div(args.arena.hidden / 8, kSendVectors * kWarpSize);
+    const int senders = (gridDim.x - ranks) * kWarps;
+    const bool sends = static_cast<int>(blockIdx.x) >= ranks && !args.refused;
+    const int first = (blockIdx.x - ranks) * kWarps + warp;
+
+    const int epoch = enter<kHalf>(rt, kCombine, args.epoch);
+    if (epoch == 0) return;
+    const Waiting waiting{rt, kLowLatencyCombine, epoch};
+    if (reports && warp == kWarps - 1) post_consumed<kHalf>(rt, kCombine, epoch);
+    if constexpr ((kHalf & kSend) != 0) {
+        if (static_cast<int>(blockIdx.x) < ranks) {
+            send_tables(args, waiting, (rt.domain.rank + blockIdx.x) % ranks);
+        } else if (sends) {
+            int most = 0;
+            for (int s = 0; s < ranks; ++s) most = max(most, args.places.tokens(s));
+            const int items = ranks * most * pieces;
+            RankMask writable = 0;
+            for (int item = first; item < items; item += senders) {
+                const Piece piece(args, item, pieces);
+                if (item == first) {
+                    prefetch(args, piece);
+                    writable = waiting.writable_ranks(kCombine);
+                }
+                if (piece.exists && (writable >> piece.home & 1)) send_piece(args, waiting, piece);
+            }
+        }
+    }
+    if constexpr ((kHalf & kReceive) != 0) receive(args, waiting, reports);
+}
+
+}  // namespace
+
+cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, cudaStream_t stream) {
+    switch (half) {
+        case kSend: combine_kernel<kSend><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        case kReceive: combine_kernel<kReceive><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        case kBoth: combine_kernel<kBoth><<<num_blocks, kThreads, 0, stream>>>(args); break;
+    }
+    return cudaGetLastError();
+}
+
+}  // namespace deepep_moe::latency

@@ -1,0 +1,94 @@
+#include "latency/engine.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace deepep_moe::latency {
+
+namespace {
+
+int64_t align(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+Arena layout(int num_ranks, int max_tokens, int hidden) {
+    Arena arena{};
+    arena.num_ranks = num_ranks;
+    arena.max_tokens = max_tokens;
+    arena.hidden = hidden;
+    const int64_t packet = sizeof(int4);
+    arena.counts_offset = align(2 * arena.slots() * kMaxRoutePackets * packet);
+    arena.weights_offset =
+        arena.counts_offset + align(2 * static_cast<int64_t>(num_ranks) * kMaxExperts * sizeof(Tagged));
+    arena.rows_offset = arena.weights_offset + align(2 * arena.slots() * kMaxWeightPackets * packet);
+    return arena;
+}
+
+}  // namespace
+
+LatencyEngine::LatencyEngine(std::shared_ptr<DomainRuntime> domain, int num_blocks, bool masks)
+    : domain_(std::move(domain)), num_blocks_(num_blocks) {
+    runtime_.domain = domain_->view();
+    runtime_.masks = masks;
+    if (num_blocks <= runtime_.domain.num_ranks || num_blocks > kMaxBlocks)
+        throw std::invalid_argument("num_blocks = " + std::to_string(num_blocks) + ": must be more than the " +
+                                    std::to_string(runtime_.domain.num_ranks) + " ranks and at most " +
+                                    std::to_string(kMaxBlocks));
+    check(cudaMalloc(&runtime_.local, sizeof(LocalState)), "allocating device state");
+    check(cudaMemset(runtime_.local, 0, sizeof(LocalState)), "clearing device state");
+    check(cudaDeviceSynchronize(), "clearing device state");
+}
+
+LatencyEngine::~LatencyEngine() {
+    cudaFree(runtime_.local);  // at interpreter exit the driver may be gone already
+}
+
+int64_t LatencyEngine::arena_bytes(int num_ranks, int max_tokens, int hidden) {
+    return layout(num_ranks, max_tokens, hidden).bytes();
+}
+
+int64_t LatencyEngine::places_words(int num_ranks, int max_tokens, int num_topk) {
+    return Places::kHead + static_cast<int64_t>(num_ranks) * max_tokens * num_topk;
+}
+
+void LatencyEngine::set_control(const std::vector<Address>& addresses) {
+    for (int r = 0; r < runtime_.domain.num_ranks; ++r) runtime_.control[r] = at<Control>(addresses.at(r));
+}
+
+Arena LatencyEngine::arena(const std::vector<Address>& addresses, int max_tokens, int hidden) {
+    Arena arena = layout(static_cast<int>(addresses.size()), max_tokens, hidden);
+    for (int r = 0; r < arena.num_ranks; ++r) arena.base[r] = at<char>(addresses[r]);
+    return arena;
+}
+
+void LatencyEngine::dispatch(DispatchArgs args, Half half, Address stream) {
+    args.runtime = runtime_;
+    check(launch_dispatch(args, half, num_blocks_, as_stream(stream)), "low-latency dispatch");
+}
+
+void LatencyEngine::combine(CombineArgs args, Half half, Address stream) {
+    args.runtime = runtime_;
+    check(launch_combine(args, half, num_blocks_, as_stream(stream)), "low-latency combine");
+}
+
+void LatencyEngine::announce(const Facts& facts, Address stream) {
+    check(launch_announce(runtime_, facts, as_stream(stream)), "announcing a low-latency dispatch");
+}
+
+void LatencyEngine::set_mask(int rank, Address stream) {
+    check(launch_set_mask(runtime_, rank, as_stream(stream)), "masking a rank");
+}
+
+void LatencyEngine::query_mask(Address status, Address stream) {
+    check(launch_query_mask(runtime_, at<int>(status), as_stream(stream)), "reading masks");
+}
+
+void LatencyEngine::lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream) {
+    const cudaStream_t on = as_stream(stream);
+    check(launch_meet(runtime_, false, lift, on), "ending masks");
+    for (const Arena& arena : arenas)
+        check(cudaMemsetAsync(arena.base[runtime_.domain.rank] + arena.rows_offset, 0,
+                              arena.bytes() - arena.rows_offset, on),
+              "ending masks");
+    check(launch_meet(runtime_, true, 0, on), "ending masks");
+}
+
+}  // namespace deepep_moe::latency

@@ -1,0 +1,48 @@
+// The host side of the latency engine on one rank: what its kernels need to know, kept between calls, and their
+// launches.
+//
+// No libtorch: pointers, sizes and a stream come in. PyTorch allocates what users see and the symmetric memory.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "latency/args.h"
+
+namespace deepep_moe::latency {
+
+class LatencyEngine {
+  public:
+    // `num_blocks`: of every kernel that moves rows; more than two per rank of the domain.
+    LatencyEngine(std::shared_ptr<DomainRuntime> domain, int num_blocks, bool masks);
+    ~LatencyEngine();
+    LatencyEngine(const LatencyEngine&) = delete;
+    LatencyEngine& operator=(const LatencyEngine&) = delete;
+
+    static int64_t control_bytes() { return sizeof(Control); }
+    static int64_t arena_bytes(int num_ranks, int max_tokens, int hidden);
+    // int32 words that a dispatch leaves for its combine.
+    static int64_t places_words(int num_ranks, int max_tokens, int num_topk);
+
+    // Symmetric memory, as mapped by this rank: one address per rank, zeroed before any rank uses it.
+    void set_control(const std::vector<Address>& addresses);
+    static Arena arena(const std::vector<Address>& addresses, int max_tokens, int hidden);
+
+    // Arguments without what the engine itself knows: it fills in `runtime`.
+    void dispatch(DispatchArgs args, Half half, Address stream);
+    void combine(CombineArgs args, Half half, Address stream);
+
+    void announce(const Facts& facts, Address stream);
+    void set_mask(int rank, Address stream);
+    void query_mask(Address status, Address stream);
+    // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; wipes rows that nobody
+    // will read from all `arenas`.
+    void lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream);
+
+  private:
+    std::shared_ptr<DomainRuntime> domain_;
+    Runtime runtime_{};
+    int num_blocks_;
+};
+
+}  // namespace deepep_moe::latency
