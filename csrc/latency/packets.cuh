@@ -178,6 +178,7 @@ __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epo
 __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, Facts& facts) {
     const Runtime& rt = waiting.runtime;
     const int4* from = rt.control[rt.domain.rank]->facts[kind][waiting.epoch & 1][peer];
+#pragma unroll
     for (int i = 0; i < Facts::kPackets; ++i) {
         int4 packet;
         const auto arrived = [&] { return (packet = load_packet(from + i)).w == waiting.epoch; };
@@ -192,6 +193,7 @@ __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, in
 // Compare with own facts. False, and the end of it all, where they differ.
 __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Facts& own, const Facts& theirs) {
     constexpr int kFields[] = {kMaxTokens, kHidden, kNumTopk, kNumExperts, kRowFormat, kHandle};
+#pragma unroll
     for (int i = 0; i < Facts::kNumAgreed; ++i) {
         if (own.word[i] == theirs.word[i]) continue;
         report_failure(waiting.runtime.domain,
