@@ -226,6 +226,7 @@ class ThroughputEngine:
 
 def fill_peers(targets: list[int], num_bytes: int, num_blocks: int, stream: int) -> None:
     """Store ``num_bytes`` (a multiple of 16) to every address, all at once; for measuring the link."""
+
 # -- the latency engine -----------------------------------------------------------------------------------------------
 
 class LatencyArena:

@@ -59,7 +59,7 @@ class CudaEngine:
         self._last: _Shape | None = None
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
-        self._domain.raise_failure(lasting_only=True)
+        told = self._told()
         tokens, topk = call.topk_idx.shape
         arena = self._arenas.get((call.max_tokens, call.hidden))
         if arena is None:
@@ -89,11 +89,11 @@ class CudaEngine:
             wait_stats=_address(call.wait_stats),
             stream=self._domain.enter_stream(),
         )
-        if half & Half.RECEIVE:
+        if told and half & Half.RECEIVE:
             self._domain.raise_failure()
 
     def combine(self, call: CombineCall, half: Half) -> None:
-        self._domain.raise_failure(lasting_only=True)
+        told = self._told()
         dispatched = call.dispatched
         tokens, topk = call.topk_idx.shape
         if half == Half.SEND:
@@ -116,8 +116,13 @@ class CudaEngine:
             wait_stats=_address(call.wait_stats),
             stream=self._domain.enter_stream(),
         )
-        if half & Half.RECEIVE:
+        if told and half & Half.RECEIVE:
             self._domain.raise_failure()
+
+    def _told(self) -> bool:
+        """Raise what ended it all; whether there is something else, to be raised when this rank's part is enqueued."""
+        self._domain.raise_failure(lasting_only=True)
+        return self._domain.runtime.failed
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
@@ -221,7 +226,13 @@ class CudaEngine:
         """Before the ranks allocate: whether all of them will, and the same."""
         mine = (None if problem is None else str(problem), max_tokens, hidden)
         told: list[Any] = [mine] * self._domain.size
-        dist.all_gather_object(told, mine, group=self._domain.group)
+        try:
+            dist.all_gather_object(told, mine, group=self._domain.group)
+        except RuntimeError as error:
+            raise PeerError(
+                f"low-latency dispatch with num_max_dispatch_tokens_per_rank = {max_tokens}, hidden size {hidden}: not "
+                f"all ranks are here to allocate its buffers ({str(error).splitlines()[0]})"
+            ) from error
         if problem is not None:
             return  # the caller raises it
         refusals = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _, _) in enumerate(told) if reason)

@@ -123,20 +123,26 @@ def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: se
 
 
 def expert_outputs(batch: Batch, rank: int, format: str, result: Any, into: Tensor | None = None) -> Tensor:
-    """What the experts of ``rank`` make of the rows they got: expert e multiplies by (e % 5 + 1) / 2. NaN elsewhere."""
+    """What the experts of ``rank`` make of the rows they got: expert e multiplies by (e % 5 + 1) / 2. NaN elsewhere.
+
+    Nothing here waits for the device, so it can be captured.
+    """
     received, counts = result[:2]
-    rows = received if format == "bf16" else received[0]
-    out = torch.full(rows.shape, torch.nan, dtype=torch.bfloat16, device=rows.device) if into is None else into
-    for local, count in enumerate(counts.tolist()):
-        got = rows[local, :count].float()
-        if format != "bf16":
-            scales = received[1][local, :count]
-            if format == "ue8m0":
-                exponents = torch.stack([scales >> shift & 0xFF for shift in (0, 8, 16, 24)], 2).flatten(1)
-                scales = torch.exp2(exponents[:, : batch.shape.hidden // 128].float() - 127)
-            got = (got.view(count, -1, 128) * scales.unsqueeze(2)).view(got.shape) if count else got
-        out[local, :count] = got * factor(rank * batch.shape.local_experts + local)
-    return out
+    shape = batch.shape
+    if format == "bf16":
+        rows = received.float()
+    else:
+        e4m3, scales = received
+        blocks = shape.hidden // 128
+        if format == "ue8m0":
+            exponents = torch.stack([scales >> shift & 0xFF for shift in (0, 8, 16, 24)], 3).flatten(2)
+            scales = torch.exp2(exponents[..., :blocks].float() - 127)
+        rows = (e4m3.float().view(*e4m3.shape[:2], blocks, 128) * scales.unsqueeze(3)).view(e4m3.shape)
+    device, first = rows.device, rank * shape.local_experts
+    experts = torch.arange(first, first + shape.local_experts, dtype=torch.int64, device=device)
+    used = torch.arange(rows.shape[1], dtype=torch.int64, device=device) < counts.unsqueeze(1)
+    y = torch.where(used.unsqueeze(2), rows * factor(experts)[:, None, None], torch.nan).bfloat16()
+    return y if into is None else into.copy_(y)
 
 
 def factor(expert: int | Tensor) -> Any:

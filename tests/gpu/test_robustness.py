@@ -123,15 +123,15 @@ class Ended:
     output: str
 
 
-def run_two_ranks(how: str) -> list[Ended]:
-    """Both ranks of lost_rank.py, each on its GPU. The store lives here, so that it outlasts either of them."""
+def run_ranks(how: str, module: str = "tests.gpu.lost_rank", count: int = 2) -> list[Ended]:
+    """All ranks of ``module``, each on its GPU. The store lives here, so that it outlasts any of them."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "DEEPEP_MOE_"))}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
     processes = []
     try:
-        for rank in range(2):
-            command = [sys.executable, "-m", "tests.gpu.lost_rank", str(store.port), str(rank), how]
+        for rank in range(count):
+            command = [sys.executable, "-m", module, str(store.port), str(rank), how]
             processes.append(
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -168,12 +168,12 @@ def mps_is_running() -> bool:
 
 @pytest.fixture
 def own_processes(ranks: Ranks) -> Callable[[str], list[Ended]]:
-    """:func:`run_two_ranks`, where that is safe; called on all ranks."""
+    """:func:`run_ranks`, where that is safe; called on all ranks."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if mps_is_running():
         pytest.skip("must not run under CUDA MPS: a killed client can take the server's other clients with it")
-    return lambda how: on_first_rank(ranks, lambda: run_two_ranks(how))
+    return lambda how: on_first_rank(ranks, lambda: run_ranks(how))
 
 
 @pytest.mark.timeout(END_SECONDS + 40)
