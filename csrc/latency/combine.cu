@@ -32,49 +32,30 @@ __device__ __forceinline__ Facts facts_of(const CombineArgs& args) {
              args.places.epoch(), args.refused ? 0 : args.num_tokens, args.refused, 0}};
 }
 
-// -- tables
-// ------------------------------------------------------------------------------------------------------------
+// -- tables --------------------------------------------------------------------------------------------------
 
-// All threads of a block call.
-__device__ void send_tables(const CombineArgs& args, const Waiting& waiting, int peer) {
+// Packet j of a token's for `peer`, but for its epoch; i = token * packets + j.
+__device__ __forceinline__ int4 weights_packet(const CombineArgs& args, int peer, int i, int packets) {
     const Domain& domain = args.runtime.domain;
-    const int local_experts = args.num_experts / domain.num_ranks, packets = ceil_div(args.num_topk, kWeightsPerPacket);
-    __shared__ bool writable;
-    if (threadIdx.x < kWarpSize) {
-        const bool free = (waiting.writable_ranks(kCombine) >> peer & 1) != 0;
-        if (free) send_facts(args.runtime, kCombine, waiting.epoch, peer, facts_of(args));
-        if (threadIdx.x == 0) writable = free;
-    }
-    __syncthreads();
-    const int tokens = args.refused || !writable ? 0 : args.num_tokens;
-    for (int i = threadIdx.x; i < tokens * packets; i += kThreads) {
-        const int token = i / packets, j = i % packets;
-        int weights[kWeightsPerPacket], experts[kWeightsPerPacket];
+    const int local_experts = args.num_experts / domain.num_ranks, token = i / packets, j = i % packets;
+    int weights[kWeightsPerPacket], experts[kWeightsPerPacket];
 #pragma unroll
-        for (int n = 0; n < kWeightsPerPacket; ++n) {
-            const int k = j * kWeightsPerPacket + n;
-            const int64_t at = static_cast<int64_t>(token) * args.num_topk + k;
-            weights[n] = 0;
-            experts[n] = kNoExpert;
-            if (k >= args.num_topk) continue;
-            const int64_t expert = args.topk_idx.at(at);
-            if (expert < 0 || expert >= args.num_experts) {
-                if (expert != -1)
-                    report_problem(domain, {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts,
-                                            static_cast<int>(expert)});
-                continue;
-            }
-            if (static_cast<int>(expert) / local_experts != peer) continue;
-            weights[n] = __float_as_int(args.weights[at]);
-            experts[n] = static_cast<int>(expert) - peer * local_experts;
-        }
-        store_packet(args.arena.weights(peer, waiting.epoch, domain.rank, token, packets) + j,
-                     {weights[0], weights[1], experts[0] | experts[1] << 16, waiting.epoch});
+    for (int n = 0; n < kWeightsPerPacket; ++n) {
+        const int k = j * kWeightsPerPacket + n;
+        const int64_t at = static_cast<int64_t>(token) * args.num_topk + k;
+        const int64_t expert = k < args.num_topk ? args.topk_idx.at(at) : -1;
+        const bool valid = expert >= 0 && expert < args.num_experts;
+        if (!valid && expert != -1)
+            report_problem(
+                domain, {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts, static_cast<int>(expert)});
+        const bool there = valid && static_cast<int>(expert) / local_experts == peer;
+        weights[n] = there ? __float_as_int(args.weights[at]) : 0;
+        experts[n] = there ? static_cast<int>(expert) - peer * local_experts : kNoExpert;
     }
+    return {weights[0], weights[1], experts[0] | experts[1] << 16, 0};
 }
 
-// -- rows
-// --------------------------------------------------------------------------------------------------------------
+// -- rows ----------------------------------------------------------------------------------------------------
 
 // What a warp sums at a time: 512 channels of a token of some rank. Warps side by side take tokens of different ranks,
 // so that all links are busy.
@@ -83,7 +64,7 @@ struct Piece {
     bool exists;
     int row;  // of this lane's route, in [L * R * M], or -1
 
-    __device__ __forceinline__ Piece(const CombineArgs& args, int item, int pieces) {
+    __device__ __forceinline__ void load(const CombineArgs& args, int item, int pieces) {
         const int ranks = args.runtime.domain.num_ranks, lane = threadIdx.x % kWarpSize;
         const int rest = item / ranks;
         home = (args.runtime.domain.rank + 1 + item % ranks) % ranks;
@@ -177,16 +158,19 @@ __device__ __forceinline__ void send_piece(const CombineArgs& args, const Waitin
         if (has(v)) store_packet(out + v * kWarpSize, seal(sum[v].pack()));
 }
 
-// -- receive
-// -----------------------------------------------------------------------------------------------------------
+// -- receive -------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void receive_piece(const CombineArgs& args, const Waiting& waiting, RankMask sending,
-                                              int token, int first) {
+__device__ __forceinline__ RankMask ranks_of(const CombineArgs& args, int token) {
+    return latency::ranks_of(args.topk_idx, token, args.num_topk, args.num_experts,
+                             args.num_experts / args.runtime.domain.num_ranks);
+}
+
+// `left`: the ranks that send for the token.
+__device__ __forceinline__ void receive_piece(const CombineArgs& args, const Waiting& waiting, RankMask left, int token,
+                                              int first) {
     const Arena& arena = args.arena;
     const Domain& domain = args.runtime.domain;
     const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
-    RankMask left =
-        sending & ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / domain.num_ranks);
     int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
     const int64_t stride = static_cast<int64_t>(arena.max_tokens) * vectors;  // from rank to rank
     Bf16x8 sum;
@@ -223,6 +207,10 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
 __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
+    const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
+    const int items = args.refused ? 0 : args.num_tokens * pieces;
+    int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
+    RankMask wanted = item < items ? ranks_of(args, item / pieces) : 0;
     if (threadIdx.x < kWarpSize) {
         ranks.read(waiting, kCombine, facts_of(args), reports ? args.wait_stats : nullptr);
         __syncwarp();
@@ -232,45 +220,57 @@ __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& 
         if (r == 0) sending = mask;
     }
     __syncthreads();
-    const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
-    const int items = args.refused ? 0 : args.num_tokens * pieces;
-    for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps)
-        receive_piece(args, waiting, sending, item / pieces, item % pieces * kWarpSize);
+    while (item < items) {
+        receive_piece(args, waiting, wanted & sending, item / pieces, item % pieces * kWarpSize);
+        item += warps;
+        if (item < items) wanted = ranks_of(args, item / pieces);
+    }
 }
 
-// -- the kernel
-// --------------------------------------------------------------------------------------------------------
+// -- the kernel ----------------------------------------------------------------------------------------------
 
 template <int kHalf>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const __grid_constant__ CombineArgs args) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = blockIdx.x == gridDim.x - 1;
+    const bool reports = blockIdx.x == gridDim.x - 1, sends_tables = static_cast<int>(blockIdx.x) < ranks;
     const int pieces = ceil_div(args.arena.hidden / 8, kSendVectors * kWarpSize);
-    const int senders = (gridDim.x - ranks) * kWarps;
-    const bool sends = static_cast<int>(blockIdx.x) >= ranks && !args.refused;
-    const int first = (blockIdx.x - ranks) * kWarps + warp;
-
-    const int epoch = enter<kHalf>(rt, kCombine, args.epoch);
-    if (epoch == 0) return;
-    const Waiting waiting{rt, kLowLatencyCombine, epoch};
-    if (reports && warp == kWarps - 1) post_consumed<kHalf>(rt, kCombine, epoch);
-    if constexpr ((kHalf & kSend) != 0) {
-        if (static_cast<int>(blockIdx.x) < ranks) {
-            send_tables(args, waiting, (rt.domain.rank + blockIdx.x) % ranks);
-        } else if (sends) {
+    const int senders = (gridDim.x - ranks) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
+    const int packets = ceil_div(args.num_topk, kWeightsPerPacket);
+    const int in_tables = sends_tables && !args.refused ? args.num_tokens * packets : 0;
+    int items = 0, item = sends_tables ? 0 : (blockIdx.x - ranks) * kWarps + warp;
+    int4 packet{};
+    Piece piece;
+    const auto load = [&] {  // what does not depend on the call's number
+        if constexpr ((kHalf & kSend) != 0) {
+            if (static_cast<int>(threadIdx.x) < in_tables) packet = weights_packet(args, peer, threadIdx.x, packets);
+            if (sends_tables || args.refused) return;
             int most = 0;
             for (int s = 0; s < ranks; ++s) most = max(most, args.places.tokens(s));
-            const int items = ranks * most * pieces;
-            RankMask writable = 0;
-            for (int item = first; item < items; item += senders) {
-                const Piece piece(args, item, pieces);
-                if (item == first) {
-                    prefetch(args, piece);
-                    writable = waiting.writable_ranks(kCombine);
-                }
-                if (piece.exists && (writable >> piece.home & 1)) send_piece(args, waiting, piece);
+            items = ranks * most * pieces;
+            if (item >= items) return;
+            piece.load(args, item, pieces);
+            prefetch(args, piece);
+        }
+    };
+    const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, load);
+    const int epoch = entered.epoch;
+    if (epoch == 0) return;
+    const Waiting waiting{rt, kLowLatencyCombine, epoch};
+    if constexpr ((kHalf & kSend) != 0) {
+        if (sends_tables && (entered.writable >> peer & 1)) {
+            if (warp == 0) send_facts(rt, kCombine, epoch, peer, facts_of(args));
+            int4* to = args.arena.weights(peer, epoch, rt.domain.rank, 0, packets);
+            for (int i = threadIdx.x; i < in_tables; i += kThreads) {
+                if (i >= kThreads) packet = weights_packet(args, peer, i, packets);
+                packet.w = epoch;
+                store_packet(to + i, packet);
             }
+        }
+        while (item < items) {
+            if (piece.exists && (entered.writable >> piece.home & 1)) send_piece(args, waiting, piece);
+            item += senders;
+            if (item < items) piece.load(args, item, pieces);
         }
     }
     if constexpr ((kHalf & kReceive) != 0) receive(args, waiting, reports);

@@ -55,8 +55,7 @@ __device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
              0, args.refused ? 0 : args.num_tokens, args.refused, 0}};
 }
 
-// -- tables
-// ------------------------------------------------------------------------------------------------------------
+// -- tables --------------------------------------------------------------------------------------------------
 
 // Local experts of the tile's routes at `peer`; -1 for other ranks' routes, and for mistakes, which are reported.
 __device__ __forceinline__ void read_routes(const DispatchArgs& args, Tables& tables, int peer, int first, int routes) {
@@ -110,24 +109,25 @@ __device__ __forceinline__ int number_routes(Tables& tables, int local_experts, 
     return per_warp;
 }
 
-// All threads of a block call.
-__device__ void send_tables(const DispatchArgs& args, Tables& tables, const Waiting& waiting, int peer) {
+// Tokens whose routes a block orders at a time.
+__device__ __forceinline__ int tile_of(const DispatchArgs& args, int first) {
+    const int tokens = args.refused ? 0 : args.num_tokens;
+    return min(kTableRoutes / args.num_topk, tokens - first);
+}
+
+// All threads of a block call, with the first tile's routes read.
+__device__ void send_tables(const DispatchArgs& args, Tables& tables, int epoch, int peer, bool writable) {
     const Arena& arena = args.arena;
-    const int rank = args.runtime.domain.rank, epoch = waiting.epoch;
+    const int rank = args.runtime.domain.rank;
     const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
     const int tokens = args.refused ? 0 : args.num_tokens;
     const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
-    __shared__ bool writable;
-    if (threadIdx.x < kWarpSize) {
-        const bool free = (waiting.writable_ranks(kDispatch) >> peer & 1) != 0;
-        if (free) send_facts(args.runtime, kDispatch, epoch, peer, facts_of(args));
-        if (threadIdx.x == 0) writable = free;
-    }
+    if (writable && threadIdx.x < kWarpSize) send_facts(args.runtime, kDispatch, epoch, peer, facts_of(args));
     for (int l = threadIdx.x; l < local_experts; l += kThreads) tables.base[l] = 0;
-    const int tile_tokens = kTableRoutes / args.num_topk;
-    for (int first = 0; first < tokens; first += tile_tokens) {
-        const int in_tile = min(tile_tokens, tokens - first), routes = in_tile * args.num_topk;
-        read_routes(args, tables, peer, first, routes);
+    for (int first = 0, in_tile = 0; first < tokens; first += in_tile) {
+        in_tile = tile_of(args, first);
+        const int routes = in_tile * args.num_topk;
+        if (first > 0) read_routes(args, tables, peer, first, routes);
         __syncthreads();
         const int per_warp = number_routes(tables, local_experts, routes);
         for (int i = threadIdx.x; writable && i < in_tile * packets; i += kThreads) {
@@ -152,8 +152,7 @@ __device__ void send_tables(const DispatchArgs& args, Tables& tables, const Wait
     __syncthreads();  // the memory of tables is used again
 }
 
-// -- rows
-// --------------------------------------------------------------------------------------------------------------
+// -- rows ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ __nv_bfloat162 largest_of(int4 bf16) {
     const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bf16);
@@ -248,8 +247,7 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
     }
 }
 
-// -- receive
-// -----------------------------------------------------------------------------------------------------------
+// -- receive -------------------------------------------------------------------------------------------------
 
 // Counts of all sources to the first row of each source and expert. All threads of the block call.
 __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const Waiting& waiting, bool report) {
@@ -421,40 +419,38 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, const Receivin
     }
 }
 
-// -- the kernel
-// --------------------------------------------------------------------------------------------------------
+// -- the kernel ----------------------------------------------------------------------------------------------
 
 template <bool kFp8, int kHalf>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     __shared__ Shared<kHalf> shared;
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = blockIdx.x == gridDim.x - 1;
-    // Rows are loaded before anything is known about the call.
+    const bool reports = blockIdx.x == gridDim.x - 1, sends_tables = static_cast<int>(blockIdx.x) < ranks;
     const int pieces = ceil_div(args.arena.hidden, kSendChannels), senders = (gridDim.x - ranks) * kWarps;
-    const int items = args.refused ? 0 : args.num_tokens * pieces;
-    int item = static_cast<int>(blockIdx.x) < ranks ? items : (blockIdx.x - ranks) * kWarps + warp;
+    const int items = args.refused ? 0 : args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
+    int item = sends_tables ? items : (blockIdx.x - ranks) * kWarps + warp;
     Piece piece;
-    if ((kHalf & kSend) && item < items) piece.load<kFp8>(args, item, pieces);
-
-    const int epoch = enter<kHalf>(rt, kDispatch, &args.places.epoch());
+    const auto load = [&] {  // what does not depend on the call's number
+        if constexpr ((kHalf & kSend) != 0) {
+            if (sends_tables) read_routes(args, shared.tables, peer, 0, tile_of(args, 0) * args.num_topk);
+            if (item < items) piece.load<kFp8>(args, item, pieces);
+        }
+    };
+    const Entered entered = enter<kHalf>(rt, kDispatch, kLowLatencyDispatch, &args.places.epoch(), load);
+    const int epoch = entered.epoch;
     if (epoch == 0) {
         if ((kHalf & kReceive) && reports)  // nothing came
             for (int l = threadIdx.x; l < args.num_experts / ranks; l += kThreads) args.counts[l] = 0;
         return;
     }
     const Waiting waiting{rt, kLowLatencyDispatch, epoch};
-    if (reports && warp == kWarps - 1) post_consumed<kHalf>(rt, kDispatch, epoch);
     if constexpr ((kHalf & kSend) != 0) {
-        if (static_cast<int>(blockIdx.x) < ranks) {
-            send_tables(args, shared.tables, waiting, (rt.domain.rank + blockIdx.x) % ranks);
-        } else if (item < items) {
-            const RankMask writable = waiting.writable_ranks(kDispatch);
-            while (item < items) {
-                store_piece<kFp8>(args, epoch, item, pieces, piece, piece.ranks & writable);
-                item += senders;
-                if (item < items) piece.load<kFp8>(args, item, pieces);
-            }
+        if (sends_tables) send_tables(args, shared.tables, epoch, peer, entered.writable >> peer & 1);
+        while (item < items) {
+            store_piece<kFp8>(args, epoch, item, pieces, piece, piece.ranks & entered.writable);
+            item += senders;
+            if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     }
     if (kHalf & kReceive) {

@@ -6,7 +6,7 @@
 
 namespace deepep_moe::latency {
 
-// -- packets: sixteen bytes, written and read at once --------------------------------------------------------------
+// -- packets: sixteen bytes, written and read at once --------------------------------------------------------
 
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
 __device__ __forceinline__ int4 load_packet(const int4* p) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
     return packet;
 }
 
-// -- waits -----------------------------------------------------------------------------------------------------------
+// -- waits ---------------------------------------------------------------------------------------------------
 
 struct Waiting {
     const Runtime& runtime;
@@ -111,59 +111,66 @@ struct Waiting {
     __device__ __forceinline__ bool warp(int peer, const Arrived& arrived) const {
         return warp(peer, arrived, [] { return false; });
     }
-
-    // Whether the half of the double buffer that this call writes at `peer` is free there.
-    __device__ __forceinline__ bool writable(Kind kind, int peer) const {
-        if (is_masked(peer)) return false;
-        const int* consumed = &runtime.control[runtime.domain.rank]->consumed[peer][2 * kind + (epoch & 1)];
-        const int before =
-            epoch == 2 ? -2 : epoch - 2;  // what comes before 2 is 0 at first, later the last even number
-        int seen = 0;
-        return thread(peer, [&] { return reached(seen = load_acquire_system(consumed), before); }, seen);
-    }
-    // The peers for which it is, a bit each. The whole warp calls; a lane per peer.
-    __device__ __forceinline__ RankMask writable_ranks(Kind kind) const {
-        const int lane = threadIdx.x % kWarpSize;
-        return __ballot_sync(kFullMask, lane < runtime.domain.num_ranks && writable(kind, lane));
-    }
 };
 
-// -- the beginning of a kernel
-// -----------------------------------------------------------------------------------------
+// -- the beginning of a kernel -------------------------------------------------------------------------------
 
-// The epoch of this call, or 0 if the ranks are out of step for good. All threads call. `passed_on`: where the sending
-// half leaves the epoch for the receiving one, or null.
-template <int kHalf>
-__device__ __forceinline__ int enter(const Runtime& rt, Kind kind, int* passed_on) {
-    __shared__ int shared;
-    if (threadIdx.x == 0) {
-        const int failed = *static_cast<const volatile int*>(&rt.domain.state->failed);
-        int epoch;
-        if (kHalf & kSend) {
-            int* own = &rt.local->epochs[kind][blockIdx.x];
-            epoch = next_epoch(*own);
-            if (!failed) *own = epoch;
-            if (blockIdx.x == 0 && passed_on) *passed_on = epoch;
-        } else {
-            epoch = *passed_on;
-        }
-        shared = failed ? 0 : epoch;
-    }
-    __syncthreads();
-    return shared;
+struct Entered {
+    int epoch;          // of this call; 0: the ranks are out of step for good
+    RankMask writable;  // ranks whose half of the double buffer this call may write; not those that are masked or lost
+};
+
+// Tell all peers which calls this rank has finished reading: those of earlier kernels. A warp calls.
+__device__ __forceinline__ void post_consumed(const Runtime& rt) {
+    constexpr int kWords = kNumKinds * 2;
+    __threadfence_system();
+    for (int i = threadIdx.x % kWarpSize; i < kWords * rt.domain.num_ranks; i += kWarpSize)
+        store_relaxed_system(&rt.control[i / kWords]->consumed[rt.domain.rank][i % kWords],
+                             rt.local->consumed[i % kWords]);
+    __syncwarp();
 }
 
-// Tell all peers what this rank has finished reading: calls of earlier kernels. One warp of the grid calls; a kernel
-// that receives then leaves word for the next one.
-template <int kHalf>
-__device__ __forceinline__ void post_consumed(const Runtime& rt, Kind kind, int epoch) {
-    const int lane = threadIdx.x % kWarpSize, words = kNumKinds * 2;
-    __threadfence_system();
-    for (int i = lane; i < words * rt.domain.num_ranks; i += kWarpSize)
-        store_relaxed_system(&rt.control[i / words]->consumed[rt.domain.rank][i % words],
-                             rt.local->consumed[i % words]);
-    __syncwarp();
-    if ((kHalf & kReceive) && lane == 0) rt.local->consumed[2 * kind + (epoch & 1)] = epoch;
+// All threads call. `passed_on`: where the sending half leaves the epoch for the receiving one, or null. What the
+// kernel is to begin with is loaded first and waited for last, and meanwhile() runs between.
+//
+// Relaxed loads of `consumed` suffice: what depends on them are stores, which cannot run ahead of them.
+template <int kHalf, typename Meanwhile>
+__device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase, int* passed_on,
+                                         const Meanwhile& meanwhile) {
+    __shared__ Entered shared;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const bool reports = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
+    if (reports) post_consumed(rt);  // before any wait
+    int failed = 0, epoch = 0, consumed[2] = {0, 0};
+    int* counter = kHalf & kSend ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
+    const int* of_peer = rt.control[rt.domain.rank]->consumed[lane] + 2 * kind;
+    if (warp == 0) {
+        failed = *static_cast<const volatile int*>(&rt.domain.state->failed);
+        epoch = *static_cast<const volatile int*>(counter);
+        if ((kHalf & kSend) && lane < rt.domain.num_ranks)
+            for (int i = 0; i < 2; ++i) consumed[i] = load_relaxed_system(of_peer + i);
+    }
+    meanwhile();
+    if (warp == 0) {
+        RankMask writable = 0;
+        if (kHalf & kSend) {
+            epoch = next_epoch(epoch);
+            const Waiting waiting{rt, phase, epoch};
+            const int before = epoch == 2 ? -2 : epoch - 2;  // 0 comes before 2 at first, later the last even number
+            int seen = epoch & 1 ? consumed[1] : consumed[0];
+            bool mine = !failed && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
+            if (mine && !reached(seen, before))
+                mine = waiting.thread(
+                    lane, [&] { return reached(seen = load_relaxed_system(of_peer + (epoch & 1)), before); }, seen);
+            writable = __ballot_sync(kFullMask, mine);
+            if (lane == 0 && !failed) *counter = epoch;
+            if (lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = epoch;
+        }
+        if (lane == 0) shared = {failed ? 0 : epoch, writable};
+    }
+    __syncthreads();
+    if ((kHalf & kReceive) && reports && lane == 0) rt.local->consumed[2 * kind + (shared.epoch & 1)] = shared.epoch;
+    return shared;
 }
 
 // Three lanes or more call.
@@ -178,14 +185,21 @@ __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epo
 __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, Facts& facts) {
     const Runtime& rt = waiting.runtime;
     const int4* from = rt.control[rt.domain.rank]->facts[kind][waiting.epoch & 1][peer];
+    int4 packets[Facts::kPackets];
+    const auto arrived = [&] {
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < Facts::kPackets; ++i) packets[i] = load_packet(from + i);
+#pragma unroll
+        for (int i = 0; i < Facts::kPackets; ++i) all = all && packets[i].w == waiting.epoch;
+        return all;
+    };
+    if (!waiting.thread(peer, arrived, packets[0].w)) return false;
 #pragma unroll
     for (int i = 0; i < Facts::kPackets; ++i) {
-        int4 packet;
-        const auto arrived = [&] { return (packet = load_packet(from + i)).w == waiting.epoch; };
-        if (!waiting.thread(peer, arrived, packet.w)) return false;
-        facts.word[3 * i] = packet.x;
-        facts.word[3 * i + 1] = packet.y;
-        facts.word[3 * i + 2] = packet.z;
+        facts.word[3 * i] = packets[i].x;
+        facts.word[3 * i + 1] = packets[i].y;
+        facts.word[3 * i + 2] = packets[i].z;
     }
     return true;
 }
