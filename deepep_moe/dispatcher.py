@@ -26,6 +26,7 @@ from deepep_moe.backends import Backend, Plan, get_backend
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.checks import check_num_experts, check_tensor, describe
 from deepep_moe.config import DispatcherConfig
+from deepep_moe.decoder import Decoder
 from deepep_moe.errors import HandleError, InputError, UnsupportedError
 from deepep_moe.shared import Shared
 
@@ -181,6 +182,15 @@ class TokenDispatcher(Shared):
             self.config.fp8_dispatch_grad,
         )
         return tokens
+
+    def decoder(self, max_tokens_per_rank: int, *, fp8: bool = False) -> Decoder:
+        """Dispatch and combine for generation: few tokens, fixed shapes, no host wait. Collective; see decoder.py.
+
+        Args:
+            max_tokens_per_rank: most tokens of any rank, equal on all of them.
+            fp8: rows travel and arrive as e4m3 with one scale per 128 channels.
+        """
+        return Decoder(self.backend, self.num_experts, max_tokens_per_rank, fp8)
 
     def _check_plan(self, plan: Plan) -> None:
         """What the backend, which other dispatchers share, cannot know."""

@@ -1,9 +1,9 @@
 """``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
 
-``ops`` times the backend (bench_ops.py), ``dispatcher`` what a training step pays for dispatch and combine
-(bench_dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers (bench_megatron.py, bench_deepspeed.py),
-``overlap`` how much communication hides behind GEMMs (bench_overlap.py). What is in a time is said in bench_timing.py;
-bench_report.py shows and saves it.
+``ops`` times the backend (bench_ops.py), ``latency`` the low-latency calls (bench_latency.py), ``dispatcher`` what a
+training step pays for dispatch and combine (bench_dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers
+(bench_megatron.py, bench_deepspeed.py), ``overlap`` how much communication hides behind GEMMs (bench_overlap.py). What
+is in a time is said in bench_timing.py; bench_report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
-from deepep_moe.tools import bench_deepspeed, bench_dispatcher, bench_megatron, bench_ops, bench_overlap
+from deepep_moe.tools import (
+    bench_deepspeed,
+    bench_dispatcher,
+    bench_latency,
+    bench_megatron,
+    bench_ops,
+    bench_overlap,
+)
 from deepep_moe.tools.bench_report import Report, need_matplotlib
 from deepep_moe.tools.bench_timing import World, ranks_of_this_run
 
@@ -120,6 +127,38 @@ def ops(
                 run.report.add(table)
         for backend in backends.values():
             backend.close()
+
+
+LATENCY_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 4 -m deepep_moe bench latency --json latency.json --plot latency.png
+
+    torchrun --nproc-per-node 2 -m deepep_moe bench latency --layer 256,2,8 --tokens 1,16      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=LATENCY_EXAMPLES)
+def latency(
+    layer: Annotated[str, typer.Option(help="Hidden size, top-k, experts of the group.")] = "7168,8,288",
+    tokens: Annotated[str, typer.Option(help="Tokens per rank, comma-separated.")] = "1,8,32,64,128,256,512",
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """The low-latency calls of DeepEP: dispatch, combine, hooks, in graphs and eager; NCCL's all-to-all of the same."""
+    if plot:
+        need_matplotlib("--plot")
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": None}, commit) as run:
+        shape, counts = bench_latency.Layer.parse(layer), parse_counts("--tokens", tokens, 1)
+        shape.check(run.world.size)
+        done = run.steps(len(counts))
+        for count in counts:
+            run.report.add(bench_latency.measure_case(run.world, shape, count, repeats, done))
+            if plot and run.world.rank == 0:
+                title = f"{run.report.command}\n{run.report.heading()}"
+                bench_latency.draw(run.report.tables, title, plot)
 
 
 DISPATCHER_EXAMPLES = """[bold]Examples[/bold]

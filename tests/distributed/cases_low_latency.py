@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import deepep_moe.compat
+from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, PeerError, RankMismatchError, UnsupportedError
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import case
@@ -300,6 +301,28 @@ def hooks_and_handles_out_of_order(group: dist.ProcessGroup) -> None:
     buffer.destroy()
     with raises(DeepEPMoEError, "destroyed"):
         dispatch(buffer, batch)
+
+
+@case()
+def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> None:
+    batch = small(group)
+    rank, shape = dist.get_rank(group), batch.shape
+    dispatcher = TokenDispatcher(group, shape.experts)
+    decoders = [dispatcher.decoder(shape.max_tokens, fp8=fp8) for fp8 in (False, True)]
+    x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
+    for decoder, format in zip(decoders, ("bf16", "fp8")):
+        sent = decoder.dispatch(x, topk_idx)
+        received = sent.rows if sent.scales is None else (sent.rows, sent.scales)
+        check_dispatch(batch, rank, format, (received, sent.counts, sent.handle))
+        y = expert_outputs(batch, rank, format, (received, sent.counts))
+        trained = dispatcher.dispatch(x, topk_idx, weights)
+        dispatcher.combine(trained.rows, trained, weights=trained.weights)
+        check_combine(decoder.combine(y, sent, weights), combined(batch, rank, format), f"decoder {format}")
+        with raises(InputError, "x = requires a gradient", "no_grad"):
+            decoder.dispatch(x.clone().requires_grad_(), topk_idx)
+        with raises(HandleError, "sent is a tuple"):
+            decoder.combine(y, tuple(), weights)  # type: ignore[arg-type]
+        decoder.check()
 
 
 @case(ranks=(2,))

@@ -88,6 +88,22 @@ def test_dispatcher(tmp_path: Path) -> None:
     assert not any("busy_samples_us" in row for row in table["measurements"])  # what a CPU computes is never behind
 
 
+def test_latency(tmp_path: Path) -> None:
+    _, tables = bench(tmp_path, "latency", "--layer", "256,2,8", "--tokens", "1,16")
+    assert [table["case"]["tokens"] for table in tables] == [1, 16]
+    for table in tables:
+        tokens = table["case"]["tokens"]
+        assert table["case"]["engine"] == "reference"
+        rows = {(row["name"], row["setting"]): row for row in table["measurements"]}
+        goes = [[(routing(Shape(tokens, 256, 2, 8), s, False) // 4 == d).any(1).sum() for d in (0, 1)] for s in (0, 1)]
+        link = int(max(goes[0][1], goes[1][0]))
+        if link:
+            assert rows["dispatch FP8", "eager"]["link_bytes"] == link * (256 + 4 * 2)
+            assert rows["combine BF16", "eager"]["link_bytes"] == link * 2 * 256
+            assert rows["gloo all_to_all_single BF16", "eager"]["link_bytes"] == link * 2 * 256
+        assert ("dispatch FP8 + combine", "host") in rows
+
+
 @pytest.mark.skipif(not WITH_MEGATRON, reason="megatron-core is not installed")
 def test_megatron(tmp_path: Path) -> None:
     _, (table,) = bench(tmp_path, "megatron", "--layer", "64,32,4,2", "--tokens", "16")

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe import Buffer
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError, RankMismatchError
 from tests.gpu import lost_decoder
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
@@ -346,6 +348,39 @@ def test_a_rank_that_is_late_by_seconds(ranks: Ranks, make_buffer: MakeBuffer) -
     assert torch.equal(stats, result[1] + 1)
     if ranks.size > 1 and ranks.rank == 0:
         assert 5e8 < waits[-1].item() < 5e9, f"nanoseconds waited: {waits.tolist()}"
+
+
+@pytest.mark.timeout(60)
+def test_a_dispatcher_decodes_in_a_graph(ranks: Ranks) -> None:
+    """Generation in a captured graph, training steps of the same dispatcher between its replays."""
+    rank, shape = ranks.rank, shape_of(ranks)
+    config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms)
+    dispatcher = TokenDispatcher(ranks.group, shape.experts, config, device=ranks.device)
+    decoder = dispatcher.decoder(shape.max_tokens)
+    batch = Batch(0, shape, ranks.device)
+    x, topk_idx, weights = batch.x[rank].clone(), batch.topk_idx[rank].clone(), batch.weights[rank].clone()
+
+    def step() -> Tensor:
+        sent = decoder.dispatch(x, topk_idx)
+        return decoder.combine(expert_outputs(batch, rank, "bf16", (sent.rows, sent.counts)), sent, weights)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in range(5):
+        batch = Batch(seed, shape, ranks.device)
+        x.copy_(batch.x[rank])
+        topk_idx.copy_(batch.topk_idx[rank])
+        weights.copy_(batch.weights[rank])
+        graph.replay()
+        trained = dispatcher.dispatch(batch.x[rank], batch.topk_idx[rank], batch.weights[rank])
+        dispatcher.combine(trained.rows, trained, weights=trained.weights)
+        check_combine(out, combined(batch, rank, "bf16"), f"decode {seed}, rank {rank}")
+    decoder.check()
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)
 
 
 @pytest.mark.timeout(60)

@@ -1,0 +1,97 @@
+"""Decoder: MoE layers of a trainer that also generates, at decode-sized batches with fixed shapes and no host wait.
+
+::
+
+    decoder = dispatcher.decoder(max_tokens_per_rank=128)  # once, on all ranks
+
+    with torch.no_grad():  # each step; may be captured in a CUDA graph
+        sent = decoder.dispatch(x, topk_idx)
+        y = experts(sent.rows, sent.counts)  # [L, R * M, H]; rows beyond an expert's count are undefined
+        out = decoder.combine(y, sent, topk_weights)  # [T, H]
+
+It is the low-latency engine (low_latency.py) with a trainer's interface. Dispatch and combine of the dispatcher itself
+may come between its calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends import Backend
+from deepep_moe.errors import HandleError, InputError
+from deepep_moe.events import StreamRunner
+from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+
+# All decoders of a backend share one engine, and so its memory: layers run one after another.
+_engines: WeakKeyDictionary[Backend, LowLatency] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """What arrived for the experts of this rank, and the way back. L local experts, R ranks, M tokens per rank at most."""
+
+    rows: Tensor
+    """[L, R * M, H] bf16, or e4m3 with ``fp8``: each expert's rows first, ordered by source rank and token."""
+    scales: Tensor | None
+    """[L, R * M, H / 128] fp32 with ``fp8``: rows are e4m3 times scale."""
+    counts: Tensor
+    """[L] int32 on the rows' device: rows of each expert."""
+    topk_idx: Tensor
+    """[T, K], as given."""
+    handle: LowLatencyHandle
+
+
+class Decoder:
+    """Made by :meth:`TokenDispatcher.decoder`. Has no gradients. Calls are collective.
+
+    Args:
+        backend: of the dispatcher.
+        num_experts: of the group.
+        max_tokens_per_rank: M, equal on all ranks.
+        fp8: rows travel and arrive as e4m3 with one scale per 128 channels.
+    """
+
+    def __init__(self, backend: Backend, num_experts: int, max_tokens_per_rank: int, fp8: bool) -> None:
+        engine = _engines.get(backend)
+        if engine is None:
+            engine = LowLatency(backend, backend.config.num_sms, False, StreamRunner(backend.device))
+            _engines[backend] = engine
+        self._engine = engine
+        self.num_experts, self.max_tokens_per_rank, self.fp8 = num_experts, max_tokens_per_rank, fp8
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor) -> Decoding:
+        """Send ``x [T, H]`` bf16, T <= M, to the experts ``topk_idx [T, K]`` (int32 or int64, -1: dropped).
+
+        The first call with a new M or hidden size allocates: make one before capturing a graph.
+
+        Raises:
+            InputError, RankMismatchError, PeerError: as ``Buffer.low_latency_dispatch``; and where a gradient is asked for.
+        """
+        _refuse_gradients("x", x)
+        call, handle, _, _ = self._engine.dispatch(
+            x, topk_idx, self.max_tokens_per_rank, self.num_experts, None, None, (self.fp8, False, False), False, False
+        )
+        return Decoding(call.rows, call.scales, call.counts, topk_idx, handle)
+
+    def combine(self, y: Tensor, sent: Decoding, topk_weights: Tensor) -> Tensor:
+        """Sum ``y [L, R * M, H]`` bf16, in the places of ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
+        if not isinstance(sent, Decoding):
+            raise HandleError(f"sent is a {type(sent).__name__}; pass on what Decoder.dispatch returned")
+        _refuse_gradients("y", y)
+        out, _, _ = self._engine.combine(
+            y, sent.topk_idx, topk_weights.float(), sent.handle, False, False, False, None, None
+        )
+        return out
+
+    def check(self) -> None:
+        """Raise what the kernels that have run so far reported, in replayed graphs too."""
+        self._engine.check()
+
+
+def _refuse_gradients(argument: str, tensor: Tensor) -> None:
+    if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+        raise InputError(argument, "requires a gradient", "decoding has none: call under torch.no_grad()")
