@@ -140,6 +140,11 @@ class Domain:
                 self.resume()
             raise self._error(*report)
 
+    def raise_lasting(self) -> None:
+        """Raise what no call can go on after, if that has happened; leave anything else for later."""
+        if self.runtime.broken:
+            self.raise_failure()
+
     def resume(self) -> None:
         """What went wrong is known here: calls that are enqueued from now on are carried out again."""
         if not torch.cuda.is_current_stream_capturing():

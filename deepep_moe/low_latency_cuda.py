@@ -121,13 +121,13 @@ class CudaEngine:
 
     def _told(self) -> bool:
         """Raise what ended it all; whether there is something else, to be raised when this rank's part is enqueued."""
-        self._domain.raise_failure(lasting_only=True)
-        return self._domain.runtime.failed
+        self._domain.raise_lasting()
+        return self._domain.runtime.failure is not None
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
     def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        self._domain.raise_failure(lasting_only=True)
+        self._domain.raise_lasting()
         if self._last is None:
             self._agree(max_tokens, hidden, problem)
             return
@@ -166,7 +166,7 @@ class CudaEngine:
         self._last = self._last._replace(places=places)
 
     def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
-        self._domain.raise_failure(lasting_only=True)
+        self._domain.raise_lasting()
         last = self._last
         if call is not None:
             arena = self._arenas[call.max_tokens, call.hidden]
