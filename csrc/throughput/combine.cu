@@ -240,7 +240,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
     }
 }
 
-__device__ __forceinline__ void poison_outputs(const CombineArgs& args) {
+__device__ __noinline__ void poison_outputs(const CombineArgs& args) {
     const int64_t tokens = args.route.num_tokens;
     poison(args.out, tokens * args.row_bytes);
     if (args.carry_weights) poison(args.out_weights, tokens * args.route.num_topk * sizeof(float));
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<T, kGrouped>(args, epoch, list);
     gather<T, kGrouped>(args, epoch, list);
-    if (leave_operation(rt, epoch, operation, kCombineStart)) poison_outputs(args);
+    if (leave_operation(rt, epoch, kCombineStart)) poison_outputs(args);
 }
 
 template <typename T>

@@ -269,7 +269,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
 }
 
 template <Format kFormat>
-__device__ __forceinline__ void poison_outputs(const DispatchArgs& args) {
+__device__ __noinline__ void poison_outputs(const DispatchArgs& args) {
     const int64_t rows = args.route.num_out();
     poison(args.out, rows * (kDequantises<kFormat> ? 2 : 1) * args.row_bytes);
     if (args.out_scales.data)  // as far as its last element
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_cons
     enter_operation(rt, epoch, operation);
     if (blockIdx.x < args.num_send_blocks) send<kFormat>(args, epoch);
     receive<kFormat, kGrouped>(args, epoch);
-    if (leave_operation(rt, epoch, operation, kDispatchStart)) poison_outputs<kFormat>(args);
+    if (leave_operation(rt, epoch, kDispatchStart)) poison_outputs<kFormat>(args);
 }
 
 template <Format kFormat>

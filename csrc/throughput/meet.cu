@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kWarpSize)
     const int epoch = next_epoch(rt.local->data_epoch);
     enter_operation(rt, epoch, operation);
     const Phase phase = operation.kind == Operation::kRefuse ? kRefused : kGrowStaging;
-    leave_operation(rt, epoch, operation, phase);
+    leave_operation(rt, epoch, phase);
     // Who has been here may have given up since, waiting for somebody else.
     if (threadIdx.x == 0) any_rank_failed(rt.domain, phase, epoch);
 }

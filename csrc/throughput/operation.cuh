@@ -63,25 +63,37 @@ __device__ __forceinline__ bool out_of_step(const Runtime& rt, int epoch, int pe
 // Whether rows can move by the plan: all ranks find the same, so that none waits for another where they cannot.
 __device__ __forceinline__ bool is_usable(const int64_t* rank_prefix) { return rank_prefix[0] >= 0; }
 
-// Wait for a row that a peer sends in this operation. Its flag holds just this epoch then: older ones never come back.
-// Should the row not come, the caller goes on without: leave_operation() sees to it that nobody takes the outputs for
-// good.
-__device__ __forceinline__ void wait_row(const Runtime& rt, const int* flag, int epoch, Phase phase, int peer) {
+// The waits of an operation are functions of their own: what they do when something is not there yet is long, and would
+// take registers and instruction cache from the loops that move rows.
+__device__ __noinline__ void keep_waiting(const Runtime& rt, const int* flag, int epoch, int phase, int peer) {
     wait_for(
         rt.domain, flag, epoch, phase, peer, [&](int seen) { return seen == epoch; },
         [&] { return out_of_step(rt, epoch, peer, phase); });
 }
 
+// Wait for a row that a peer sends in this operation. Its flag holds just this epoch then: older ones never come back.
+// Should the row not come, the caller goes on without: leave_operation() sees to it that nobody takes the outputs for
+// good.
+__device__ __forceinline__ void wait_row(const Runtime& rt, const int* flag, int epoch, Phase phase, int peer) {
+    if (load_acquire_system(flag) != epoch) keep_waiting(rt, flag, epoch, phase, peer);
+}
+
+// Wait until the peer is in this operation too, and compare.
+__device__ __noinline__ void meet_peer(const Runtime& rt, int epoch, int phase, int peer) {
+    const bool entered = wait_for(
+        rt.domain, &rt.control[rt.domain.rank]->entered[peer], epoch, phase, peer,
+        [&](int seen) { return reached(seen, epoch); }, [&] { return out_of_step(rt, epoch, peer, phase); });
+    if (entered)
+        same_operation(rt, epoch, rt.control[rt.domain.rank]->operation[epoch & 1][rt.domain.rank], peer, phase);
+}
+
 // The end of an operation: it waits for every peer to be in it, and compares. A peer that has entered this operation
 // has finished the one before, so the half of staging that the next operation writes is free: no other barrier is
 // needed. Returns true in all threads of one block if the outputs are wrong.
-__device__ __forceinline__ bool leave_operation(const Runtime& rt, int epoch, const Operation& operation, Phase phase) {
-    const int peer = threadIdx.x;
-    if (blockIdx.x == 0 && peer < rt.domain.num_ranks) {
-        const bool entered = wait_for(
-            rt.domain, &rt.control[rt.domain.rank]->entered[peer], epoch, phase, peer,
-            [&](int seen) { return reached(seen, epoch); }, [&] { return out_of_step(rt, epoch, peer, phase); });
-        if (entered) same_operation(rt, epoch, operation, peer, phase);
+__device__ __forceinline__ bool leave_operation(const Runtime& rt, int epoch, Phase phase) {
+    if (blockIdx.x == 0) {
+        __syncthreads();  // what enter_operation() wrote is compared with what the peers wrote
+        if (threadIdx.x < rt.domain.num_ranks) meet_peer(rt, epoch, phase, threadIdx.x);
     }
     if (!last_block_done<false>(&rt.local->blocks_done)) return false;
     const bool wrong = rt.domain.state->failed || rt.local->spoiled;

@@ -474,9 +474,7 @@ def test_a_captured_graph_keeps_its_memory(ranks: Ranks) -> None:
 @pytest.mark.parametrize("start", [2**31 - 6, 2**32 - 6, 2**32 - 7])
 def test_numbers_of_calls_wrap_around(ranks: Ranks, start: int) -> None:
     backend = make_backend(ranks)
-    round_trip(backend, ranks, 27)
-    torch.cuda.synchronize()
-    torch.distributed.barrier(ranks.group)
+    torch.distributed.barrier(ranks.group)  # nobody enters a call before all have the number
     signed = start - 2**32 if start >= 2**31 else start
     assert backend._engine is not None
     backend._engine.set_epochs(signed, signed, torch.cuda.current_stream().cuda_stream)
