@@ -65,7 +65,7 @@ __device__ __forceinline__ bool is_usable(const int64_t* rank_prefix) { return r
 
 // The waits of an operation are functions of their own: what they do when something is not there yet is long, and would
 // take registers and instruction cache from the loops that move rows.
-__device__ __noinline__ void keep_waiting(const Runtime& rt, const int* flag, int epoch, int phase, int peer) {
+inline __device__ __noinline__ void keep_waiting(const Runtime& rt, const int* flag, int epoch, int phase, int peer) {
     wait_for(
         rt.domain, flag, epoch, phase, peer, [&](int seen) { return seen == epoch; },
         [&] { return out_of_step(rt, epoch, peer, phase); });
@@ -79,7 +79,7 @@ __device__ __forceinline__ void wait_row(const Runtime& rt, const int* flag, int
 }
 
 // Wait until the peer is in this operation too, and compare.
-__device__ __noinline__ void meet_peer(const Runtime& rt, int epoch, int phase, int peer) {
+inline __device__ __noinline__ void meet_peer(const Runtime& rt, int epoch, int phase, int peer) {
     const bool entered = wait_for(
         rt.domain, &rt.control[rt.domain.rank]->entered[peer], epoch, phase, peer,
         [&](int seen) { return reached(seen, epoch); }, [&] { return out_of_step(rt, epoch, peer, phase); });
