@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends import Backend
-from deepep_moe.backends.checks import check_shape, check_topk_idx
+from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
@@ -280,10 +280,8 @@ class LowLatency:
         wait_stats: Tensor | None,
         format: Format,
     ) -> None:
-        if not 1 <= max_tokens <= MAX_TOKENS:
-            raise InputError("num_max_dispatch_tokens_per_rank", max_tokens, f"must be 1 to {MAX_TOKENS}")
-        if num_experts > MAX_EXPERTS:
-            raise InputError("num_experts", num_experts, f"must be at most {MAX_EXPERTS}")
+        check_integer("num_max_dispatch_tokens_per_rank", max_tokens, least=1, most=MAX_TOKENS)
+        check_integer("num_experts", num_experts, least=1, most=MAX_EXPERTS)
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         tokens, topk = topk_idx.shape
         if topk > MAX_TOPK:
@@ -464,10 +462,8 @@ class LowLatency:
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
         """Nothing is left behind by any call, so this only checks its arguments and raises what was reported."""
         for name, value in (("num_max_dispatch_tokens_per_rank", max_tokens), ("hidden", hidden)):
-            if value < 1:
-                raise InputError(name, value, "must be at least 1")
-        if num_experts < 1 or num_experts % self.world_size:
-            raise InputError("num_experts", num_experts, f"must be a positive multiple of {self.world_size} ranks")
+            check_integer(name, value, least=1)
+        check_num_experts(num_experts, self.world_size)
         self._engine.check()
 
     def update_mask(self, rank: int, masked: bool) -> None:

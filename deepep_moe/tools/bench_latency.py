@@ -31,10 +31,10 @@ HOST_CALLS = 20
 _PAUSE_CYCLES = 100_000  # about 50 us: longer than rows take
 
 NOTE = (
-    "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host time "
-    "hidden. send, receive: halves of a call with a hook, events around each kernel, rows arrive between the two. host: "
-    "wall clock of the host in one dispatch and one combine. Every sample is that of the slowest rank. link: bytes "
-    "between ranks, of the busiest rank and direction: one row per token and rank."
+    "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host "
+    "time hidden. hook: halves of a call, events around each kernel, rows arrive between the two. host: wall clock of "
+    "the host in one dispatch and one combine. Every sample is that of the slowest rank. link: bytes between ranks, of "
+    "the busiest rank and direction: one row per token and rank."
 )
 
 
