@@ -17,7 +17,7 @@ from deepep_moe.backends.base import Phase
 from deepep_moe.backends.exchange import Exchange, Fact
 from deepep_moe.errors import DeepEPMoEError, InputError
 from deepep_moe.fp8 import BLOCK, E4M3_MAX
-from deepep_moe.low_latency import CombineCall, DispatchCall, Format, Half
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
 
 AMAX_FLOOR = 1e-4  # of a block of 128 channels: this format's, whatever other FP8 formats here use
 
@@ -37,7 +37,7 @@ class _Sent(NamedTuple):
 
 
 class ReferenceEngine:
-    """:class:`~deepep_moe.low_latency.Engine` over torch.distributed.
+    """:class:`~deepep_moe.low_latency_engine.Engine` over torch.distributed.
 
     Masks are those set by hand: nothing is sent to a masked rank, and what it sends is ignored. A rank that died is an
     error here, masks or not: torch.distributed cannot go on without it.

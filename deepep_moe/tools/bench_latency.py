@@ -21,7 +21,8 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.fp8 import BLOCK
-from deepep_moe.low_latency import DispatchCall, LowLatency, LowLatencyHandle
+from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+from deepep_moe.low_latency_engine import DispatchCall
 from deepep_moe.tools.bench_ops import Shape, Traffic, routing
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import WARMUP, World, host_samples, kernel_samples

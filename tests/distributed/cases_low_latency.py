@@ -321,7 +321,7 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
         with raises(InputError, "x = requires a gradient", "no_grad"):
             decoder.dispatch(x.clone().requires_grad_(), topk_idx)
         with raises(HandleError, "sent is a tuple"):
-            decoder.combine(y, tuple(), weights)  # type: ignore[arg-type]
+            decoder.combine(y, (), weights)  # type: ignore[arg-type]
         decoder.check()
 
 
