@@ -194,7 +194,10 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
                 if (!is_sealed(v[n])) v[n] = load_packet(from);
                 return is_sealed(v[n]);
             };
-            if (!waiting.warp(rank, arrived)) continue;
+            if (!waiting.warp(rank, arrived)) {
+                if (!args.runtime.masks) sum.add(int4{-1, -1, -1, -1});  // NaN: no result
+                continue;
+            }
             if (at < vectors) store_packet(from, {0, 0, 0, 0});
             sum.add(unseal(v[n]));
         }
@@ -204,11 +207,12 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
 }
 
 // All threads of the block call.
-__device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
+__device__ __forceinline__ void receive(const CombineArgs& args, Waiting waiting, bool reports) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
     const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
     const int items = args.refused ? 0 : args.num_tokens * pieces;
+    waiting.crowded = min(items, warps) > kCrowd;
     int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
     RankMask wanted = item < items ? ranks_of(args, item / pieces) : 0;
     if (threadIdx.x < kWarpSize) {
@@ -255,7 +259,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     };
     const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, load);
     const int epoch = entered.epoch;
-    if (epoch == 0) return;
+    if (epoch == 0) {
+        if ((kHalf & kReceive) && reports) poison(args.out, 2ll * args.num_tokens * args.arena.hidden);
+        return;
+    }
     const Waiting waiting{rt, kLowLatencyCombine, epoch};
     if constexpr ((kHalf & kSend) != 0) {
         if (sends_tables && (entered.writable >> peer & 1)) {
