@@ -172,7 +172,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
     const Domain& domain = args.runtime.domain;
     const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
     int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
-    const int64_t stride = static_cast<int64_t>(arena.max_tokens) * vectors;  // from rank to rank
+    const unsigned stride = arena.max_tokens * vectors;  // from rank to rank
     Bf16x8 sum;
     sum.clear();
     while (left) {
@@ -181,7 +181,8 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
 #pragma unroll
         for (int n = 0; n < kRanksAtOnce; ++n) {
             v[n] = {0, 0, 0, 1};
-            if (loading && at < vectors) v[n] = load_packet(of_rank_0 + (__ffs(loading) - 1) * stride);
+            if (loading && at < vectors)
+                v[n] = load_packet(of_rank_0 + static_cast<int64_t>(__ffs(loading) - 1) * stride);
             loading &= loading - 1;
         }
 #pragma unroll
@@ -189,7 +190,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
             if (left == 0) break;
             const int rank = __ffs(left) - 1;
             left &= left - 1;
-            int4* from = of_rank_0 + rank * stride;
+            int4* from = of_rank_0 + static_cast<int64_t>(rank) * stride;
             const auto arrived = [&] {
                 if (!is_sealed(v[n])) v[n] = load_packet(from);
                 return is_sealed(v[n]);
@@ -207,12 +208,11 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
 }
 
 // All threads of the block call.
-__device__ __forceinline__ void receive(const CombineArgs& args, Waiting waiting, bool reports) {
+__device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
     const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
     const int items = args.refused ? 0 : args.num_tokens * pieces;
-    waiting.crowded = min(items, warps) > kCrowd;
     int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
     RankMask wanted = item < items ? ranks_of(args, item / pieces) : 0;
     if (threadIdx.x < kWarpSize) {

@@ -413,7 +413,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, const Receivin
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, shared.ranks.tokens[s]);
     const int warps = gridDim.x * kWarps, items = ranks * most * pieces;
-    waiting.crowded = min(items, warps) > kCrowd;
+    waiting.crowded = items > kCrowd;
     for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps) {
         const int number = item % pieces, row = item / pieces;
         const int source = row % ranks, token = row / ranks;
