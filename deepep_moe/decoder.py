@@ -32,7 +32,7 @@ _engines: WeakKeyDictionary[Backend, LowLatency] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class Decoding:
-    """What arrived for the experts of this rank, and the way back. L local experts, R ranks, M tokens per rank at most."""
+    """What arrived for the experts of this rank, and the way back. L local experts, R ranks, at most M tokens each."""
 
     rows: Tensor
     """[L, R * M, H] bf16, or e4m3 with ``fp8``: each expert's rows first, ordered by source rank and token."""
@@ -69,7 +69,7 @@ class Decoder:
         The first call with a new M or hidden size allocates: make one before capturing a graph.
 
         Raises:
-            InputError, RankMismatchError, PeerError: as ``Buffer.low_latency_dispatch``; and where a gradient is asked for.
+            InputError, RankMismatchError, PeerError: as ``Buffer.low_latency_dispatch``; and if ``x`` needs gradients.
         """
         _refuse_gradients("x", x)
         call, handle, _, _ = self._engine.dispatch(
@@ -78,7 +78,7 @@ class Decoder:
         return Decoding(call.rows, call.scales, call.counts, topk_idx, handle)
 
     def combine(self, y: Tensor, sent: Decoding, topk_weights: Tensor) -> Tensor:
-        """Sum ``y [L, R * M, H]`` bf16, in the places of ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
+        """Sum ``y [L, R * M, H]`` bf16, placed as ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
         if not isinstance(sent, Decoding):
             raise HandleError(f"sent is a {type(sent).__name__}; pass on what Decoder.dispatch returned")
         _refuse_gradients("y", y)

@@ -15,20 +15,22 @@ order, in fp32, and rounded once more. ``use_logfmt`` changes nothing: BF16 is w
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepep_moe.backends import Backend
-from deepep_moe.backends.checks import check_shape, check_topk_idx
+from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
+from deepep_moe.low_latency_cuda import CudaEngine
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Engine, Format, Half
+from deepep_moe.low_latency_reference import ReferenceEngine
 
 _log = logging.getLogger(__name__)
 
@@ -38,111 +40,6 @@ MAX_TOPK = 32
 MAX_EXPERTS = 1024
 CALLS_IN_FLIGHT = 2
 _ROW_BYTES = 16  # rows are moved in units of this
-
-
-class Half(enum.IntFlag):
-    """What of a call to do now: with a hook its two halves are apart."""
-
-    SEND = 1
-    RECEIVE = 2
-    BOTH = 3
-
-
-class Format(enum.IntEnum):
-    """What rows become on their way."""
-
-    BF16 = 0
-    FP8 = 1
-    """e4m3 with one fp32 scale per 128 channels."""
-    FP8_ROUNDED = 2
-    """The same, scales rounded up to powers of two."""
-    FP8_UE8M0 = 3
-    """The same as rounded; only the exponents are returned, four in an int32."""
-
-    @classmethod
-    def of(cls, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Format:
-        """What DeepEP's three switches mean; without ``use_fp8`` the others mean nothing."""
-        if not use_fp8:
-            return cls.BF16
-        if use_ue8m0 and not round_scale:
-            raise InputError("use_ue8m0", True, "needs round_scale: exponents say powers of two only")
-        return cls.FP8_UE8M0 if use_ue8m0 else cls.FP8_ROUNDED if round_scale else cls.FP8
-
-
-@dataclass(eq=False)
-class DispatchCall:
-    """One dispatch: what it reads, what it fills, and what combine needs of it."""
-
-    x: Tensor
-    """[T, H] bf16."""
-    topk_idx: Tensor
-    """[T, K] int32 or int64."""
-    num_experts: int
-    max_tokens: int
-    format: Format
-    rows: Tensor
-    """[L, R * M, H] bf16 or e4m3."""
-    scales: Tensor | None
-    """[L, R * M, S] fp32 or int32, tokens contiguous."""
-    counts: Tensor
-    """[L] int32."""
-    src_info: Tensor
-    """[L, R * M] int32: token at its source."""
-    layout_range: Tensor
-    """[L, R] int64: first row << 32 | rows."""
-    stats: Tensor | None
-    """[L] int32, added to."""
-    wait_stats: Tensor | None
-    """[R] int64 nanoseconds, added to."""
-    received: bool = False
-    """Whether the receiving half was queued."""
-    state: Any = None
-    """The engine's own: where each token's rows went."""
-
-    @property
-    def hidden(self) -> int:
-        return self.x.shape[1]
-
-
-@dataclass(eq=False)
-class CombineCall:
-    """One combine."""
-
-    x: Tensor
-    """[L, R * M, H] bf16."""
-    topk_idx: Tensor
-    """[T, K]: that of the dispatch; entries may have become -1."""
-    topk_weights: Tensor
-    """[T, K] float32."""
-    dispatched: DispatchCall
-    out: Tensor
-    """[T, H] bf16."""
-    wait_stats: Tensor | None
-    """[R] int64 nanoseconds, added to."""
-    state: Any = None
-    """The engine's own."""
-
-
-class Engine(Protocol):
-    """Moves rows. All calls but those on masks are collective; they are queued on the current stream."""
-
-    name: str
-
-    def dispatch(self, call: DispatchCall, half: Half) -> None: ...
-    def combine(self, call: CombineCall, half: Half) -> None: ...
-    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        """Take part in a dispatch only to tell the others that this rank cannot."""
-
-    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
-        """The same in a combine, of ``call`` if that is known."""
-
-    def update_mask(self, rank: int, masked: bool) -> None: ...
-    def query_mask(self, status: Tensor) -> None: ...
-    def clean_mask(self) -> None: ...
-    def check(self) -> None:
-        """Raise what went wrong so far, if anything did."""
-
-    def close(self) -> None: ...
 
 
 class LowLatencyHandle(tuple):
@@ -280,10 +177,8 @@ class LowLatency:
         wait_stats: Tensor | None,
         format: Format,
     ) -> None:
-        if not 1 <= max_tokens <= MAX_TOKENS:
-            raise InputError("num_max_dispatch_tokens_per_rank", max_tokens, f"must be 1 to {MAX_TOKENS}")
-        if num_experts > MAX_EXPERTS:
-            raise InputError("num_experts", num_experts, f"must be at most {MAX_EXPERTS}")
+        check_integer("num_max_dispatch_tokens_per_rank", max_tokens, least=1, most=MAX_TOKENS)
+        check_integer("num_experts", num_experts, least=1, most=MAX_EXPERTS)
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         tokens, topk = topk_idx.shape
         if topk > MAX_TOPK:
@@ -464,10 +359,8 @@ class LowLatency:
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
         """Nothing is left behind by any call, so this only checks its arguments and raises what was reported."""
         for name, value in (("num_max_dispatch_tokens_per_rank", max_tokens), ("hidden", hidden)):
-            if value < 1:
-                raise InputError(name, value, "must be at least 1")
-        if num_experts < 1 or num_experts % self.world_size:
-            raise InputError("num_experts", num_experts, f"must be a positive multiple of {self.world_size} ranks")
+            check_integer(name, value, least=1)
+        check_num_experts(num_experts, self.world_size)
         self._engine.check()
 
     def update_mask(self, rank: int, masked: bool) -> None:
@@ -509,10 +402,6 @@ class LowLatency:
 
 def make_engine(backend: Backend, num_sms: int, masks: bool) -> Engine:
     """Kernels where the group's backend maps its peers' memory, else the reference. Collective."""
-    # both import what a call is from here
-    from deepep_moe.low_latency_cuda import CudaEngine
-    from deepep_moe.low_latency_reference import ReferenceEngine
-
     domain = getattr(backend, "domain", None)
     if domain is not None:
         return CudaEngine(domain, num_sms, masks)

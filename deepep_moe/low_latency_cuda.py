@@ -9,16 +9,16 @@ that the ranks stay in step; what ends it all (a peer that does not answer, rank
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from deepep_moe.backends.exchange import gather
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
 from deepep_moe.extension import _C
-from deepep_moe.low_latency import CombineCall, DispatchCall, Format, Half
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
 from deepep_moe.peer_memory import PeerMemory
 
 
@@ -38,7 +38,7 @@ class _Shape(NamedTuple):
 
 
 class CudaEngine:
-    """:class:`~deepep_moe.low_latency.Engine` of the ranks of ``domain``. Collective to make.
+    """:class:`~deepep_moe.low_latency_engine.Engine` of the ranks of ``domain``. Collective to make.
 
     Args:
         num_sms: SMs that the kernels may use; 0: all.
@@ -225,14 +225,8 @@ class CudaEngine:
     def _agree(self, max_tokens: int, hidden: int, problem: DeepEPMoEError | None) -> None:
         """Before the ranks allocate: whether all of them will, and the same."""
         mine = (None if problem is None else str(problem), max_tokens, hidden)
-        told: list[Any] = [mine] * self._domain.size
-        try:
-            dist.all_gather_object(told, mine, group=self._domain.group)
-        except RuntimeError as error:
-            raise PeerError(
-                f"low-latency dispatch with num_max_dispatch_tokens_per_rank = {max_tokens}, hidden size {hidden}: not "
-                f"all ranks are here to allocate its buffers ({str(error).splitlines()[0]})"
-            ) from error
+        domain = self._domain
+        told = gather("low-latency dispatch", domain.group, self.device, domain.timeout_seconds, mine)
         if problem is not None:
             return  # the caller raises it
         refusals = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _, _) in enumerate(told) if reason)

@@ -6,16 +6,18 @@ of the exchange happens in the sending half; the receiving half writes what the 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepep_moe.backends import Backend
-from deepep_moe.backends.exchange import Exchange
+from deepep_moe.backends.base import Phase
+from deepep_moe.backends.exchange import Exchange, Fact
 from deepep_moe.errors import DeepEPMoEError, InputError
 from deepep_moe.fp8 import BLOCK, E4M3_MAX
-from deepep_moe.low_latency import CombineCall, DispatchCall, Format, Half
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
 
 AMAX_FLOOR = 1e-4  # of a block of 128 channels: this format's, whatever other FP8 formats here use
 
@@ -35,7 +37,7 @@ class _Sent(NamedTuple):
 
 
 class ReferenceEngine:
-    """:class:`~deepep_moe.low_latency.Engine` over torch.distributed.
+    """:class:`~deepep_moe.low_latency_engine.Engine` over torch.distributed.
 
     Masks are those set by hand: nothing is sent to a masked rank, and what it sends is ignored. A rank that died is an
     error here, masks or not: torch.distributed cannot go on without it.
@@ -57,33 +59,36 @@ class ReferenceEngine:
         if half & Half.RECEIVE:
             self._deliver(call, call.state)
 
-    def _facts(self, call: DispatchCall) -> dict[str, int | torch.dtype]:
+    def _facts(self, call: DispatchCall) -> dict[str, Fact]:
         return {
             "num_max_dispatch_tokens_per_rank": call.max_tokens,
             "hidden size": call.hidden,
             "top-k": call.topk_idx.shape[1],
             "num_experts": call.num_experts,
-            "format (use_fp8, round_scale, use_ue8m0)": int(call.format),
+            "format (use_fp8, round_scale, use_ue8m0)": call.format,
         }
 
     def _send(self, call: DispatchCall) -> _Sent:
         local_experts = call.num_experts // self.world_size
-        experts = call.topk_idx.to(torch.int64)
-        owner = torch.where(experts >= 0, experts // local_experts, -1)
         ranks = torch.arange(self.world_size, dtype=torch.int64, device=self.device)
-        goes = (owner.unsqueeze(2) == ranks).any(1) & ~self._masked  # [T, R]
-        destination, tokens = goes.t().nonzero().unbind(1)
-        send_counts = destination.bincount(minlength=self.world_size).tolist()
-        headers = self._exchange.agree("dispatch", self._facts(call), private=send_counts)
-        recv_counts = headers[:, self.rank].tolist()
+        with self._exchange.agreement("dispatch") as agreement:
+            experts = call.topk_idx.to(torch.int64)
+            owner = torch.where(experts >= 0, experts // local_experts, -1)
+            goes = (owner.unsqueeze(2) == ranks).any(1) & ~self._masked  # [T, R]
+            destination, tokens = goes.t().nonzero().unbind(1)
+            send_counts = destination.bincount(minlength=self.world_size).tolist()
+            agreement.facts, agreement.private = self._facts(call), send_counts
+        assert agreement.shared is not None
+        recv_counts = agreement.shared[:, self.rank].tolist()
 
-        rows, scales = quantize(call.x, call.format)
         exchange = self._exchange.all_to_all
-        told = torch.cat([tokens.unsqueeze(1), experts[tokens]], 1)
-        told = exchange("dispatch", told, send_counts, recv_counts)
-        rows = exchange("dispatch", rows[tokens], send_counts, recv_counts)
-        if scales is not None:
-            scales = exchange("dispatch", scales[tokens], send_counts, recv_counts)
+        with self._exchange.moving("dispatch"):
+            rows, scales = quantize(call.x, call.format)
+            told = torch.cat([tokens.unsqueeze(1), experts[tokens]], 1)
+            told = exchange("dispatch", told, send_counts, recv_counts)
+            rows = exchange("dispatch", rows[tokens], send_counts, recv_counts)
+            if scales is not None:
+                scales = exchange("dispatch", scales[tokens], send_counts, recv_counts)
 
         source = ranks.repeat_interleave(torch.tensor(recv_counts, dtype=torch.int64, device=self.device))
         here = (told[:, 1:] // local_experts == self.rank) & ~self._masked[source].unsqueeze(1)
@@ -124,26 +129,26 @@ class ReferenceEngine:
         dispatched = call.dispatched
         sent: _Sent = dispatched.state
         dropped = call.topk_idx < 0
-        changed = (call.topk_idx != dispatched.topk_idx) & ~dropped
-        problem = None
-        if bool(changed.any()):
-            token, k = changed.nonzero()[0].tolist()
-            problem = InputError(
-                "topk_idx", int(call.topk_idx[token, k]), f"route {k} of token {token} went elsewhere in the dispatch"
-            )
-        self._exchange.agree("combine", self._facts(dispatched), problem)
+        with self._exchange.agreement("combine") as agreement:
+            changed = (call.topk_idx != dispatched.topk_idx) & ~dropped
+            if bool(changed.any()):
+                token, k = changed.nonzero()[0].tolist()
+                expert = int(call.topk_idx[token, k])
+                raise InputError("topk_idx", expert, f"route {k} of token {token} went elsewhere in the dispatch")
+            agreement.facts = self._facts(dispatched)
 
         exchange = self._exchange.all_to_all
-        weights = call.topk_weights[sent.tokens]
-        kept = (~dropped)[sent.tokens].to(torch.uint8)
-        weights = exchange("combine", weights, sent.send_counts, sent.recv_counts)
-        kept = exchange("combine", kept, sent.send_counts, sent.recv_counts)
-        sums = torch.zeros((len(sent.token), dispatched.hidden), dtype=torch.float32, device=self.device)
-        for k in range(sent.local.shape[1]):
-            wanted = ((sent.local[:, k] >= 0) & (kept[:, k] > 0)).nonzero().squeeze(1)
-            rows = call.x[sent.local[wanted, k], sent.place[wanted, k]].float()
-            sums[wanted] += weights[wanted, k].unsqueeze(1) * rows
-        back = exchange("combine", sums.bfloat16(), sent.recv_counts, sent.send_counts)
+        with self._exchange.moving("combine"):
+            weights = call.topk_weights[sent.tokens]
+            kept = (~dropped)[sent.tokens].to(torch.uint8)
+            weights = exchange("combine", weights, sent.send_counts, sent.recv_counts)
+            kept = exchange("combine", kept, sent.send_counts, sent.recv_counts)
+            sums = torch.zeros((len(sent.token), dispatched.hidden), dtype=torch.float32, device=self.device)
+            for k in range(sent.local.shape[1]):
+                wanted = ((sent.local[:, k] >= 0) & (kept[:, k] > 0)).nonzero().squeeze(1)
+                rows = call.x[sent.local[wanted, k], sent.place[wanted, k]].float()
+                sums[wanted] += weights[wanted, k].unsqueeze(1) * rows
+            back = exchange("combine", sums.bfloat16(), sent.recv_counts, sent.send_counts)
         total = torch.zeros((call.out.shape[0], dispatched.hidden), dtype=torch.float32, device=self.device)
         first = 0
         for rank, count in enumerate(sent.send_counts):
@@ -155,10 +160,14 @@ class ReferenceEngine:
     # -- refusals, masks -----------------------------------------------------------------------------------------
 
     def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        self._exchange.agree("dispatch", {}, problem)
+        self._refuse("dispatch", problem)
 
     def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
-        self._exchange.agree("combine", {}, problem)
+        self._refuse("combine", problem)
+
+    def _refuse(self, phase: Phase, problem: DeepEPMoEError) -> None:
+        with suppress(DeepEPMoEError), self._exchange.agreement(phase):  # the caller raises it
+            raise problem
 
     def update_mask(self, rank: int, masked: bool) -> None:
         self._masked[rank] = masked

@@ -35,6 +35,7 @@ constexpr int kMaxBlocks = 1024;
 constexpr int kThreads = 512;
 constexpr int kBlocksPerSm = 2;
 constexpr int kWarps = kThreads / 32;
+constexpr int kCrowd = 1024;  // warps that wait for rows at once, from which on they do so with one lane
 
 constexpr int kRoutesPerPacket = 3;   // dispatch: local expert << 16 | place among the source's rows of it; -1: none
 constexpr int kWeightsPerPacket = 2;  // combine: two weights, and their local experts in 16 bits each; 0xffff: none

@@ -172,7 +172,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
     const Domain& domain = args.runtime.domain;
     const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
     int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
-    const int64_t stride = static_cast<int64_t>(arena.max_tokens) * vectors;  // from rank to rank
+    const unsigned stride = arena.max_tokens * vectors;  // from rank to rank
     Bf16x8 sum;
     sum.clear();
     while (left) {
@@ -181,7 +181,8 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
 #pragma unroll
         for (int n = 0; n < kRanksAtOnce; ++n) {
             v[n] = {0, 0, 0, 1};
-            if (loading && at < vectors) v[n] = load_packet(of_rank_0 + (__ffs(loading) - 1) * stride);
+            if (loading && at < vectors)
+                v[n] = load_packet(of_rank_0 + static_cast<int64_t>(__ffs(loading) - 1) * stride);
             loading &= loading - 1;
         }
 #pragma unroll
@@ -189,12 +190,15 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
             if (left == 0) break;
             const int rank = __ffs(left) - 1;
             left &= left - 1;
-            int4* from = of_rank_0 + rank * stride;
+            int4* from = of_rank_0 + static_cast<int64_t>(rank) * stride;
             const auto arrived = [&] {
                 if (!is_sealed(v[n])) v[n] = load_packet(from);
                 return is_sealed(v[n]);
             };
-            if (!waiting.warp(rank, arrived)) continue;
+            if (!waiting.warp(rank, arrived)) {
+                if (!args.runtime.masks) sum.add(int4{-1, -1, -1, -1});  // NaN: no result
+                continue;
+            }
             if (at < vectors) store_packet(from, {0, 0, 0, 0});
             sum.add(unseal(v[n]));
         }
@@ -255,7 +259,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     };
     const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, load);
     const int epoch = entered.epoch;
-    if (epoch == 0) return;
+    if (epoch == 0) {
+        if ((kHalf & kReceive) && reports) poison(args.out, 2ll * args.num_tokens * args.arena.hidden);
+        return;
+    }
     const Waiting waiting{rt, kLowLatencyCombine, epoch};
     if constexpr ((kHalf & kSend) != 0) {
         if (sends_tables && (entered.writable >> peer & 1)) {

@@ -383,12 +383,13 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
         if (row >= 0) args.src_info[row] = token;
     }
     if (!known || routes == 0) return;
-    // a rank that is lost after it sent its tables leaves rows of zeros
+    // a rank that is lost after it sent its tables leaves rows of zeros if it is masked then, of NaN if that is the end
+    const int lost = args.runtime.masks ? 0 : -1;
     const bool whole = waiting.warp(source, arrived);
 #pragma unroll
     for (int i = 0; i < kReceivePackets; ++i) {
         if (whole && has(i)) store_packet(staged + at + i * kWarpSize, {0, 0, 0, 0});
-        v[i] = whole ? unseal(v[i]) : int4{};
+        v[i] = whole ? unseal(v[i]) : int4{lost, lost, lost, lost};
     }
     const int64_t row_bytes = static_cast<int64_t>(row_packets) * sizeof(int4);
     for (unsigned left = routes; left; left &= left - 1) {
@@ -405,14 +406,15 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
 }
 
 template <bool kFp8>
-__device__ __forceinline__ void receive(const DispatchArgs& args, const Receiving& shared, const Waiting& waiting) {
+__device__ __forceinline__ void receive(const DispatchArgs& args, const Receiving& shared, Waiting waiting) {
     const int ranks = args.runtime.domain.num_ranks;
     const int row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
     const int pieces = ceil_div(row_bytes, kReceiveBytes);
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, shared.ranks.tokens[s]);
-    const int warps = gridDim.x * kWarps;
-    for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < ranks * most * pieces; item += warps) {
+    const int warps = gridDim.x * kWarps, items = ranks * most * pieces;
+    waiting.crowded = items > kCrowd;
+    for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps) {
         const int number = item % pieces, row = item / pieces;
         const int source = row % ranks, token = row / ranks;
         if (token < shared.ranks.tokens[source]) receive_piece<kFp8>(args, shared, waiting, source, token, number);

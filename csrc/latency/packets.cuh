@@ -62,6 +62,7 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
 struct Waiting {
     const Runtime& runtime;
     int phase, epoch;
+    bool crowded = false;  // so many warps wait for rows that their loads alone would keep the L2 cache busy
 
     __device__ __forceinline__ bool is_masked(int rank) const {
         return runtime.masks && *static_cast<const volatile int*>(&runtime.local->masked[rank]) != 0;
@@ -101,8 +102,13 @@ struct Waiting {
         const uint64_t start = global_nanoseconds();
         while (true) {
 #pragma unroll 1
-            for (int spin = 0; spin < 64; ++spin)
+            for (int spin = 0; spin < 64; ++spin) {
+                if (crowded) {  // one lane looks first
+                    const bool looks = threadIdx.x % kWarpSize == kWarpSize - 1;
+                    if (!__all_sync(kFullMask, !looks || arrived())) continue;
+                }
                 if (__all_sync(kFullMask, arrived())) return true;
+            }
             const bool end = threadIdx.x % kWarpSize == 0 && (disturbed() || give_up(peer, 0, start));
             if (__any_sync(kFullMask, end)) return false;
         }

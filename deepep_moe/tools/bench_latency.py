@@ -21,7 +21,8 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.fp8 import BLOCK
-from deepep_moe.low_latency import DispatchCall, LowLatency, LowLatencyHandle
+from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+from deepep_moe.low_latency_engine import DispatchCall
 from deepep_moe.tools.bench_ops import Shape, Traffic, routing
 from deepep_moe.tools.bench_report import Measurement, Table
 from deepep_moe.tools.bench_timing import WARMUP, World, host_samples, kernel_samples
@@ -31,10 +32,10 @@ HOST_CALLS = 20
 _PAUSE_CYCLES = 100_000  # about 50 us: longer than rows take
 
 NOTE = (
-    "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host time "
-    "hidden. send, receive: halves of a call with a hook, events around each kernel, rows arrive between the two. host: "
-    "wall clock of the host in one dispatch and one combine. Every sample is that of the slowest rank. link: bytes "
-    "between ranks, of the busiest rank and direction: one row per token and rank."
+    "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host "
+    "time hidden. hook: halves of a call, events around each kernel, rows arrive between the two. host: wall clock of "
+    "the host in one dispatch and one combine. Every sample is that of the slowest rank. link: bytes between ranks, of "
+    "the busiest rank and direction: one row per token and rank."
 )
 
 

@@ -278,7 +278,7 @@ def ranks_that_differ_are_told(group: dist.ProcessGroup) -> None:
         ({"x": x}, ("hidden size", "768 on rank 1", "384 on rank 0")),
         ({"num_experts": 6 * batch.shape.ranks}, ("num_experts",)),
         ({"topk_idx": batch.topk_idx[1][:, :2].contiguous()}, ("top-k", "2 on rank 1")),
-        ({"use_fp8": False}, ("use_fp8", "0 on rank 1", "1 on rank 0")),
+        ({"use_fp8": False}, ("use_fp8", "bf16 on rank 1", "fp8 on rank 0")),
     ):
         with raises(RankMismatchError, *told):
             dispatch(buffer, batch, **(options if odd else {}))

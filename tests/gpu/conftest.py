@@ -10,13 +10,16 @@ torchrun everything is skipped.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from deepep_moe import Buffer
 
 TIMEOUT_SECONDS = 30.0
 
@@ -57,3 +60,24 @@ def ranks() -> Iterator[Ranks]:
     assert group is not None
     yield Ranks(group, rank, size, device, sms // (2 * per_gpu) if per_gpu > 1 else 0)
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def make_buffer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Buffer]]:
+    """Makes Buffers for low-latency calls, which run on kernels."""
+    made: list[Buffer] = []
+
+    def make(
+        timeout_seconds: float = TIMEOUT_SECONDS, group: dist.ProcessGroup | None = None, **options: Any
+    ) -> Buffer:
+        monkeypatch.setenv("DEEPEP_MOE_NUM_SMS", str(ranks.num_sms))
+        monkeypatch.setenv("DEEPEP_MOE_TIMEOUT_SECONDS", str(timeout_seconds))
+        made.append(Buffer(group or ranks.group, low_latency_mode=True, **options))
+        assert made[-1]._opened().engine == "cuda"
+        return made[-1]
+
+    yield make
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)  # a peer may still write into what is freed here
+    for buffer in made:
+        buffer.destroy()

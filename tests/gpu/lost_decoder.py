@@ -1,4 +1,4 @@
-"""One of several ranks that decode with masks, of which the last is killed on the way; started by test_low_latency.py.
+"""One of several ranks that decode with masks; the last is killed on the way. Started by test_low_latency_failures.py.
 
     python -m tests.gpu.lost_decoder PORT RANK COUNT
 

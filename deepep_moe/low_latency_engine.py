@@ -1,0 +1,116 @@
+"""What a low-latency engine is: the calls it gets, the formats of rows, and the protocol that both engines follow."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deepep_moe.errors import DeepEPMoEError, InputError
+
+
+class Half(enum.IntFlag):
+    """What of a call to do now: with a hook its two halves are apart."""
+
+    SEND = 1
+    RECEIVE = 2
+    BOTH = 3
+
+
+class Format(enum.IntEnum):
+    """What rows become on their way."""
+
+    BF16 = 0
+    FP8 = 1
+    """e4m3 with one fp32 scale per 128 channels."""
+    FP8_ROUNDED = 2
+    """The same, scales rounded up to powers of two."""
+    FP8_UE8M0 = 3
+    """The same as rounded; only the exponents are returned, four in an int32."""
+
+    @classmethod
+    def of(cls, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Format:
+        """What DeepEP's three switches mean; without ``use_fp8`` the others mean nothing."""
+        if not use_fp8:
+            return cls.BF16
+        if use_ue8m0 and not round_scale:
+            raise InputError("use_ue8m0", True, "needs round_scale: exponents say powers of two only")
+        return cls.FP8_UE8M0 if use_ue8m0 else cls.FP8_ROUNDED if round_scale else cls.FP8
+
+
+@dataclass(eq=False)
+class DispatchCall:
+    """One dispatch: what it reads, what it fills, and what combine needs of it."""
+
+    x: Tensor
+    """[T, H] bf16."""
+    topk_idx: Tensor
+    """[T, K] int32 or int64."""
+    num_experts: int
+    max_tokens: int
+    format: Format
+    rows: Tensor
+    """[L, R * M, H] bf16 or e4m3."""
+    scales: Tensor | None
+    """[L, R * M, S] fp32 or int32, tokens contiguous."""
+    counts: Tensor
+    """[L] int32."""
+    src_info: Tensor
+    """[L, R * M] int32: token at its source."""
+    layout_range: Tensor
+    """[L, R] int64: first row << 32 | rows."""
+    stats: Tensor | None
+    """[L] int32, added to."""
+    wait_stats: Tensor | None
+    """[R] int64 nanoseconds, added to."""
+    received: bool = False
+    """Whether the receiving half was queued."""
+    state: Any = None
+    """The engine's own: where each token's rows went."""
+
+    @property
+    def hidden(self) -> int:
+        return self.x.shape[1]
+
+
+@dataclass(eq=False)
+class CombineCall:
+    """One combine."""
+
+    x: Tensor
+    """[L, R * M, H] bf16."""
+    topk_idx: Tensor
+    """[T, K]: that of the dispatch; entries may have become -1."""
+    topk_weights: Tensor
+    """[T, K] float32."""
+    dispatched: DispatchCall
+    out: Tensor
+    """[T, H] bf16."""
+    wait_stats: Tensor | None
+    """[R] int64 nanoseconds, added to."""
+    state: Any = None
+    """The engine's own."""
+
+
+class Engine(Protocol):
+    """Moves rows. All calls but those on masks are collective; they are queued on the current stream."""
+
+    name: str
+
+    def dispatch(self, call: DispatchCall, half: Half) -> None: ...
+    def combine(self, call: CombineCall, half: Half) -> None: ...
+    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
+        """Take part in a dispatch only to tell the others that this rank cannot."""
+
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
+        """The same in a combine, of ``call`` if that is known."""
+
+    def update_mask(self, rank: int, masked: bool) -> None: ...
+    def query_mask(self, status: Tensor) -> None: ...
+    def clean_mask(self) -> None: ...
+    def check(self) -> None:
+        """Raise what went wrong so far, if anything did."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,229 @@
+"""Low-latency calls when a rank is wrong, late or gone: masks, errors that name it, and that the others go on.
+
+torchrun --nproc-per-node 2 -m pytest tests/gpu/test_low_latency_failures.py
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from deepep_moe.errors import DeepEPMoEError, InputError, PeerError, PeerTimeoutError, RankMismatchError
+from tests.gpu import lost_decoder
+from tests.gpu.conftest import Ranks
+from tests.gpu.low_latency_util import MakeBuffer, dispatch, round_trip, shape_of
+from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
+from tests.low_latency_util import Batch, check_combine, check_dispatch, combined, expert_outputs
+
+SHORT_SECONDS = 2.0  # longest wait for a rank that does not come
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.timeout(90)
+def test_masks_by_hand_and_by_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    if ranks.size < 2:
+        pytest.skip("needs two ranks")
+    buffer, rank, last = make_buffer(SHORT_SECONDS, enable_shrink=True), ranks.rank, ranks.size - 1
+    status = torch.full((ranks.size,), 7, dtype=torch.int32, device=ranks.device)
+    round_trip(buffer, Batch(0, shape_of(ranks), ranks.device), "fp8", "before")
+
+    def masked_call(seed: int, masked: set[int]) -> None:
+        batch = Batch(seed, shape_of(ranks), ranks.device)
+        result = dispatch(buffer, batch, use_fp8=False)
+        y = expert_outputs(batch, rank, "bf16", result)
+        out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
+        check_dispatch(batch, rank, "bf16", result, masked)
+        check_combine(out, combined(batch, rank, "bf16", masked=masked), f"masked {masked}, rank {rank}")
+
+    def meet() -> None:
+        torch.cuda.synchronize()
+        dist.barrier(ranks.group)
+        buffer.low_latency_clean_mask_buffer()
+        buffer.low_latency_query_mask_buffer(status)
+        assert not status.any(), f"rank {rank}: still masked: {status.tolist()}"
+
+    # by hand: the others and the last rank ignore each other
+    others = set(range(last))
+    masked = {last} if rank != last else others
+    for r in masked:
+        buffer.low_latency_update_mask_buffer(r, True)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [int(r in masked) for r in range(ranks.size)]
+    for seed in range(3):
+        masked_call(seed, masked)
+    meet()
+    for seed in range(3):
+        round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "fp8", "after masks by hand")
+
+    # by timeout: the last rank makes fewer calls than the others, and comes back
+    if rank != last:
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        for seed in range(3):
+            masked_call(seed, {last})
+        waited = time.monotonic() - began
+        assert SHORT_SECONDS * 0.9 < waited < SHORT_SECONDS + 3, f"rank {rank}: masked after {waited:.1f} s"
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [int(r == last) for r in range(ranks.size)]
+    meet()
+    for seed in range(4):
+        round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "fp8", "after a timeout")
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(END_SECONDS + 40)
+def test_a_killed_rank_is_masked_and_the_others_go_on(ranks: Ranks) -> None:
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or mps_is_running():
+        pytest.skip("needs two GPUs, and no MPS: a killed client can take the server's other clients with it")
+    count = min(3, gpus)
+    *survivors, lost = on_first_rank(ranks, lambda: run_ranks(str(count), "tests.gpu.lost_decoder", count))
+    assert lost.status == -signal.SIGKILL, lost.output
+    for survivor in survivors:
+        assert survivor.status == 0, survivor.output
+        told = json.loads(next(line for line in survivor.output.splitlines() if line.startswith("{")))
+        assert told["masked"] == [0] * (count - 1) + [1], told
+        assert told["slowest"] < lost_decoder.TIMEOUT_SECONDS + 5, told
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.timeout(90)
+def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    buffer, rank = make_buffer(), ranks.rank
+    first = rank == 0
+    shape = shape_of(ranks)
+    batch = Batch(0, shape, ranks.device)
+    round_trip(buffer, batch, "fp8", "before")
+    x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
+
+    def others_hear_of_it() -> None:
+        torch.cuda.synchronize()
+        dist.barrier(ranks.group)
+        if not first:
+            with pytest.raises(PeerError, match="rank 0 refused its input in low-latency"):
+                buffer.low_latency_check()
+
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"num_max_dispatch_tokens_per_rank": 2}, "x = 16 tokens: num_max_dispatch_tokens_per_rank is 2"),
+        ({"x": x.t().contiguous().t()}, "x = strides .* must be contiguous"),
+        ({"x": x.float()}, "x = torch.float32"),
+        ({"async_finish": True, "return_recv_hook": True}, "async_finish"),
+    ]
+    for options, message in wrong:
+        if first:
+            with pytest.raises(InputError, match=message):
+                dispatch(buffer, batch, **options)
+        else:
+            result = dispatch(buffer, batch)
+            # rank 0 counts as a rank without tokens
+            alone = Batch(0, shape, ranks.device)
+            alone.topk_idx[0] = torch.full_like(alone.topk_idx[0], -1)
+            check_dispatch(alone, rank, "fp8", result)
+        others_hear_of_it()
+    result = dispatch(buffer, batch, use_fp8=False)
+    y = expert_outputs(batch, rank, "bf16", result)
+    for changed, message in (
+        ({"x": y.transpose(1, 2).contiguous().transpose(1, 2)}, "x = strides .* must be contiguous"),
+        ({"topk_weights": weights.double()}, "topk_weights = torch.float64"),
+        ({"handle": tuple(result[2])}, "handle is a tuple"),
+    ):
+        arguments = {"x": y, "topk_idx": topk_idx, "topk_weights": weights, "handle": result[2]}
+        if first:
+            with pytest.raises(DeepEPMoEError, match=message):
+                buffer.low_latency_combine(**{**arguments, **changed})
+        else:
+            out, _, _ = buffer.low_latency_combine(**arguments)
+            check_combine(out, combined(batch, rank, "bf16", masked={0}), f"without rank 0: {message}")
+        others_hear_of_it()
+    round_trip(buffer, batch, "fp8", "after")
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(60)
+def test_indices_that_no_expert_has(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    buffer, rank = make_buffer(), ranks.rank
+    batch = Batch(0, shape_of(ranks), ranks.device, dropped=0)
+    bad = batch.topk_idx[0].clone()
+    bad[3, 1] = batch.shape.experts + 5
+    batch.topk_idx[0] = torch.where(bad == batch.shape.experts + 5, -1, bad)  # it counts as dropped
+    result = dispatch(buffer, batch, **({"topk_idx": bad} if rank == 0 else {}), use_fp8=False)
+    check_dispatch(batch, rank, "bf16", result)
+    torch.cuda.synchronize()
+    if rank == 0:
+        with pytest.raises(InputError, match=f"topk_idx = {batch.shape.experts + 5}: an expert must be"):
+            buffer.low_latency_check()
+    twice = batch.topk_idx[0].clone()
+    twice[2, 1] = twice[2, 0]
+    batch.topk_idx[0] = twice.clone()
+    batch.topk_idx[0][2, 1] = -1
+    result = dispatch(buffer, batch, **({"topk_idx": twice} if rank == 0 else {}), use_fp8=False)
+    check_dispatch(batch, rank, "bf16", result)
+    torch.cuda.synchronize()
+    if rank == 0:
+        with pytest.raises(InputError, match=r"topk_idx = expert \d+ twice for token 2"):
+            buffer.low_latency_check()
+    # a combine whose indices are not those of the dispatch
+    y = expert_outputs(batch, rank, "bf16", result)
+    changed = batch.topk_idx[rank]
+    if rank == 0:
+        changed = changed.clone()
+        changed[1, 0] = next(e for e in range(batch.shape.experts) if e not in changed[1].tolist())
+    buffer.low_latency_combine(y, changed, batch.weights[rank], result[2])
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)
+    told = None
+    try:
+        buffer.low_latency_check()
+    except InputError as error:
+        told = str(error)
+    everybody: list[str | None] = [None] * ranks.size
+    dist.all_gather_object(everybody, told, group=ranks.group)
+    assert [t for t in everybody if t] == ["topk_idx = route 0: of token 1 of rank 0 went elsewhere before"]
+    round_trip(buffer, batch, "bf16", "after")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_fp8": True, "round_scale": True}, "use_fp8"),
+        ({"num_max_dispatch_tokens_per_rank": 17}, "num_max_dispatch_tokens_per_rank"),
+        ({}, "waited"),  # rank 1 makes no call at all
+    ],
+)
+def test_ranks_that_differ(ranks: Ranks, make_buffer: MakeBuffer, options: dict[str, Any], message: str) -> None:
+    if ranks.size < 2:
+        pytest.skip("needs two ranks")
+    # of its own: a group whose members were in different calls is of no use afterwards
+    group = dist.new_group(backend="cpu:gloo,cuda:nccl", timeout=timedelta(seconds=5))
+    buffer = make_buffer(SHORT_SECONDS, group)
+    batch = Batch(0, shape_of(ranks), ranks.device)
+    round_trip(buffer, batch, "fp8", "before")
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    told: str | None = None
+    try:
+        if options or ranks.rank != 1:
+            dispatch(buffer, batch, **(options if ranks.rank == 1 else {}))
+            torch.cuda.synchronize()
+        else:
+            time.sleep(SHORT_SECONDS + 1)
+        buffer.low_latency_check()
+    except (RankMismatchError, PeerTimeoutError, PeerError) as error:
+        told = f"{type(error).__name__}: {error}"
+    assert told is not None, f"rank {ranks.rank} was told nothing"
+    assert time.monotonic() - began < 20
+    everybody: list[str | None] = [None] * ranks.size
+    dist.all_gather_object(everybody, told, group=ranks.group)
+    assert any(message in str(t) for t in everybody), everybody
