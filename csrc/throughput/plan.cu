@@ -199,7 +199,7 @@ __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch
         args.row_base[thread] = offset + before;
         if (owner == rt.domain.rank) {
             args.counted.rows(local) = rows;
-            args.counted.offset(local) = offset;
+            args.counted.offset(local) = args.num_topk > 0 ? offset : 0;  // without routes there are no expert rows
             if (args.ticket) store_tagged_system(&rt.host->expert_counts[local], rows, args.ticket);
         }
     }
@@ -211,7 +211,7 @@ __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch
             report_problem(rt.domain, {kRowsOverflow, kPlanCounts, thread, 0, room, total});
         }
         if (thread == rt.domain.rank) {
-            args.counted.offset(experts_per_rank) = total;
+            args.counted.offset(experts_per_rank) = args.num_topk > 0 ? total : 0;
             if (args.ticket) store_tagged_system(&rt.host->num_rows, args.num_topk > 0 ? total : 0, args.ticket);
         }
     }

@@ -409,7 +409,9 @@ def test_a_late_rank_and_its_peers(ranks: Ranks) -> None:
         backend.plan(topk_idx, experts).known_sizes()
     assert time.monotonic() - begun < 5
     if late:
-        assert "gave up (it waited in vain for another rank)" in str(raised.value)
+        assert "gave up (it waited in vain for another rank)" in str(raised.value) or "had given up" in str(
+            raised.value
+        )
     else:
         assert "rank 0" in str(raised.value) or "gave up" in str(raised.value)
         assert isinstance(raised.value, PeerTimeoutError) or "gave up" in str(raised.value)
