@@ -136,7 +136,14 @@ def _in_order(group: dist.ProcessGroup, ranks: Iterable[int]) -> list[int]:
 def _sub_group(group: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """The group of ``ranks`` of ``group``, which are in order. Only they call."""
     global_ranks = [dist.get_global_rank(group, rank) for rank in ranks]
-    made = dist.new_group(global_ranks, backend=dist.get_backend_config(group), use_local_synchronization=True)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    # Bound to a device, torch would split the communicator of all ranks, which ranks outside of ``group`` do not join.
+    bound, everyone.bound_device_id = everyone.bound_device_id, None
+    try:
+        made = dist.new_group(global_ranks, backend=dist.get_backend_config(group), use_local_synchronization=True)
+    finally:
+        everyone.bound_device_id = bound
     call_ranks(made, ranks)
     return made
 

@@ -164,10 +164,10 @@ class HierarchicalBackend(Shared):
         max_rows: int | None = None,
     ) -> Plan:
         exchange = self._open()
+        self._refuse_capture()
         exchange.count_plan()
         fixed = max_recv is not None or max_rows is not None
         with exchange.agreement("plan") as agreement:
-            self._refuse_capture()
             check_plan_inputs(
                 topk_idx,
                 num_experts,
@@ -541,6 +541,7 @@ class HierarchicalBackend(Shared):
         return HierarchicalPlan(plan, Way(self._geometry, plan.extra), self.engine.number)
 
     def _refuse_capture(self) -> None:
+        """All ranks capture or none: nothing is exchanged."""
         if self.device.type == "cuda" and self.rail.needs_host and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 f"the {self.rail.name} transport between nodes needs the host to know the counts, so a plan cannot be "
