@@ -49,22 +49,16 @@ def ranks_per_node(world: World, given: int) -> int:
 
 def crossing_rows(shape: Shape, ranks: int, size: int) -> dict[str, float]:
     """Rows that cross between nodes per token, for each way to send them, counted from the benchmark's routing."""
-    local = shape.experts // ranks
-    routes = by_rank = by_node = 0
+    local, nodes = shape.experts // ranks, ranks // size
+    totals = dict.fromkeys(("alltoall", *BACKENDS), 0)
     for rank in range(ranks):
-        owner = routing(shape, rank, imbalanced=False) // local
-        elsewhere = owner // size != rank // size
-        routes += int(elsewhere.sum())
-        for part, width in ((owner, ranks), (owner // size, ranks // size)):
-            wanted = torch.zeros((shape.tokens, width), dtype=torch.bool, device="cpu").scatter_(1, part, True)
-            own = slice(rank // size * size, rank // size * size + size) if width == ranks else rank // size
-            wanted[:, own] = False
-            if width == ranks:
-                by_rank += int(wanted.sum())
-            else:
-                by_node += int(wanted.sum())
-    tokens = shape.tokens * ranks
-    return {"alltoall": routes / tokens, "collective": by_rank / tokens, "hierarchical": by_node / tokens}
+        owner, node = routing(shape, rank, imbalanced=False) // local, rank // size
+        wanted = torch.zeros((shape.tokens, ranks), dtype=torch.bool, device="cpu").scatter_(1, owner, True)
+        wanted[:, node * size : (node + 1) * size] = False
+        totals["alltoall"] += int((owner // size != node).sum())
+        totals["collective"] += int(wanted.sum())
+        totals["hierarchical"] += int(wanted.view(shape.tokens, nodes, size).any(2).sum())
+    return {kind: rows / (shape.tokens * ranks) for kind, rows in totals.items()}
 
 
 def contenders(world: World, shape: Shape) -> list[Contender]:

@@ -81,7 +81,7 @@ def test_a_slower_backend_than_necessary_is_one_warning_with_the_remedy(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(backends, "gather", lambda group, device, timeout, mine: [mine])
+    monkeypatch.setattr(backends, "gather", lambda phase, group, device, timeout, mine: [mine])
     monkeypatch.setattr(NVLinkBackend, "supports", staticmethod(lambda *_: nvlink))
     monkeypatch.setattr(HierarchicalBackend, "supports", staticmethod(lambda *_: hierarchical))
     monkeypatch.setattr(HierarchicalBackend, "why_not_auto", staticmethod(lambda *_: passed_by))
