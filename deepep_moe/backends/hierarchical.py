@@ -50,15 +50,13 @@ from deepep_moe.backends.checks import (
 )
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.exchange import Agreement, Exchange, Fact, given_up
+from deepep_moe.backends.hierarchical_batch import TO_NODE, Batches
 from deepep_moe.backends.hierarchical_plan import (
     Chunk,
-    Crossing,
     Geometry,
     HierarchicalPlan,
     Way,
-    number_in_blocks,
     place,
-    positions,
 )
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Rail, TorchRail
@@ -71,7 +69,6 @@ from deepep_moe.topology import find_nodes, node_groups
 
 _CHUNK_BYTES = 16 << 20
 _MOST_CHUNKS = 8
-_TO_NODE = 32  # counts for nodes are above counts for ranks in one number
 
 
 class HierarchicalBackend(Shared):
@@ -99,6 +96,7 @@ class HierarchicalBackend(Shared):
         # What ranks share is compared here, over all nodes.
         engine = NVLinkBackend if device.type == "cuda" else CollectiveBackend
         self.engine: Backend = engine(groups.node, device, replace(config, check_agreement=False))
+        self._batches = Batches(self._geometry, self._exchange, self.rail, self.engine)
         self._settings: Mapping[str, Fact] = config.shared()
         self._known: set[tuple[Phase, str]] = set()
         self._history = 0
@@ -189,7 +187,7 @@ class HierarchicalBackend(Shared):
                 in_rank = is_token_in_rank
                 topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=self.device)
             in_node = self._geometry.in_nodes(in_rank)
-            agreement.private = self._private(topk_idx, num_experts, in_rank, in_node)
+            agreement.private = self._batches.private(topk_idx, num_experts, in_rank, in_node)
             agreement.facts = {
                 "num_experts": num_experts,
                 "top-k": topk_idx.shape[1],
@@ -202,8 +200,8 @@ class HierarchicalBackend(Shared):
         assert shared is not None and topk_idx is not None
         self._history = 0
         with self._moving("plan"):
-            crossing = self._crossing(shared >> _TO_NODE, in_node)
-            node_plan, facts = self._plan_node(
+            crossing = self._batches.crossing(shared >> TO_NODE, in_node)
+            node_plan, facts = self._batches.plan(
                 crossing, topk_idx, num_experts, alignment, in_rank, num_tokens_per_expert
             )
         if fixed:  # only sizes that were fixed beforehand can be too small
@@ -212,7 +210,7 @@ class HierarchicalBackend(Shared):
                 self._check_room(node_plan.num_rows, "expert rows", "max_rows", max_rows)
         with self._moving("plan"):
             placed = place(self._geometry, node_plan, facts, alignment, max_recv, max_rows)
-            prefix = (shared & ((1 << _TO_NODE) - 1)).cumsum(0).to(self.device).reshape(-1)
+            prefix = (shared & ((1 << TO_NODE) - 1)).cumsum(0).to(self.device).reshape(-1)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
             plan = Plan(
                 num_experts=num_experts,
@@ -228,97 +226,6 @@ class HierarchicalBackend(Shared):
             way = Way.pack(self._geometry, crossing, node_plan, placed.arrived)
             return HierarchicalPlan(plan, way, self.engine.number)
 
-    def _plan_node(
-        self,
-        crossing: Crossing,
-        topk_idx: Tensor,
-        num_experts: int,
-        alignment: int,
-        in_rank: Tensor,
-        num_tokens_per_expert: Tensor | None,
-    ) -> tuple[Plan, Tensor]:
-        """The engine's plan of this rank's batch, and ``[N, 4]`` int32 about the rows that reach this rank, in the
-        engine's order: source rank, token, number among the rows that crossed with it, and how many these were."""
-        geometry, topk = self._geometry, topk_idx.shape[1]
-
-        # Over the rail: the token, and its routes or (without them) the ranks of the node that want it.
-        num_tokens, size = topk_idx.shape[0], geometry.node_size
-        routes = topk_idx if topk else in_rank[:, geometry.by_node].long()
-        meta = torch.cat([crossing.tokens.unsqueeze(1), routes[crossing.tokens]], dim=1).to(torch.int32)
-        meta = self.rail.start("plan", meta, crossing.sent, crossing.received)()
-        came = meta[:, 1:].long()
-        experts_in_node = num_experts // self.world_size * size
-        if topk:
-            batch = torch.cat([topk_idx, came])
-            node_plan = self.engine.plan(
-                geometry.expert_in_node(batch, num_experts), experts_in_node, alignment=alignment
-            )
-        else:
-            assert num_tokens_per_expert is not None
-            mine = slice(self.nodes.node * size, (self.nodes.node + 1) * size)
-            node_plan = self.engine.plan(
-                None,
-                experts_in_node,
-                alignment=alignment,
-                is_token_in_rank=torch.cat([routes, came])[:, mine] > 0,
-                num_tokens_per_expert=self._experts_of_node(num_tokens_per_expert),
-            )
-
-        # To the ranks inside the node: where each row comes from.
-        number, block = number_in_blocks(crossing.received, self.device)
-        own = torch.arange(num_tokens, dtype=torch.int64, device=self.device)
-        zeros = torch.zeros_like(own)
-        sizes = geometry.tensor(crossing.received)
-        facts = torch.cat(
-            [
-                torch.stack([zeros + self.rank, own, zeros, zeros], dim=1),
-                torch.stack([geometry.rail_rank_of[block], meta[:, 0].long(), number, sizes[block]], dim=1),
-            ]
-        ).to(torch.int32)
-        facts = self.engine.dispatch(node_plan, facts.view(torch.float32), layout=Layout.BY_SOURCE).x
-        return node_plan, facts.view(torch.int32)
-
-    def _private(self, topk_idx: Tensor, num_experts: int, in_rank: Tensor, in_node: Tensor) -> list[int]:
-        """Tokens for each rank, and above them tokens for each node by rail rank; what all ranks are to know.
-
-        The host has to wait for it, so it looks at the routes as well.
-        """
-        numbers = [in_rank.sum(0), in_node.sum(0)]
-        if topk_idx.numel():
-            numbers += [topk_idx.amin().view(1), topk_idx.amax().view(1)]
-        host = self._open().to_host("plan", torch.cat(numbers)).tolist()
-        to_rank, to_node = host[: self.world_size], host[self.world_size : self.world_size + self.nodes.count]
-        for expert in host[self.world_size + self.nodes.count :]:
-            if not -1 <= expert < num_experts:
-                raise InputError("topk_idx", expert, f"an expert must be -1 (dropped) or 0 to {num_experts - 1}")
-        for node, tokens in enumerate(to_node):
-            to_rank[node] += tokens << _TO_NODE
-        return to_rank
-
-    def _crossing(self, to_node: Tensor, in_node: Tensor) -> Crossing:
-        """``to_node [R, R]``: tokens of each rank for each node, by rail rank; the rest is zero."""
-        geometry, me = self._geometry, self._geometry.rail_rank
-        sent, received = to_node[self.rank].tolist()[: self.nodes.count], []
-        for other in geometry.rail_ranks:
-            received.append(int(to_node[other, me]))
-        sent[me] = received[me] = 0
-        most = 0
-        for rank in range(self.world_size):
-            own = geometry.own_rail_rank[rank]
-            most = max(most, int(to_node[rank].sum() - to_node[rank, own]))
-        in_node = in_node.clone()
-        in_node[:, me] = False
-        return Crossing(sent, received, most, positions(in_node, sum(sent)))
-
-    def _experts_of_node(self, num_tokens_per_expert: Tensor) -> Tensor:
-        """What this rank's batch has for each expert of its node, of what the rail's ranks count for their own."""
-        geometry = self._geometry
-        local = num_tokens_per_expert.shape[0] // self.world_size
-        by_node = num_tokens_per_expert.view(self.world_size, local)[geometry.by_node]
-        by_node = by_node.view(self.nodes.count, -1)[list(geometry.rail_nodes)].contiguous()
-        ones = [1] * self.nodes.count
-        return self.rail.start("plan", by_node, ones, ones)().sum(0, dtype=torch.int32)
-
     def _tokens_in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
         owner = torch.div(topk_idx, num_experts // self.world_size, rounding_mode="floor")  # -1 stays negative
         ranks = torch.arange(self.world_size, dtype=owner.dtype, device=self.device)
@@ -332,7 +239,7 @@ class HierarchicalBackend(Shared):
         if phase == "plan":
             self._open().count_plan()
         try:
-            with self._open().agreement(phase):
+            with self._open().agreement(phase) if phase == "plan" else self._agreement(phase):
                 raise error
         finally:
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
@@ -382,52 +289,35 @@ class HierarchicalBackend(Shared):
         by_expert = layout is Layout.BY_EXPERT
         # BF16 that travels as e4m3 is the same e4m3 again after it was BF16 in between, so the engine can do both.
         through = by_expert and wire is Wire.E4M3_TO_BF16
-        num_scales = 0 if sent_scales is None else sent_scales.shape[1]
 
         def inside(part: Plan, rows: Tensor, beside: Tensor | None, made: Rows | None) -> Rows:
             if not by_expert:
                 return self.engine.dispatch(part, rows, layout=Layout.BY_EXPERT, scales=beside, into=made)
-            kind, some_weights = sent_scales, None
-            if weights is not None:
-                assert beside is not None
-                some_weights = beside[:, num_scales:].view(torch.float32)
+            part_scales, part_weights = _apart(beside, sent_scales, weights)
             if through:
-                return self.engine.dispatch(part, rows, layout=layout, wire=wire, weights=some_weights, into=made)
-            some_scales = None
-            if kind is not None:
-                assert beside is not None
-                some_scales = beside[:, :num_scales].view(kind.dtype)
-            return self.engine.dispatch(part, rows, layout=layout, scales=some_scales, weights=some_weights, into=made)
+                return self.engine.dispatch(part, rows, layout=layout, wire=wire, weights=part_weights, into=made)
+            return self.engine.dispatch(part, rows, layout=layout, scales=part_scales, weights=part_weights, into=made)
 
         made = inside(own, x if through else sent, beside, None)
         for part, transfers in zip(parts, crossing):
             rows, *others = (finish() for finish in transfers)
             came = others[0] if others else None
             if through:
-                assert came is not None
-                rows = dequantize_e4m3(rows, came[:, :num_scales].view(torch.float32), torch.bfloat16)
+                came_scales, _ = _apart(came, sent_scales, weights)
+                assert came_scales is not None
+                rows = dequantize_e4m3(rows, came_scales, torch.bfloat16)
             made = inside(part, rows, came, made)
         if by_expert:
             return made
-        return self._by_source(plan, made, wire, sent_scales, weights)
-
-    def _by_source(
-        self, plan: Plan, made: Rows, wire: Wire, sent_scales: Tensor | None, weights: Tensor | None
-    ) -> Rows:
-        """Rank layout as it is to be delivered: scales and weights came beside the rows, in one."""
-        num_scales = 0 if sent_scales is None else sent_scales.shape[1]
-        rows, scales, out_weights = made.x, None, None
-        if sent_scales is not None:
-            assert made.scales is not None
-            scales = made.scales[:, :num_scales].view(sent_scales.dtype)
-        if weights is not None:
-            assert made.scales is not None
-            out_weights = made.scales[:, num_scales:].view(torch.float32)
+        # Scales and weights came beside the rows, in one.
+        rows = made.x
+        out_scales, out_weights = _apart(made.scales, sent_scales, weights)
+        if out_weights is not None:
             out_weights = torch.where(plan.recv_topk_idx >= 0, out_weights, 0.0)
         if wire is Wire.E4M3_TO_BF16:
-            assert scales is not None
-            rows, scales = dequantize_e4m3(rows, scales, torch.bfloat16), None
-        return Rows(rows, scales, out_weights)
+            assert out_scales is not None
+            rows, out_scales = dequantize_e4m3(rows, out_scales, torch.bfloat16), None
+        return Rows(rows, out_scales, out_weights)
 
     def combine(
         self,
@@ -614,6 +504,17 @@ def _beside(scales: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """What travels beside rows: ``[T, S + K]`` int32, bits of scales and weights."""
     parts = [part.detach().contiguous().view(torch.int32) for part in (scales, weights) if part is not None]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _apart(beside: Tensor | None, scales: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Inverse of :func:`_beside`, for rows of the same kind as those that ``scales`` and ``weights`` were given for."""
+    if beside is None:
+        return None, None
+    count = 0 if scales is None else scales.shape[1]
+    return (
+        None if scales is None else beside[:, :count].view(scales.dtype),
+        None if weights is None else beside[:, count:].view(torch.float32),
+    )
 
 
 def _select(rows: Tensor, index: Tensor) -> Tensor:
