@@ -8,13 +8,13 @@ ordered by source rank, then by source token, one per token and not per expert. 
   takes it back;
 * kernel chunk sizes (:class:`~deepep_moe.config.Config`) are accepted and not needed.
 
-The low-latency calls are in low_latency_calls.py; multi-node calls raise :class:`~deepep_moe.errors.UnsupportedError`.
+The low-latency calls are in low_latency_calls.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -210,8 +210,8 @@ class Buffer(LowLatencyCalls, Shared):
         """Count where ``topk_idx [T, K]`` (int32 or int64, -1 = dropped) goes. Not collective.
 
         Returns:
-            num_tokens_per_rank [R] int32; num_tokens_per_rdma_rank (None within one node); num_tokens_per_expert
-            [E] int32; is_token_in_rank [T, R] bool; the event.
+            num_tokens_per_rank [R] int32; num_tokens_per_rdma_rank [nodes] int32 (None on backends that do not know
+            nodes); num_tokens_per_expert [E] int32; is_token_in_rank [T, R] bool; the event.
         """
         backend = self._open()
         counts, event = self._runner.run(
@@ -366,6 +366,59 @@ class Buffer(LowLatencyCalls, Shared):
         )
         return tokens.x, tokens.weights, event
 
+    def internode_dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        handle: Handle | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        expert_alignment: int = 1,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        num_worst_tokens: int = 0,
+    ) -> tuple[
+        Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
+    ]:
+        """:meth:`dispatch`, which serves several nodes too, with DeepEP's order of arguments."""
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            num_worst_tokens,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: Tensor,
+        handle: Handle,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, Tensor] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """:meth:`combine`, which serves several nodes too."""
+        return self.combine(
+            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
+        )
+
     def _open(self) -> Backend:
         if self._backend is None:
             raise HandleError("this Buffer was destroyed; make a new one")
@@ -377,14 +430,6 @@ class Buffer(LowLatencyCalls, Shared):
         if handle.owner is not self._identity:
             raise HandleError("the handle was made by another Buffer")
         return handle.plan
-
-    # -- what other backends will offer --------------------------------------------------------------------------
-
-    def internode_dispatch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("internode_dispatch")
-
-    def internode_combine(self, *args: Any, **kwargs: Any) -> NoReturn:
-        _needs_nvshmem("internode_combine")
 
 
 def tokens_and_scales(x: Any) -> tuple[Tensor, Tensor | None]:
@@ -408,13 +453,6 @@ def bias_tensors(bias: Any) -> tuple[Tensor, ...]:
     for part in bias:
         check_tensor("bias", part)
     return tuple(bias)
-
-
-def _needs_nvshmem(call: str) -> NoReturn:
-    raise UnsupportedError(
-        f"{call} needs the nvshmem backend, which this version does not have; "
-        "dispatch and combine serve one group on the collective and nvlink backends"
-    )
 
 
 def _default_config(num_ranks: int) -> Config:

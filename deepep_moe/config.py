@@ -24,7 +24,7 @@ ENV_CONFIG_FILE = ENV_PREFIX + "CONFIG"
 # Variables with our prefix that are no settings: the file above, and what setup.py and environment.sh read.
 _OTHER_VARIABLES = (ENV_CONFIG_FILE, ENV_PREFIX + "CUDA", ENV_PREFIX + "PYTHON")
 
-BackendName = Literal["auto", "collective", "nvlink"]
+BackendName = Literal["auto", "collective", "hierarchical", "nvlink"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class DispatcherConfig:
     """What a user can set. Frozen and hashable; impossible values raise :class:`~deepep_moe.errors.ConfigError`."""
 
     backend: BackendName = "auto"
-    """Who moves the rows. ``auto``: ``nvlink`` where it can run, else ``collective``."""
+    """Who moves the rows. ``auto``: ``nvlink`` within one node, ``hierarchical`` over several, each where it can run,
+    else ``collective``."""
     expert_alignment: int = 1
     """Rows of each expert are padded with zero rows to a multiple of this."""
     num_sms: int = 0
@@ -49,6 +50,11 @@ class DispatcherConfig:
     The load is that of ``max_tokens_per_rank`` tokens on each rank, or of this rank's own tokens where that is 0."""
     num_chunks: int = 1
     """Cut a layer's tokens in this many chunks, so that one chunk communicates while another computes."""
+    rail_chunk_bytes: int = 0
+    """Rows between nodes cross in chunks of about this many bytes of a rank, so that one chunk moves inside the nodes
+    while the next crosses; 0: 16 MiB on GPUs, all at once on CPUs."""
+    ranks_per_node: int = 0
+    """For tests: cut the group into nodes of this many ranks; 0: a host is a node."""
     timeout_seconds: float = 100.0
     """Longest wait for a peer, in seconds."""
     check_agreement: bool = True
@@ -104,6 +110,8 @@ _SHARED = (
     "fp8_dispatch_grad",
     "capacity_factor",
     "num_chunks",
+    "rail_chunk_bytes",
+    "ranks_per_node",
     "check_agreement",
 )
 _MOST = 2**31 - 1  # kernels count in int32
@@ -118,6 +126,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fp8_dispatch_grad": (lambda v: True, "true or false"),
     "capacity_factor": (lambda v: 0 <= v <= 1e6, "a number from 0 (exact sizes) to 1000000"),
     "num_chunks": (lambda v: 1 <= v <= 2**16, "an integer from 1 to 65536"),
+    "rail_chunk_bytes": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (automatic) to {_MOST}"),
+    "ranks_per_node": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (hosts are nodes) to {_MOST}"),
     "timeout_seconds": (lambda v: 1e-3 <= v <= _MOST_SECONDS, f"a number from 0.001 to {_MOST_SECONDS:g}"),
     "check_agreement": (lambda v: True, "true or false"),
     "debug_waits": (lambda v: True, "true or false"),

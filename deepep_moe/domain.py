@@ -12,8 +12,6 @@ that it is replayed on: replay it on the stream of the eager calls, or wait betw
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 
 import torch
@@ -29,6 +27,7 @@ from deepep_moe.errors import (
 )
 from deepep_moe.extension import _C, why_not_on
 from deepep_moe.peer_memory import PeerMemory
+from deepep_moe.topology import host_id
 
 _PHASES = {
     "PLAN_COUNTS": "plan (exchanging counts)",
@@ -60,6 +59,8 @@ _REASONS = {
     "PEER_FAILED": "another rank had given up before",
     "MISMATCH": "it found ranks in different calls",
 }
+
+SEVERAL_HOSTS = "ranks of the group are on several hosts"
 
 # The last stream that a call of this process was enqueued on, by GPU: the raw stream, and the stream it is.
 _last_streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
@@ -96,18 +97,21 @@ class Domain:
         """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective."""
         ranks = dist.get_world_size(group)
         places: list[tuple[str, int]] = [("", 0)] * ranks
-        dist.all_gather_object(places, (_host_id(), device.index), group=group)
+        dist.all_gather_object(places, (host_id(), device.index), group=group)
+        if any(host != places[dist.get_rank(group)][0] for host, _ in places):
+            return SEVERAL_HOSTS
         if (reason := why_not_on(device)) is not None:
             return reason
         if ranks > _C.MAX_RANKS:
             return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
-        if any(host != places[dist.get_rank(group)][0] for host, _ in places):
-            return "ranks of the group are on several hosts"
         for peer, (_, index) in enumerate(places):
             # Under CUDA_VISIBLE_DEVICES a peer's GPU may have no index here; then mapping its memory is the test.
             if index < torch.cuda.device_count() and index != device.index:
                 if not torch.cuda.can_device_access_peer(device, index):
-                    return f"{device} has no peer access to cuda:{index} of rank {peer}"
+                    return (
+                        f"{device} has no peer access to cuda:{index} of rank {peer}; nvidia-smi topo -p2p r shows "
+                        "which GPUs have it, and a group of those can use it"
+                    )
         return None
 
     @property
@@ -205,12 +209,3 @@ class Domain:
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
-
-
-def _host_id() -> str:
-    """The same on all processes of one host and different elsewhere (hostnames alone repeat in containers)."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{os.uname().nodename}"

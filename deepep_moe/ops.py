@@ -96,13 +96,16 @@ def _(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv
         made(received, 1 + 2 * topk),
         made(rows),
         torch.empty(local if exact else 0, dtype=torch.int64, device="cpu"),
+        made(context.new_dynamic_size())
+        if _backend(backend).plans_have_extra
+        else torch.empty(0, dtype=torch.int64, device="cpu"),
     ]
 
 
 def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int, alignment: int) -> Plan:
     """Put together what :func:`plan` returned for ``topk_idx`` (int64)."""
-    host = outputs[-1]
-    tensors = [topk_idx, *outputs[:-1], host if host.shape[0] else None]
+    *others, host, extra = outputs
+    tensors = [topk_idx, *others, host if host.shape[0] else None, extra]
     return Plan.from_tensors(num_experts, alignment, tensors)
 
 

@@ -98,13 +98,14 @@ def on_ranks(module: str) -> Callable[[], ModuleType]:
     return functools.partial(importlib.import_module, module)
 
 
-def include(module: str, *others: str) -> None:
+def include(module: str, *others: str, without: Iterable[str] = ()) -> None:
     """Make ``module`` hold the cases of ``others`` as well, so that one start of the ranks runs them all."""
     cases = sys.modules[module].__dict__.setdefault(_CASES, {})
     for other in others:
         short = other.rpartition(".")[2].removeprefix("cases_")
         for name, entry in vars(importlib.import_module(other)).get(_CASES, {}).items():
-            cases[f"{short}.{name}"] = entry
+            if f"{short}.{name}" not in without:
+                cases[f"{short}.{name}"] = entry
 
 
 def cases_for(module: str, ranks: int) -> dict[str, Callable]:

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.exchange import compare, gather, given_up
+from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
+from deepep_moe.domain import SEVERAL_HOSTS
 from deepep_moe.errors import InputError, PeerError, UnsupportedError
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (NVLinkBackend, CollectiveBackend)}
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (NVLinkBackend, HierarchicalBackend, CollectiveBackend)
+}
 """By name, the best first: ``auto`` takes the first that every rank can use. The last one runs anywhere."""
 
 _log = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ def get_backend(
     key = (id(chosen), device, config)
     backend = _backends.get(key)
     found = backend is not None and backend.usable
-    if device.type == "cuda":
+    if device.type == "cuda" or config.backend == HierarchicalBackend.name:
         # Ranks differ in when the garbage collector ends a backend and in which of them saw it fail.
         found = _agree(chosen, device, config, found)
     if backend is None or not found:
@@ -80,30 +84,54 @@ def default_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def why_not(name: str, group: dist.ProcessGroup, device: torch.device) -> str | None:
+def why_not(
+    name: str, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None
+) -> str | None:
     """Why the group cannot use the backend of this name, in the words of the ranks that cannot; None if it can.
 
     The same on all ranks. Collective where ``device`` is a GPU.
     """
-    reason = BACKENDS[name].supports(group, device)
+    config = config or DispatcherConfig()
+    reason = BACKENDS[name].supports(group, device, config)
     if device.type != "cuda":
         return reason
-    reasons = gather("set-up", group, device, DispatcherConfig().timeout_seconds, reason)
-    told = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-    return "; ".join(told) or None
+    told: dict[str, list[str]] = {}
+    for rank, one in enumerate(gather("set-up", group, device, config.timeout_seconds, reason)):
+        if one:
+            told.setdefault(one, []).append(str(rank))
+    return "; ".join(f"rank {', '.join(ranks)}: {one}" for one, ranks in told.items()) or None
 
 
 def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> Backend:
+    auto = config.backend == "auto"
     refused: dict[str, str] = {}
-    for name in BACKENDS if config.backend == "auto" else (config.backend,):
-        reason = why_not(name, group, device)
+    could_be: dict[str, str] = {}  # those that a user can do something about
+    for name in BACKENDS if auto else (config.backend,):
+        passed_by = BACKENDS[name].why_not_auto(group, device, config) if auto else None
+        reason = passed_by or why_not(name, group, device, config)
         if reason is None:
             why = "".join(f": {reason}" for reason in refused.values())
             _log.info("deepep_moe: backend %s on %s, %d ranks%s", name, device, dist.get_world_size(group), why)
+            if could_be and device.type == "cuda":
+                _warn_of_less(name, dist.get_world_size(group), could_be)
             return BACKENDS[name](group, device, config)
         refused[name] = reason
+        if passed_by is None and SEVERAL_HOSTS not in reason:
+            could_be[name] = reason
     told = "; ".join(f"backend {name} cannot run here: {reason}" for name, reason in refused.items())
     raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
+
+
+_said: set[str] = set()
+
+
+def _warn_of_less(name: str, ranks: int, could_be: dict[str, str]) -> None:
+    """Say once in a job that a group gets a slower backend than its GPUs allow, and what would change it."""
+    told = "; ".join(f"{better} cannot run here: {reason}" for better, reason in could_be.items())
+    text = f"deepep_moe: {ranks} ranks use backend {name}, which is slower than these GPUs allow, because {told}"
+    if dist.get_rank() == 0 and text not in _said:
+        _said.add(text)
+        _log.warning("%s (docs/multinode.md; DEEPEP_MOE_BACKEND=%s accepts it)", text, name)
 
 
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:

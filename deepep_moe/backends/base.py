@@ -97,6 +97,7 @@ class Plan:
     received: Tensor  # [N, 1 + 2 * K] int32: recv_src_idx, recv_topk_idx, recv_rows
     row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
     expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
+    extra: Tensor | None = None  # [any] int32: what only the backend that made the plan reads
 
     @property
     def owner(self) -> int:
@@ -186,6 +187,7 @@ class Plan:
             self.received,
             self.row_recv,
             self.expert_counts_host,
+            self.extra,
         ]
 
     @classmethod
@@ -219,6 +221,7 @@ class Backend(Protocol):
     """
 
     name: str
+    plans_have_extra: bool
     number: int  # from new_backend_number()
     group: dist.ProcessGroup
     rank: int
@@ -229,8 +232,13 @@ class Backend(Protocol):
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None: ...
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
         """The reason why this rank cannot use the backend, or None. Collective where ``device`` is a GPU."""
+        ...
+
+    @staticmethod
+    def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:
+        """The reason why ``auto`` passes the backend by although it could run, or None. Collective on a GPU."""
         ...
 
     @property
@@ -274,12 +282,16 @@ class Backend(Protocol):
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         backward: Backward = Backward.NONE,
+        into: Rows | None = None,
     ) -> Rows:
         """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
 
         ``Rows.scales`` are as given, or with ``Wire.E4M3`` ``[N or M, H / 128]`` with strides of the backend's choice.
         Where ``wire`` rounds, a rank's own rows are rounded alike, so that values do not depend on where an expert is.
         Padding rows of the expert layout are zero.
+
+        ``into`` (expert layout): outputs of an earlier dispatch by a plan of as many rows, to which this one adds its
+        own. It is for backends that are made of others.
         """
         ...
 

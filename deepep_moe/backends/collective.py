@@ -60,6 +60,7 @@ class CollectiveBackend(Shared):
     """
 
     name = "collective"
+    plans_have_extra = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
@@ -75,7 +76,11 @@ class CollectiveBackend(Shared):
             self._say_waits.detach()
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
+        return None
+
+    @staticmethod
+    def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:
         return None
 
     @property
@@ -231,6 +236,7 @@ class CollectiveBackend(Shared):
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         backward: Backward = Backward.NONE,
+        into: Rows | None = None,
     ) -> Rows:
         with self._agreement("dispatch") as agreement:
             check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
@@ -241,10 +247,17 @@ class CollectiveBackend(Shared):
                 "dtype of scales": torch.float32 if scales is None else scales.dtype,
             }
         with self._open().moving("dispatch"):
-            return self._dispatch(plan, x, layout, wire, scales, weights)
+            return self._dispatch(plan, x, layout, wire, scales, weights, into)
 
     def _dispatch(
-        self, plan: Plan, x: Tensor, layout: Layout, wire: Wire, scales: Tensor | None, weights: Tensor | None
+        self,
+        plan: Plan,
+        x: Tensor,
+        layout: Layout,
+        wire: Wire,
+        scales: Tensor | None,
+        weights: Tensor | None,
+        into: Rows | None,
     ) -> Rows:
         exchange = self._open()
         if wire is not Wire.AS_GIVEN:
@@ -267,13 +280,17 @@ class CollectiveBackend(Shared):
             rows = dequantize_e4m3(_typed(columns[0], dtype), _typed(columns[1], torch.float32), torch.bfloat16)
             columns, dtype, kind = [as_bytes(rows)], rows.dtype, None
         if layout is Layout.BY_EXPERT:
-            used = (plan.row_recv >= 0).nonzero()[:, 0]
-            source = plan.row_recv[used]
-            columns = [c.new_zeros((plan.num_rows, c.shape[1])).index_copy_(0, used, c[source]) for c in columns]
+            source, route = (plan.recv_rows >= 0).nonzero(as_tuple=True)
+            places = plan.recv_rows[source, route].long()
+            outputs = [None, None] if into is None else [None if t is None else as_bytes(t) for t in into[:2]]
+            columns = [
+                (c.new_zeros((plan.num_rows, c.shape[1])) if out is None else out).index_copy_(0, places, c[source])
+                for c, out in zip(columns, outputs)
+            ]
             if recv_weights is not None:
-                placed = plan.recv_rows >= 0
-                row_weights = recv_weights.new_zeros(plan.num_rows)
-                row_weights[plan.recv_rows[placed].long()] = recv_weights[placed]
+                row_weights = recv_weights.new_zeros(plan.num_rows) if into is None else into.weights
+                assert row_weights is not None
+                row_weights[places] = recv_weights[source, route]
                 recv_weights = row_weights
         return Rows(
             x=_typed(columns[0], dtype),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -33,7 +33,7 @@ from deepep_moe.errors import PeerError, PeerTimeoutError, RankMismatchError
 Fact: TypeAlias = int | float | torch.dtype | Enum
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
-_MAX_FACTS = 12
+_MAX_FACTS = 16
 _UNUSED = -(2**62)
 _NO_PEER_TAG = 2**20  # of a message that nobody sends
 _DEVICE_GRACE_SECONDS = 30.0  # by which NCCL's own limit, which ends the process, comes after the host's
@@ -48,6 +48,14 @@ class _State:
 
 
 _states: WeakKeyDictionary[dist.ProcessGroup, dict[str, _State]] = WeakKeyDictionary()
+
+
+_names: WeakKeyDictionary[dist.ProcessGroup, Sequence[int]] = WeakKeyDictionary()
+
+
+def call_ranks(group: dist.ProcessGroup, names: Sequence[int]) -> None:
+    """Let errors call the ranks of ``group`` by ``names``: those of the larger group that users know."""
+    _names[group] = names
 
 
 def given_up(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -83,6 +91,7 @@ class Exchange:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._state = _states.setdefault(group, {}).setdefault(device.type, _State())
+        self._names = _names.get(group)
         self.waited: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
         """Seconds that the host waited for peers, by phase."""
 
@@ -160,7 +169,7 @@ class Exchange:
         except PeerError:
             raise
         except Exception as error:
-            self._break_off(phase, error)
+            self.break_off(phase, f"{type(error).__name__}: {error}")
             raise
 
     # -- communication -------------------------------------------------------------------------------------------
@@ -170,9 +179,16 @@ class Exchange:
 
         Returns rows in rank order. Any dtype travels: gloo lacks some, so bytes are what it sees.
         """
+        return self.start_all_to_all(phase, rows, send_counts, recv_counts)()
+
+    def start_all_to_all(
+        self, phase: str, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """:meth:`all_to_all` in two halves: what is returned waits and gives the rows."""
         out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
         if self.world_size == 1:
-            return out.copy_(rows)
+            out.copy_(rows)
+            return lambda: out
         self._check_usable(phase)
         on_cpu = self.device.type == "cpu"
         options = dist.AllToAllOptions()
@@ -181,11 +197,16 @@ class Exchange:
             work = self.group.alltoall_base(
                 as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options
             )
-            if on_cpu:
-                work.wait(options.timeout + timedelta(seconds=1))
-            else:
-                work.wait()  # orders the stream; the host waits, bounded, where it reads (to_host)
-        return out
+
+        def finish() -> Tensor:
+            with self._waiting(phase):
+                if on_cpu:
+                    work.wait(options.timeout + timedelta(seconds=1))
+                else:
+                    work.wait()  # orders the stream; the host waits, bounded, where it reads (to_host)
+            return out
+
+        return finish
 
     def to_host(self, phase: str, tensor: Tensor) -> Tensor:
         """``tensor`` on the CPU; the wait for what is enqueued before it is bounded."""
@@ -237,16 +258,15 @@ class Exchange:
         timed_out = "timed out" in said.lower()
         self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # whatever follows
         notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
-        kind, text = explain(self.rank, self.world_size, self.timeout_seconds, notes, said)
+        kind, text = explain(self.rank, self.world_size, self._names, self.timeout_seconds, notes, said)
         self._state.given_up = (kind, text)
         self._abort()
         raise kind(f"{text}. Make a new group: this one is of no further use.")
 
-    def _break_off(self, phase: str, error: Exception) -> None:
-        """This rank leaves an operation that its peers are in."""
+    def break_off(self, phase: str, reason: str) -> None:
+        """Leave an operation that the peers are in: they are told why."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
-        reason = f"{type(error).__name__}: {error}"
         self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
         roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
         self._abort()

@@ -76,6 +76,7 @@ class NVLinkBackend(Shared):
     """
 
     name = "nvlink"
+    plans_have_extra = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
@@ -92,10 +93,14 @@ class NVLinkBackend(Shared):
         self._broken: DeepEPMoEError | None = None  # for a reason that the domain does not know
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
         if device.type != "cuda":
             return f"nvlink needs CUDA tensors, the device is {device}"
         return Domain.supports(group, device)
+
+    @staticmethod
+    def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:
+        return None
 
     @property
     def usable(self) -> bool:
@@ -266,6 +271,7 @@ class NVLinkBackend(Shared):
         scales: Tensor | None = None,
         weights: Tensor | None = None,
         backward: Backward = Backward.NONE,
+        into: Rows | None = None,
     ) -> Rows:
         engine = self._enter()
         quantize = wire is not Wire.AS_GIVEN
@@ -286,12 +292,16 @@ class NVLinkBackend(Shared):
         count = plan.num_rows if grouped else plan.num_recv
         out_scales = out_weights = None
         try:
-            out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
-            if num_scales and not dequantize:
-                out_scales = self._empty_scales(count, num_scales, scales)
+            if into is not None:
+                out, out_scales, out_weights = into
+            else:
+                out = self._empty(x.dtype if dequantize else sent_dtype, count, hidden)
+                if num_scales and not dequantize:
+                    out_scales = self._empty_scales(count, num_scales, scales)
+                if weights is not None:
+                    out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
             if weights is not None:
                 weights = weights.contiguous()
-                out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
         except torch.OutOfMemoryError as error:
             self._refuse_operation(error, plan)
 

@@ -8,7 +8,7 @@ left no note did not come.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -64,16 +64,26 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
 
 
 def explain(
-    rank: int, world_size: int, timeout_seconds: float, notes: dict[int, Note], said: str
+    rank: int,
+    world_size: int,
+    names: Sequence[int] | None,
+    timeout_seconds: float,
+    notes: dict[int, Note],
+    said: str,
 ) -> tuple[type[PeerError], str]:
-    """The kind of error and its text on ``rank``, from all notes and from what torch.distributed ``said`` here."""
+    """The kind of error and its text on ``rank``, from all notes and from what torch.distributed ``said`` here.
+
+    ``names``: what users call the ranks, where the group is part of theirs.
+    """
+    ranks = range(world_size) if names is None else names
+    notes, rank = {ranks[r]: note for r, note in notes.items()}, ranks[rank]
     mine = notes[rank]
-    who = f"{mine.phase}: rank {rank} of {world_size}"
+    who = f"{mine.phase}: rank {rank} " + (f"of {world_size}" if names is None else f"among {_ranks(names)}")
     broke_off = {r: note for r, note in notes.items() if note.reason and r != rank}
     if broke_off:
         told = "; ".join(f"rank {r} broke off {note.phase}: {note.reason}" for r, note in broke_off.items())
         return PeerError, f"{who}: {told}"
-    absent = [r for r in range(world_size) if r not in notes]
+    absent = [r for r in ranks if r not in notes]
     timed_out = any(note.timed_out for note in notes.values())
     if absent and timed_out:
         return PeerTimeoutError, f"{who}: no answer from {_ranks(absent)} within {timeout_seconds:g} s ({said})"

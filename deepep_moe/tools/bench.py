@@ -2,8 +2,9 @@
 
 ``ops`` times the backend (bench_ops.py), ``latency`` the low-latency calls (bench_latency.py), ``dispatcher`` what a
 training step pays for dispatch and combine (bench_dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers
-(bench_megatron.py, bench_deepspeed.py), ``overlap`` how much communication hides behind GEMMs (bench_overlap.py). What
-is in a time is said in bench_timing.py; bench_report.py shows and saves it.
+(bench_megatron.py, bench_deepspeed.py), ``overlap`` how much communication hides behind GEMMs (bench_overlap.py),
+``nodes`` dispatchers and layers over several nodes (bench_nodes.py). What is in a time is said in bench_timing.py;
+bench_report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from deepep_moe.tools import (
     bench_dispatcher,
     bench_latency,
     bench_megatron,
+    bench_nodes,
     bench_ops,
     bench_overlap,
 )
@@ -306,6 +308,47 @@ def overlap(
             timelines += spans
         if timeline and world.rank == 0:
             bench_overlap.draw(timelines, f"{run.report.command}\n{run.report.heading()}", timeline)
+
+
+NODES_EXAMPLES = """[bold]Examples[/bold]
+
+    torchrun --nproc-per-node 4 -m deepep_moe bench nodes --ranks-per-node 2      (cuts one host; NCCL over sockets)
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m deepep_moe bench nodes
+
+    torchrun --nproc-per-node 4 -m deepep_moe bench nodes --ranks-per-node 2 --shape 64,256,2,8 --layer 64,32,4,2
+    --tokens 32      (also runs on CPUs)
+"""
+
+
+@app.command(epilog=NODES_EXAMPLES)
+def nodes(
+    shape: Shapes = ["4096,7168,8,256"],  # noqa: B006
+    layer: Layers = list(bench_megatron.LAYERS),  # noqa: B006
+    tokens: Tokens = 4096,
+    ranks_per_node: Annotated[int, typer.Option(min=0, help="Cut the host; 0: one node for each torchrun.")] = 0,
+    repeats: Repeats = 20,
+    json: JsonFile = None,
+    markdown: MarkdownFile = None,
+    plot: PlotFile = None,
+    commit: Commit = None,
+) -> None:
+    """Dispatchers and MoE layers over several nodes, and the rows that cross: alltoall, collective, hierarchical."""
+    if ranks_per_node:
+        bench_nodes.cut_host(ranks_per_node)
+    with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
+        world, size = run.world, bench_nodes.ranks_per_node(run.world, ranks_per_node)
+        cases = [(one, bench_nodes.contenders(world, one)) for one in parse_shapes(shape, world)]
+        layers = [bench_megatron.Layer.parse(text) for text in layer if bench_megatron.megatron_missing(world) is None]
+        for one in layers:
+            one.check(world.size)
+        done = run.steps(
+            sum(len(contenders) for _, contenders in cases) + len(layers) * (1 + len(bench_nodes.BACKENDS))
+        )
+        for case, contenders in cases:
+            run.report.add(bench_nodes.dispatcher_table(world, case, size, contenders, repeats, done))
+        for one in layers:
+            run.report.add(bench_nodes.layer_table(world, one, size, tokens, repeats, done))
 
 
 def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:

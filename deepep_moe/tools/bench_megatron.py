@@ -136,15 +136,15 @@ def layer_table(
     contenders = []
     for grouped in (False, True):
         experts = "GroupedExperts" if grouped else "SequentialMLP"
-        build = _layer_builder(world, layer, tokens, "alltoall", grouped)
+        build = layer_builder(world, layer, tokens, "alltoall", grouped)
         contenders.append(Contender(f"alltoall, {experts}", build))
         for label, budget in by_budget(world, budgets):
-            build = _layer_builder(world, layer, tokens, "deepep", grouped)
+            build = layer_builder(world, layer, tokens, "deepep", grouped)
             contenders.append(Contender(f"deepep, {experts}, {label}", with_settings(build, num_sms=budget)))
     return measure(world, table, contenders, repeats, done)
 
 
-def _layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:
+def layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:
     def build() -> Step:
         layer = moe_layer(world, shape, kind, grouped)
         return layer_step(world, layer, lambda x: layer(x)[0], (tokens, 1, shape.hidden), torch.bfloat16)
@@ -283,7 +283,7 @@ def by_budget(world: World, budgets: list[int]) -> list[tuple[str, int]]:
     return [(say_budget(n), n) for n in budgets] if backend == "nvlink" else [(backend, budgets[0])]
 
 
-def with_settings(build: Callable[[], Step], **settings: float) -> Callable[[], Step]:
+def with_settings(build: Callable[[], Step], **settings: float | str) -> Callable[[], Step]:
     """``build`` with these fields of ``DispatcherConfig``: read when a dispatcher is made, and the environment wins."""
     variables = {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
 

@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension
-from deepep_moe.backends import why_not
+from deepep_moe.backends import BACKENDS, why_not
+from deepep_moe.backends.rail import TorchRail
 from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.tools.bench_timing import ranks_of_this_run
+from deepep_moe.topology import find_nodes
 
 GOOD, NOTE, BAD = "[green]ok[/green]", "[yellow]note[/yellow]", "[red]wrong[/red]"
 
@@ -129,18 +131,45 @@ def try_group(config: DispatcherConfig) -> list[Finding]:
         try:
             dispatcher = TokenDispatcher(dist.group.WORLD, 4 * world.size, config, device=world.device)
             where = f"{world.size} rank(s), {world.collectives}, {world.device.type}"
-            why = "" if dispatcher.backend.name == "nvlink" else f": {reason_against_nvlink(dispatcher)}"
-            found = [Finding(GOOD, "backend", f"{dispatcher.backend.name} ({where}){why}")]
-            return [*found, round_trip(dispatcher, world.device)]
+            why = reason_against_better(dispatcher)
+            found = [Finding(GOOD, "backend", f"{dispatcher.backend.name} ({where}){': ' * bool(why)}{why}")]
+            return [*found, *look_at_nodes(dispatcher), round_trip(dispatcher, world.device)]
         except DeepEPMoEError as error:
             return [Finding(BAD, "backend", str(error))]
 
 
-def reason_against_nvlink(dispatcher: TokenDispatcher) -> str:
+def reason_against_better(dispatcher: TokenDispatcher) -> str:
+    """Why the group did not get a backend that the registry prefers."""
     backend = dispatcher.backend
     if dispatcher.config.backend != "auto":
         return "chosen by the settings"
-    return why_not("nvlink", backend.group, backend.device) or "it can run here, but was not taken"
+    told = []
+    for name, better in BACKENDS.items():
+        if name == backend.name:
+            break
+        reason = better.why_not_auto(backend.group, backend.device, backend.config)
+        reason = str(reason or why_not(name, backend.group, backend.device, backend.config))
+        told.append(reason if reason.startswith(name) else f"{name}: {reason}")
+    return "; ".join(told)
+
+
+def look_at_nodes(dispatcher: TokenDispatcher) -> list[Finding]:
+    """The nodes and rails of the group. Collective."""
+    backend = dispatcher.backend
+    nodes = find_nodes(backend.group, backend.device, backend.config)
+    found = [Finding(GOOD, "nodes", f"{nodes.count}; {nodes}")]
+    if nodes.count == 1:
+        return found
+    if (reason := nodes.why_unequal()) is not None:
+        return [*found, Finding(NOTE, "rails", f"none: {reason}")]
+    rails = "; ".join(f"ranks {', '.join(map(str, nodes.rail(place)))}" for place in range(nodes.size))
+    found.append(Finding(GOOD, "rails", f"{nodes.size}; {rails}"))
+    transport = TorchRail.name_on(backend.device)
+    if backend.name == "hierarchical":
+        text = f"{transport}: torch.distributed's all-to-all over each rail, the one transport there is"
+    else:
+        text = f"none: backend {backend.name} sends over the whole group; hierarchical would use {transport}"
+    return [*found, Finding(GOOD, "between nodes", text)]
 
 
 def round_trip(dispatcher: TokenDispatcher, device: torch.device) -> Finding:

@@ -104,6 +104,29 @@ def test_latency(tmp_path: Path) -> None:
         assert ("dispatch FP8 + combine", "host") in rows
 
 
+def test_nodes(tmp_path: Path) -> None:
+    shape, layer = ("--shape", "24,128,2,4"), ("--layer", "64,32,4,2", "--tokens", "16")
+    _, (table, *layers) = bench(tmp_path, "nodes", "--ranks-per-node", "1", *shape, *layer)
+    settings = [f"TokenDispatcher, {name}" for name in ("collective", "hierarchical")]
+    if WITH_MEGATRON:
+        settings = [
+            "Megatron alltoall",
+            *(f"Megatron deepep, {name}" for name in ("collective", "hierarchical")),
+            *settings,
+        ]
+        shown = [row["setting"] for row in layers[0]["measurements"] if row["name"] == "total"]
+        assert shown == ["alltoall", "deepep, collective", "deepep, hierarchical"]
+    totals = [row for row in table["measurements"] if row["name"] == "total"]
+    assert [row["setting"] for row in totals] == settings
+    assert table["title"].startswith("Dispatchers over 2 nodes of 1: ")
+    owners = [routing(Shape(24, 128, 2, 4), rank, imbalanced=False) // 2 for rank in (0, 1)]
+    elsewhere = [owner != rank for rank, owner in enumerate(owners)]
+    floor = sum(int(e.any(1).sum()) for e in elsewhere) / 48
+    for row in totals:
+        rows = sum(int(e.sum()) for e in elsewhere) / 48 if "alltoall" in row["setting"] else floor
+        assert row["details"] == {"rows across per token": rows, "floor": floor}
+
+
 @pytest.mark.skipif(not WITH_MEGATRON, reason="megatron-core is not installed")
 def test_megatron(tmp_path: Path) -> None:
     _, (table,) = bench(tmp_path, "megatron", "--layer", "64,32,4,2", "--tokens", "16")

@@ -15,9 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher
+from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, backends
 from deepep_moe.backends import BACKENDS, Backend, Layout, get_backend
+from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import BackendName
+from deepep_moe.domain import SEVERAL_HOSTS
 from deepep_moe.errors import CapacityError, HandleError, InputError, UnsupportedError
 from deepep_moe.overlap import Overlap
 
@@ -57,6 +61,38 @@ def test_auto_says_what_it_took_and_why(group: dist.ProcessGroup, caplog: pytest
 def test_asking_for_what_cannot_run_is_an_error(group: dist.ProcessGroup) -> None:
     with pytest.raises(UnsupportedError, match=r"nvlink cannot run here: nvlink needs CUDA.*collective runs anywhere"):
         get_backend(group, CPU, DispatcherConfig(backend="nvlink"))
+
+
+@pytest.mark.parametrize(
+    ("nvlink", "hierarchical", "passed_by", "warns"),
+    [
+        ("it was not built: build it", None, "the group is on one node", True),
+        (SEVERAL_HOSTS, "unequal nodes: start equally many", None, True),
+        (SEVERAL_HOSTS, None, "every node has one rank", False),
+    ],
+)
+def test_a_slower_backend_than_necessary_is_one_warning_with_the_remedy(
+    nvlink: str,
+    hierarchical: str | None,
+    passed_by: str | None,
+    warns: bool,
+    group: dist.ProcessGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "gather", lambda phase, group, device, timeout, mine: [mine])
+    monkeypatch.setattr(NVLinkBackend, "supports", staticmethod(lambda *_: nvlink))
+    monkeypatch.setattr(HierarchicalBackend, "supports", staticmethod(lambda *_: hierarchical))
+    monkeypatch.setattr(HierarchicalBackend, "why_not_auto", staticmethod(lambda *_: passed_by))
+    monkeypatch.setattr(CollectiveBackend, "supports", staticmethod(lambda *_: None))
+    for _ in range(2):
+        assert backends._make(group, torch.device("cuda", 0), DispatcherConfig()).name == "collective"
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == warns
+    for text in told:
+        assert (hierarchical or nvlink) in text
+        assert "backend collective" in text and "docs/multinode.md" in text
 
 
 WITHOUT_EXTENSION = """

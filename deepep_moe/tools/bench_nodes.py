@@ -1,0 +1,106 @@
+"""``bench nodes``: dispatchers and MoE layers over several nodes: Megatron-Core's ``alltoall`` and our backends.
+
+Beside the times: rows that crossed between nodes per token, counted from the routing, and the least that can (one per
+token and other node that it has an expert on).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from deepep_moe.config import ENV_PREFIX
+from deepep_moe.errors import InputError
+from deepep_moe.tools import bench_dispatcher, bench_megatron
+from deepep_moe.tools.bench_megatron import Contender, Layer, megatron_missing, with_settings
+from deepep_moe.tools.bench_ops import Shape, routing
+from deepep_moe.tools.bench_report import Table
+from deepep_moe.tools.bench_timing import World
+
+BACKENDS = ("collective", "hierarchical")
+ROWS, FLOOR = "rows across per token", "floor"
+_RANKS_PER_NODE = f"{ENV_PREFIX}RANKS_PER_NODE"
+
+
+def cut_host(ranks_per_node: int) -> None:
+    """Start this process again as part of a host of its own: NCCL then takes the network between such parts.
+
+    NCCL reads ``NCCL_HOSTID`` early, so it must be there before torch is.
+    """
+    rank = os.environ.get("RANK")
+    if rank is None or os.environ.get(_RANKS_PER_NODE) == str(ranks_per_node):
+        return
+    os.environ[_RANKS_PER_NODE] = str(ranks_per_node)
+    os.environ["NCCL_HOSTID"] = f"node-{int(rank) // ranks_per_node}"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def ranks_per_node(world: World, given: int) -> int:
+    """Ranks of a node: ``given``, or those that one torchrun started."""
+    size = given or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world.size % size:
+        raise InputError("--ranks-per-node", size, f"must divide the {world.size} ranks")
+    return size
+
+
+def crossing_rows(shape: Shape, ranks: int, size: int) -> dict[str, float]:
+    """Rows that cross between nodes per token, for each way to send them, counted from the benchmark's routing."""
+    local, nodes = shape.experts // ranks, ranks // size
+    totals = dict.fromkeys(("alltoall", *BACKENDS), 0)
+    for rank in range(ranks):
+        owner, node = routing(shape, rank, imbalanced=False) // local, rank // size
+        wanted = torch.zeros((shape.tokens, ranks), dtype=torch.bool, device="cpu").scatter_(1, owner, True)
+        wanted[:, node * size : (node + 1) * size] = False
+        totals["alltoall"] += int((owner // size != node).sum())
+        totals["collective"] += int(wanted.sum())
+        totals["hierarchical"] += int(wanted.view(shape.tokens, nodes, size).any(2).sum())
+    return {kind: rows / (shape.tokens * ranks) for kind, rows in totals.items()}
+
+
+def contenders(world: World, shape: Shape) -> list[Contender]:
+    """alltoall if Megatron-Core is there, then our dispatcher inside Megatron and alone, on each backend."""
+    found = []
+    if megatron_missing(world) is None:
+        found.append(
+            Contender("Megatron alltoall", lambda: bench_dispatcher.megatron_dispatcher(world, shape, "alltoall"))
+        )
+        for name in BACKENDS:
+            build = with_settings(lambda: bench_dispatcher.megatron_dispatcher(world, shape, "deepep"), backend=name)
+            found.append(Contender(f"Megatron deepep, {name}", build))
+    for name in BACKENDS:
+        build = with_settings(lambda: bench_dispatcher.token_dispatcher(world, shape), backend=name)
+        found.append(Contender(f"TokenDispatcher, {name}", build))
+    return found
+
+
+def dispatcher_table(
+    world: World, shape: Shape, size: int, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+) -> Table:
+    """The phases of ``contenders`` on one shape. Collective."""
+    nodes = world.size // size
+    title = f"Dispatchers over {nodes} nodes of {size}: {shape}"
+    table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, list(bench_dispatcher.NOTES))
+    table = bench_megatron.measure(world, table, contenders, repeats, done)
+    rows = crossing_rows(shape, world.size, size)
+    for index, row in enumerate(table.rows):
+        if row.name == "total":
+            kind = next(kind for kind in rows if kind in row.setting)
+            table.rows[index] = replace(row, details={ROWS: rows[kind], FLOOR: rows["hierarchical"]})
+    return table
+
+
+def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int, done: Callable[[str], None]) -> Table:
+    """One MoELayer, all with our grouped experts. Collective."""
+    nodes = world.size // size
+    title = f"MoELayer over {nodes} nodes of {size}: {layer}, {tokens} tokens per rank"
+    case = {**layer._asdict(), "tokens": tokens, "ranks": world.size, "nodes": nodes}
+    table = Table(title, case, list(bench_megatron.LAYER_NOTES))
+    found = [Contender("alltoall", bench_megatron.layer_builder(world, layer, tokens, "alltoall", grouped=True))]
+    for name in BACKENDS:
+        build = bench_megatron.layer_builder(world, layer, tokens, "deepep", grouped=True)
+        found.append(Contender(f"deepep, {name}", with_settings(build, backend=name)))
+    return bench_megatron.measure(world, table, found, repeats, done)

@@ -1,0 +1,115 @@
+"""What dispatch and combine should take over several nodes, from what was measured on one and the speed of the network.
+
+A step moves rows four times: dispatch, combine, and the backward of both. Each time costs the larger of
+
+* the network: rows that a rank sends to other nodes, times their bytes, over the network's speed per rank, and
+* what is left to do inside the nodes, taken from a measurement on one node (``local_us``, of a whole step),
+
+plus what cannot overlap. ``alltoall`` and ``collective`` send everything in one operation and do their local work
+before and after it, so the two add up. ``hierarchical`` works on the rank's own tokens and on the chunks that have
+arrived while others cross; what is left is the work on the last chunk. Rows follow from routing that is even over the
+experts, which is what load balancing aims at.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deepep_moe.tools.bench_ops import Shape
+
+MOVES = 4  # of all rows, in a step
+BYTES = 2  # of a BF16 channel
+CHUNK_BYTES = 16 << 20
+MOST_CHUNKS = 8
+TRANSFER_US = 40.0  # to start a chunk's transfer and its kernels inside the node
+KINDS = ("alltoall", "collective", "hierarchical")
+
+
+class Cluster(NamedTuple):
+    """``nodes`` of ``size`` ranks; ``network`` in GB/s for each rank and direction."""
+
+    nodes: int
+    size: int
+    network: float
+
+
+LOCAL_US = {"alltoall": 12640.0, "collective": 35773.0, "hierarchical": 3328.0 * 1.3}
+"""A step of 4096 tokens, hidden 7168, top-8 of 256, on four H100s of one host (the third: that of nvlink, and the goal
+for what the hierarchical backend adds). Scaled by the rows that a rank handles."""
+
+
+def crossing_rows(kind: str, shape: Shape, cluster: Cluster) -> float:
+    """Rows that cross the network per token, on average."""
+    ranks = cluster.nodes * cluster.size
+    if kind == "alltoall":  # one per route
+        return shape.topk * (cluster.nodes - 1) / cluster.nodes
+    if kind == "collective":  # one per rank
+        return (ranks - cluster.size) * hit(shape, ranks)
+    return (cluster.nodes - 1) * hit(shape, cluster.nodes)  # one per node
+
+
+def hit(shape: Shape, parts: int) -> float:
+    """The share of tokens with an expert in one of ``parts`` equal parts of the experts."""
+    others = shape.experts - shape.experts // parts
+    return 1 - math.comb(others, shape.topk) / math.comb(shape.experts, shape.topk)
+
+
+def local_us(kind: str, shape: Shape, cluster: Cluster) -> float:
+    """Work of a step outside of the network, scaled from :data:`LOCAL_US`: by the bytes of routes with ``alltoall``,
+    else by the bytes of rows that reach a rank."""
+    reference, ranks = Shape(4096, 7168, 8, 256), cluster.nodes * cluster.size
+    volume = shape.tokens * shape.hidden / (reference.tokens * reference.hidden)
+    if kind == "alltoall":
+        return LOCAL_US[kind] * volume * shape.topk / reference.topk
+    return LOCAL_US[kind] * volume * ranks * hit(shape, ranks) / (4 * hit(reference, 4))
+
+
+def step_us(kind: str, shape: Shape, cluster: Cluster) -> float:
+    """Forward and backward of dispatch and combine."""
+    num_bytes = shape.tokens * crossing_rows(kind, shape, cluster) * shape.hidden * BYTES
+    network, local = num_bytes / cluster.network / 1e3, local_us(kind, shape, cluster) / MOVES
+    if kind != "hierarchical" or cluster.nodes == 1:
+        return MOVES * (network + local)
+    chunks = max(1, min(MOST_CHUNKS, math.ceil(num_bytes / CHUNK_BYTES)))
+    remote = local * (cluster.nodes - 1) / cluster.nodes  # of the local work, what needs the network's rows
+    overlapped = max(network, local) + min(network, remote) / chunks
+    return MOVES * (overlapped + chunks * TRANSFER_US)
+
+
+MEASURED = (  # (kind, cluster, us): sockets between two parts of one host, docs/multinode.md
+    ("alltoall", Cluster(2, 2, 1.83), 525_000.0),
+    ("collective", Cluster(2, 2, 1.83), 276_000.0),
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def model(
+    shape: Annotated[str, typer.Option(help="Tokens per rank, hidden size, top-k, experts.")] = "4096,7168,8,256",
+    size: Annotated[int, typer.Option(min=1, help="Ranks of a node.")] = 8,
+    network: Annotated[float, typer.Option(min=0.001, help="GB/s of a rank's network, each direction.")] = 50.0,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, comma-separated.")] = "1,2,4,8,16,32",
+) -> None:
+    """Predict what dispatch and combine, forward and backward, take over several nodes, beside what was measured."""
+    one, console = Shape.parse(shape), Console(highlight=False)
+    table = Table("measured", "us", "predicted", "error", title="Two nodes of two H100s, NCCL over sockets", box=None)
+    for kind, cluster, measured in MEASURED:
+        predicted = step_us(kind, Shape(4096, 7168, 8, 256), cluster)
+        table.add_row(kind, f"{measured:.0f}", f"{predicted:.0f}", f"{100 * (predicted / measured - 1):+.0f} %")
+    console.print(table)
+    headings = [f"{kind} {what}" for kind in KINDS for what in ("rows", "us")]
+    table = Table("ranks", *headings, title=f"Predicted: {one}, nodes of {size}, {network:g} GB/s per rank", box=None)
+    for count in map(int, nodes.split(",")):
+        one.check(count * size)
+        cluster = Cluster(count, size, network)
+        cells = []
+        for kind in KINDS:
+            cells += [f"{crossing_rows(kind, one, cluster):.2f}", f"{step_us(kind, one, cluster):.0f}"]
+        table.add_row(str(count * size), *cells)
+    console.print(table)

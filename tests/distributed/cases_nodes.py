@@ -1,0 +1,339 @@
+"""Cases of the hierarchical backend over gloo: one host cut into nodes, beside the collective backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepep_moe import Buffer, DispatcherConfig, TokenDispatcher, topology
+from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend
+from deepep_moe.backends.exchange import as_bytes
+from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError, UnsupportedError
+from deepep_moe.fp8 import quantize_e4m3
+from tests.distributed.cases_dispatcher import (
+    TOLERANCE,
+    local_matrices,
+    moe,
+    raises,
+    random_batch,
+    together,
+)
+from tests.launch import case
+from tests.reference import dense_moe
+
+CPU = torch.device("cpu")
+CUTS = {2: (1,), 3: (1,), 4: (2, 1), 6: (3,)}  # ranks per node, by ranks
+PLAN_TENSORS = ("topk_idx", "send_slot", "counted", "received", "row_recv", "expert_counts_host")
+
+
+def both(group: dist.ProcessGroup, cut: int, **options: Any) -> tuple[Backend, Backend]:
+    """The collective and the hierarchical backend."""
+    return (
+        get_backend(group, CPU, DispatcherConfig(backend="collective", **options)),
+        get_backend(group, CPU, DispatcherConfig(backend="hierarchical", ranks_per_node=cut, **options)),
+    )
+
+
+def assert_same_plan(got: Plan, wanted: Plan) -> None:
+    for name in PLAN_TENSORS:
+        mine, theirs = getattr(got, name), getattr(wanted, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            assert mine.dtype == theirs.dtype, name
+            assert torch.equal(mine, theirs), f"{name}: {mine} instead of {theirs}"
+
+
+def assert_bits(got: Tensor | None, wanted: Tensor | None, what: str) -> None:
+    assert (got is None) == (wanted is None), what
+    if got is not None and wanted is not None:
+        assert got.dtype == wanted.dtype, what
+        assert got.shape == wanted.shape, f"{what}: {got.shape} instead of {wanted.shape}"
+        assert got.numel() == 0 or torch.equal(bits(got), bits(wanted)), f"{what}: {got} instead of {wanted}"
+
+
+def bits(t: Tensor) -> Tensor:
+    return as_bytes(t if t.dim() == 2 else t.unsqueeze(1))
+
+
+def compare(reference: Backend, nodes: Backend, plans: tuple[Plan, Plan], x: Tensor, weights: Tensor | None) -> None:
+    """Every way to move rows: bits of dispatch, sums of combine."""
+    theirs, mine = plans
+    assert_same_plan(mine, theirs)
+    layouts = [Layout.BY_SOURCE] + [Layout.BY_EXPERT] * bool(theirs.num_topk)
+    ways: list[dict[str, Any]] = [{}]
+    if x.dtype == torch.bfloat16 and x.shape[1] % 128 == 0:
+        ways += [{"wire": Wire.E4M3}, {"wire": Wire.E4M3_TO_BF16}]
+    for layout in layouts:
+        for some_weights in (None, weights) if weights is not None else (None,):
+            for way in ways:
+                sent = [
+                    b.dispatch(p, x, layout=layout, weights=some_weights, **way)
+                    for b, p in zip((reference, nodes), plans)
+                ]
+                for name, wanted, got in zip(("x", "scales", "weights"), *sent):
+                    assert_bits(got, wanted, f"{name} in {layout} by {way}")
+            if x.dtype == torch.bfloat16 and x.shape[1] % 128 == 0:
+                rows, scales = quantize_e4m3(x)
+                for given_scales in (scales, scales.view(torch.int32)):
+                    sent = [
+                        b.dispatch(p, rows, layout=layout, scales=given_scales, weights=some_weights)
+                        for b, p in zip((reference, nodes), plans)
+                    ]
+                    for name, wanted, got in zip(("x", "scales", "weights"), *sent):
+                        assert_bits(got, wanted, f"{name} of given FP8 in {layout}")
+        rows = reference.dispatch(theirs, x, layout=layout, weights=weights)
+        scaled = (rows.x.float() * (1 + reference.rank / 8)).to(x.dtype)
+        rtol, atol = TOLERANCE[x.dtype]
+        for carried, applied, biases in (
+            (None, False, ()),
+            (rows.weights, False, (x,)),
+            (rows.weights, layout is Layout.BY_EXPERT, (x, x)),
+        ):
+            applied = applied and carried is not None
+            summed = [
+                b.combine(p, scaled, layout=layout, weights=carried, apply_weights=applied, bias=biases)
+                for b, p in zip((reference, nodes), plans)
+            ]
+            torch.testing.assert_close(summed[1].x, summed[0].x, rtol=rtol, atol=atol)
+            assert (summed[0].weights is None) == (summed[1].weights is None)
+            if summed[0].weights is not None:
+                torch.testing.assert_close(summed[1].weights, summed[0].weights)
+
+
+def random_case(group: dist.ProcessGroup, cut: int, seed: int, chunk_bytes: int) -> None:
+    """One random shape, sizes exact and fixed; the shape is shared by the ranks, tokens are their own."""
+    reference, nodes = both(group, cut, rail_chunk_bytes=chunk_bytes)
+    shared, own = (torch.Generator().manual_seed(s) for s in (seed, 1000 * seed + reference.rank))
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=shared))]
+
+    experts = pick(1, 2, 5) * reference.world_size
+    topk, alignment, hidden = pick(1, 2, 5), pick(1, 4, 16), pick(8, 128, 384)
+    dtype = pick(torch.float32, torch.bfloat16, torch.bfloat16, torch.float16)
+    tokens = pick(0, 1, 7, 40)
+    if pick(False, True):
+        tokens = int(torch.randint(tokens + 1, (), generator=own))
+    x, topk_idx, weights = random_batch(
+        1000 * seed + reference.rank, tokens, hidden, topk, experts, dtype, dropped=pick(0, 0, 0.3, 1)
+    )
+    x, weights = x.detach() * 10 ** pick(-6, 0, 3), weights.detach()
+    fixed = {"max_recv": 40 * reference.world_size + 3, "max_rows": 40 * topk * reference.world_size + 16 * 5}
+    for limits in ({}, fixed):
+        plans = tuple(b.plan(topk_idx, experts, alignment=alignment, **limits) for b in (reference, nodes))
+        compare(reference, nodes, plans, x, weights)
+    counts = reference.destinations(topk_idx, experts)
+    by_ranks = [
+        b.plan(
+            None,
+            experts,
+            is_token_in_rank=counts.is_token_in_rank,
+            num_tokens_per_expert=counts.num_tokens_per_expert,
+        )
+        for b in (reference, nodes)
+    ]
+    compare(reference, nodes, tuple(by_ranks), x, None)
+    for name, wanted, got in zip(counts._fields, counts, nodes.destinations(topk_idx, experts)):
+        if name != "num_tokens_per_node":
+            assert torch.equal(got, wanted), name
+
+
+def property_case(group: dist.ProcessGroup, cut: int) -> None:
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(seed=st.integers(1, 10_000), chunk_bytes=st.sampled_from((0, 1, 900, 1 << 20)))
+    def check(seed: int, chunk_bytes: int) -> None:
+        together(group, lambda: random_case(group, cut, seed, chunk_bytes))
+
+    check()
+
+
+@case(ranks=(2, 3, 4, 6))
+def like_collective_on_random_shapes(group: dist.ProcessGroup) -> None:
+    for cut in CUTS[dist.get_world_size(group)]:
+        property_case(group, cut)
+
+
+def config(cut: int, **options: Any) -> DispatcherConfig:
+    return DispatcherConfig(backend="hierarchical", ranks_per_node=cut, **options)
+
+
+@case(ranks=(4,))
+def values_and_gradients_of_a_layer(group: dist.ProcessGroup) -> None:
+    for chunk_bytes in (0, 64):
+        dispatcher = TokenDispatcher(group, 8, config(2, expert_alignment=4, rail_chunk_bytes=chunk_bytes))
+        x, topk_idx, weights = random_batch(dispatcher.rank, 5 * dispatcher.rank, 8, 3, 8, dropped=0.2)
+        matrices, own = local_matrices(dispatcher, 8)
+        out, expected = moe(dispatcher, x, topk_idx, weights, own), dense_moe(x, topk_idx, weights, matrices)
+        torch.testing.assert_close(out, expected)
+        for got, wanted in zip(
+            torch.autograd.grad(out.square().sum(), (x, weights)),
+            torch.autograd.grad(expected.square().sum(), (x, weights)),
+        ):
+            torch.testing.assert_close(got, wanted)
+
+
+@case(ranks=(4,))
+def sums_are_rounded_once_per_hop_in_a_fixed_order(group: dist.ProcessGroup) -> None:
+    """A rank's sum, the sum of a node over its ranks, the sum over nodes: each in fp32, then rounded."""
+    nodes = get_backend(group, CPU, config(2))
+    tokens, hidden = 9, 16
+    x, topk_idx, _ = random_batch(7 + nodes.rank, tokens, hidden, 6, 8, torch.bfloat16, dropped=0.1)
+    plan = nodes.plan(topk_idx, 8)
+    rows = nodes.dispatch(plan, x.detach(), layout=Layout.BY_EXPERT).x
+    factors = torch.tensor([1.37, 0.61, 2.43, 3.07])
+    scaled = (rows.float() * factors[nodes.rank]).bfloat16()
+    out = nodes.combine(plan, scaled, layout=Layout.BY_EXPERT).x
+    expected = torch.zeros(tokens, hidden)
+    for node in range(2):
+        of_node = torch.zeros(tokens, hidden)
+        for rank in (2 * node, 2 * node + 1):
+            of_rank = torch.zeros(tokens, hidden)
+            for route in topk_idx.t():
+                here = (route // 2 == rank).unsqueeze(1)
+                of_rank += here * (x.detach().float() * factors[rank]).bfloat16().float()
+            of_node += of_rank.bfloat16().float()
+        expected += of_node.bfloat16().float()
+    assert torch.equal(out, expected.bfloat16())
+    assert torch.equal(out, nodes.combine(plan, scaled, layout=Layout.BY_EXPERT).x)
+
+
+@contextmanager
+def hosts(group: dist.ProcessGroup, names: str) -> Iterator[None]:
+    """Make each rank believe that it runs on the host of its letter."""
+    mine = names[dist.get_rank(group)]
+    with (
+        mock.patch.object(topology, "host_id", return_value=mine),
+        mock.patch("socket.gethostname", return_value=f"host-{mine}"),
+    ):
+        yield
+
+
+@case(ranks=(4, 6))
+def ranks_in_any_order_over_the_hosts(group: dist.ProcessGroup) -> None:
+    orders = {4: ("abab", "abba", "aabb"), 6: ("abcabc", "abbaab", "abccba")}[dist.get_world_size(group)]
+    for order in orders:
+        fresh = dist.new_group()
+        with hosts(fresh, order):
+            reference, nodes = both(fresh, 0, rail_chunk_bytes=300)
+        assert isinstance(nodes, HierarchicalBackend)
+        for ranks in nodes.nodes.members:
+            assert len({order[rank] for rank in ranks}) == 1
+        assert nodes.nodes.count == len(set(order))
+        experts = 2 * len(order)
+        x, topk_idx, weights = random_batch(nodes.rank, 11, 128, 3, experts, torch.bfloat16)
+        plans = tuple(b.plan(topk_idx, experts, alignment=4) for b in (reference, nodes))
+        compare(reference, nodes, plans, x.detach(), weights.detach())
+
+
+@case(ranks=(4,))
+def groups_that_are_not_contiguous(group: dist.ProcessGroup) -> None:
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine = groups[dist.get_rank() % 2]
+    reference, nodes = both(mine, 1)
+    x, topk_idx, weights = random_batch(dist.get_rank(), 11, 128, 2, 4, torch.bfloat16)
+    compare(reference, nodes, tuple(b.plan(topk_idx, 4) for b in (reference, nodes)), x.detach(), weights.detach())
+
+
+@case(ranks=(2, 3))
+def one_node_is_a_node_too(group: dist.ProcessGroup) -> None:
+    reference, nodes = both(group, 0)
+    assert nodes.nodes.count == 1
+    x, topk_idx, weights = random_batch(nodes.rank, 11, 128, 2, 6, torch.bfloat16)
+    compare(reference, nodes, tuple(b.plan(topk_idx, 6) for b in (reference, nodes)), x.detach(), weights.detach())
+    assert nodes.destinations(topk_idx, 6).num_tokens_per_node.tolist() == [11]
+
+
+@case(ranks=(3, 4))
+def nodes_of_unequal_size_are_refused_with_the_reason(group: dist.ProcessGroup) -> None:
+    fresh = dist.new_group()
+    with hosts(fresh, "aaba"[: dist.get_world_size(group)]):
+        ranks = dist.get_world_size(group) - 1
+        with raises(UnsupportedError, "hierarchical", f"host-a has {ranks}, host-b has 1", "start equally many"):
+            get_backend(fresh, CPU, config(0))
+
+
+@case(ranks=(2, 3, 4))
+def settings_that_differ_are_errors_at_construction(group: dist.ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    with raises(RankMismatchError, "ranks_per_node", "2 on rank 1", "1 on rank 0"):
+        get_backend(group, CPU, config(2 if rank == 1 else 1))
+    with raises(RankMismatchError, "rail_chunk_bytes", "5 on rank 1", "7 on rank 0"):
+        get_backend(group, CPU, config(1, rail_chunk_bytes=5 if rank == 1 else 7))
+
+
+@case(ranks=(2, 4))
+def buffer_knows_nodes(group: dist.ProcessGroup) -> None:
+    world = dist.get_world_size(group)
+    variables = {"DEEPEP_MOE_BACKEND": "hierarchical", "DEEPEP_MOE_RANKS_PER_NODE": str(world // 2)}
+    with mock.patch.dict(os.environ, variables):
+        buffer = Buffer(group)
+    x, topk_idx, weights = (t.detach() for t in random_batch(buffer.rank, 9, 16, 3, 2 * world, dropped=0.2))
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 2 * world)
+    owners = [{expert // 2 // (world // 2) for expert in row if expert >= 0} for row in topk_idx.tolist()]
+    assert per_node is not None and per_node.dtype == torch.int32
+    assert per_node.tolist() == [sum(node in owner for owner in owners) for node in (0, 1)]
+    sent = [
+        call(
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=topk_idx,
+            topk_weights=weights,
+        )
+        for call in (buffer.dispatch, buffer.internode_dispatch)
+    ]
+    for one, other in zip(sent[0][:3], sent[1][:3]):
+        assert torch.equal(one, other)
+    recv_x, _, recv_weights, _, handle, _ = sent[1]
+    assert handle[0].shape == (world, world)
+    back, back_weights, _ = buffer.internode_combine(recv_x, handle, recv_weights, bias=x)
+    torch.testing.assert_close(back, x * (in_rank.sum(1, keepdim=True) + 1))
+    torch.testing.assert_close(back_weights, torch.where(topk_idx >= 0, weights, 0.0))
+
+
+@case(ranks=(4,))
+def rows_beyond_the_capacity_are_an_error_of_the_plan_on_all_ranks(group: dist.ProcessGroup) -> None:
+    nodes = both(group, 2)[1]
+    topk_idx = torch.zeros((13, 2), dtype=torch.int64)  # all to rank 0: 52 rows there, 104 of its first expert
+    for limits, told in (
+        ({"max_recv": 51, "max_rows": 104}, "52 received tokens, but max_recv = 51"),
+        ({"max_recv": 52, "max_rows": 103}, "104 expert rows, but max_rows = 103"),
+    ):
+        with raises(CapacityError if nodes.rank == 0 else PeerError, told):
+            nodes.plan(topk_idx, 8, **limits)
+    nodes.plan(topk_idx, 8, max_recv=52, max_rows=104)
+
+
+@case(ranks=(2, 4))
+def auto_says_why_it_takes_collective(group: dist.ProcessGroup) -> None:
+    with mock.patch("deepep_moe.backends._log.info") as log:
+        backend = get_backend(group, CPU, DispatcherConfig(ranks_per_node=1, num_sms=9))
+    assert backend.name == "collective"
+    assert "on a CPU collective is the reference" in log.call_args.args[-1]
+
+
+@case(ranks=(4,))
+def a_mistake_of_one_rank_reaches_every_node(group: dist.ProcessGroup) -> None:
+    dispatcher = TokenDispatcher(group, 8, config(2))
+    x, topk_idx, weights = random_batch(dispatcher.rank, 6, 8, 2, 8)
+    wrong = dispatcher.rank == 3
+    with raises(InputError if wrong else PeerError, "topk_idx", "must be -1 (dropped) or 0 to 7"):
+        dispatcher.dispatch(x, topk_idx + 8 if wrong else topk_idx, weights)
+    with raises(RankMismatchError, "hidden size", "4 on rank 3", "8 on rank 0, 1, 2"):
+        dispatcher.dispatch(x[:, :4] if wrong else x, topk_idx, weights)
+    dispatched = dispatcher.dispatch(x, topk_idx, weights)
+    with raises(InputError if wrong else PeerError, "x", "rows"):
+        dispatcher.combine(dispatched.rows[1:] if wrong else dispatched.rows, dispatched)
+    dispatcher.combine(dispatched.rows, dispatched)

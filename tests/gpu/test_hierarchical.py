@@ -1,0 +1,198 @@
+"""The hierarchical backend on GPUs of one host that is cut into nodes, beside the collective backend on the CPU.
+
+Needs a GPU per rank, because rows between nodes go through NCCL: two ranks (2 x 1) or four (2 x 2 and 4 x 1).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe.backends import Layout, Plan, Wire, get_backend
+from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError, UnsupportedError
+from deepep_moe.fp8 import quantize_e4m3
+from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
+from tests.gpu.test_nvlink import Case, assert_same, assert_same_plan
+
+pytestmark = pytest.mark.skipif(
+    int(os.environ.get("WORLD_SIZE", "1")) not in (2, 4)
+    or int(os.environ.get("WORLD_SIZE", "1")) > torch.cuda.device_count(),
+    reason="needs two or four ranks with a GPU each",
+)
+CHUNKS = (0, 2000)  # bytes: one chunk for small batches, and as many as there can be
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}  # rounded once more, per hop
+
+
+def cuts() -> list[int]:
+    """Ranks per node."""
+    return [1, 2] if os.environ.get("WORLD_SIZE") == "4" else [1]
+
+
+@pytest.fixture(scope="module", params=[(cut, chunk) for cut in cuts() for chunk in CHUNKS], ids=str)
+def nodes(ranks: Ranks, request: pytest.FixtureRequest) -> Iterator[HierarchicalBackend]:
+    cut, chunk = request.param
+    config = DispatcherConfig(
+        backend="hierarchical", ranks_per_node=cut, rail_chunk_bytes=chunk, timeout_seconds=TIMEOUT_SECONDS
+    )
+    backend = get_backend(ranks.group, ranks.device, config)
+    assert isinstance(backend, HierarchicalBackend)
+    assert backend.engine.name == "nvlink" and backend.rail.name == "nccl"
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Ranks) -> CollectiveBackend:
+    return CollectiveBackend(ranks.group, torch.device("cpu"), DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS))
+
+
+def assert_near(got: Tensor, wanted: Tensor) -> None:
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def compare_moves(
+    nodes: HierarchicalBackend,
+    reference: CollectiveBackend,
+    plans: tuple[Plan, Plan],
+    case: Case,
+    with_weights: bool = True,
+) -> None:
+    """Dispatch bit for bit, combine to rounding, in every layout that the plans have."""
+    device, (plan, wanted_plan) = nodes.device, plans
+    x, bias = case.x.to(device), tuple(b.to(device) for b in case.bias)
+    weights = case.weights if with_weights else None
+    on_device = None if weights is None else weights.to(device)
+    for layout in Layout if plan.num_topk else (Layout.BY_SOURCE,):
+        sent = nodes.dispatch(plan, x, layout=layout, weights=on_device)
+        wanted = reference.dispatch(wanted_plan, case.x, layout=layout, weights=weights)
+        assert_same(sent.x, wanted.x, f"rows, {layout}")
+        assert_same(sent.weights, wanted.weights, f"weights, {layout}")
+        rows = (wanted.x.float() * (1 + nodes.rank / 8)).to(case.x.dtype)
+        for applied in (False, True):
+            applied = applied and layout is Layout.BY_EXPERT and weights is not None
+            back = nodes.combine(
+                plan, rows.to(device), layout=layout, weights=sent.weights, apply_weights=applied, bias=bias
+            )
+            wanted_back = reference.combine(
+                wanted_plan, rows, layout=layout, weights=wanted.weights, apply_weights=applied, bias=case.bias
+            )
+            assert_near(back.x, wanted_back.x)
+            if wanted_back.weights is not None:
+                torch.testing.assert_close(back.weights.cpu(), wanted_back.weights)  # type: ignore[union-attr]
+        again = nodes.combine(plan, rows.to(device), layout=layout)
+        assert torch.equal(again.x, nodes.combine(plan, rows.to(device), layout=layout).x)  # the same bits
+
+
+def test_random_shapes(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
+    for seed in range(24):
+        case = Case.draw(ranks, seed)
+        plans = (
+            nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=case.alignment),
+            reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment),
+        )
+        assert_same_plan(*plans)
+        compare_moves(nodes, reference, plans, case)
+
+
+def test_fixed_sizes(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
+    case = Case.draw(ranks, 3, tokens=65, topk=3, local_experts=2, dropped_percent=0, ragged=0)
+    limits = {"max_recv": 65 * ranks.size + 5, "max_rows": 65 * 3 * ranks.size + 300}
+    plans = (
+        nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=case.alignment, **limits),
+        reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment, **limits),
+    )
+    assert_same_plan(*plans)
+    compare_moves(nodes, reference, plans, case)
+    with pytest.raises((CapacityError, PeerError), match="received tokens, but max_recv = 1"):
+        nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, max_recv=1, max_rows=4000)
+
+
+def test_without_expert_indices(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
+    case = Case.draw(ranks, 5, tokens=300)
+    counts = reference.destinations(case.topk_idx, case.num_experts)
+    given = {"is_token_in_rank": counts.is_token_in_rank, "num_tokens_per_expert": counts.num_tokens_per_expert}
+    plans = (
+        nodes.plan(None, case.num_experts, **{k: v.to(ranks.device) for k, v in given.items()}),
+        reference.plan(None, case.num_experts, **given),
+    )
+    assert_same_plan(*plans)
+    compare_moves(nodes, reference, plans, case, with_weights=False)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_fp8_on_the_way(
+    ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend, layout: Layout, with_weights: bool
+) -> None:
+    case = Case.draw(ranks, 11, tokens=257, topk=6, local_experts=3, dtype=0, hidden_vectors=64, alignment=16)
+    plans = (
+        nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=16),
+        reference.plan(case.topk_idx, case.num_experts, alignment=16),
+    )
+    for scale in (1.0, 1e-6):
+        x = case.x * scale
+        weights = case.weights if with_weights else None
+        on_device = None if weights is None else weights.to(ranks.device)
+        for wire in (Wire.E4M3, Wire.E4M3_TO_BF16):
+            sent = nodes.dispatch(plans[0], x.to(ranks.device), layout=layout, wire=wire, weights=on_device)
+            wanted = reference.dispatch(plans[1], x, layout=layout, wire=wire, weights=weights)
+            for name, got, expected in zip(("x", "scales", "weights"), sent, wanted):
+                if got is not None and got.dtype == torch.float8_e4m3fn:
+                    got, expected = got.view(torch.uint8), expected.view(torch.uint8)  # type: ignore[union-attr]
+                assert_same(got, expected, f"{name} by {wire}")
+        rows, scales = quantize_e4m3(x)
+        given = nodes.dispatch(plans[0], rows.to(ranks.device), layout=layout, scales=scales.to(ranks.device))
+        expected_rows = reference.dispatch(plans[1], rows, layout=layout, scales=scales)
+        assert_same(given.x.view(torch.uint8), expected_rows.x.view(torch.uint8), "given FP8")
+        assert_same(given.scales, expected_rows.scales, "given scales")
+
+
+def test_gradients_of_a_layer(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    """Beside the same layer on the CPU."""
+    results = []
+    for device, config in ((ranks.device, nodes.config), (torch.device("cpu"), DispatcherConfig())):
+        generator = torch.Generator().manual_seed(ranks.rank)
+        dispatcher = TokenDispatcher(ranks.group, 4 * ranks.size, config, device=device)
+        x = torch.randn((97, 64), generator=generator).to(device).requires_grad_()
+        topk_idx = torch.rand((97, 4 * ranks.size), generator=generator).topk(3).indices.to(device)
+        weights = torch.rand((97, 3), generator=generator).to(device).requires_grad_()
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        out = dispatcher.combine(torch.tanh(sent.rows), sent, weights=sent.weights)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (x, weights))])
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mistake_of_one_rank_reaches_all(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    wrong = ranks.rank == ranks.size - 1
+    topk_idx = torch.zeros((8, 2), dtype=torch.int64, device=ranks.device)
+    with pytest.raises(InputError if wrong else PeerError, match="topk_idx = 99"):
+        nodes.plan(topk_idx + 99 * wrong, 4 * ranks.size)
+    with pytest.raises(RankMismatchError, match="num_experts"):
+        nodes.plan(topk_idx, (8 if wrong else 4) * ranks.size)
+    plan = nodes.plan(topk_idx, 4 * ranks.size)
+    # A format that is new to all ranks is compared before anything moves.
+    hidden = 8 * (100 + nodes.number % 50)
+    x = torch.ones((8, hidden + 8 * wrong), dtype=torch.bfloat16, device=ranks.device)
+    with pytest.raises(RankMismatchError, match="hidden size"):
+        nodes.dispatch(plan, x, layout=Layout.BY_EXPERT)
+    nodes.dispatch(plan, x[:, :hidden].contiguous(), layout=Layout.BY_EXPERT)
+
+
+def test_a_plan_is_not_captured_and_says_so(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    topk_idx = torch.zeros((8, 2), dtype=torch.int64, device=ranks.device)
+    limits = {"max_recv": 8 * ranks.size, "max_rows": 16 * ranks.size}
+    nodes.plan(topk_idx, 4 * ranks.size, **limits)
+    torch.cuda.synchronize()
+    with pytest.raises(UnsupportedError, match="cannot be captured in a CUDA graph"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            nodes.plan(topk_idx, 4 * ranks.size, **limits)
+    nodes.plan(topk_idx, 4 * ranks.size, **limits)

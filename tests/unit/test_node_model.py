@@ -1,0 +1,40 @@
+"""The model of several nodes: it predicts what was measured, and its rows are those of the routing."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from deepep_moe.tools import node_model
+from deepep_moe.tools.bench_nodes import crossing_rows
+from deepep_moe.tools.bench_ops import Shape
+from deepep_moe.tools.node_model import KINDS, MEASURED, Cluster
+
+SHAPE = Shape(4096, 7168, 8, 256)
+
+
+@pytest.mark.parametrize(("kind", "cluster", "measured"), MEASURED)
+def test_it_predicts_what_was_measured(kind: str, cluster: Cluster, measured: float) -> None:
+    assert node_model.step_us(kind, SHAPE, cluster) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("nodes", "size"), [(2, 2), (4, 2), (2, 8)])
+def test_its_rows_are_those_of_the_benchmarks_routing(nodes: int, size: int) -> None:
+    counted = crossing_rows(Shape(1024, 8, 8, 256), nodes * size, size)
+    for kind in KINDS:
+        assert node_model.crossing_rows(kind, SHAPE, Cluster(nodes, size, 50.0)) == pytest.approx(
+            counted[kind], rel=0.03
+        )
+
+
+def test_one_node_sends_nothing_and_many_never_more_than_top_k() -> None:
+    for kind in KINDS:
+        assert node_model.crossing_rows(kind, SHAPE, Cluster(1, 8, 50.0)) == 0
+        assert 0 < node_model.crossing_rows(kind, SHAPE, Cluster(32, 8, 50.0)) <= SHAPE.topk
+
+
+def test_the_command_prints_both_tables() -> None:
+    result = CliRunner().invoke(node_model.app, ["--nodes", "1,4"])
+    assert result.exit_code == 0, result.output
+    assert "Two nodes of two H100s" in result.output
+    assert "Predicted: 4096 tokens per rank" in result.output
