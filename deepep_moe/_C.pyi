@@ -298,7 +298,7 @@ class LatencyEngine:
         num_topk: int,
         num_experts: int,
         format: int,
-        refused: bool,
+        withdrawn: bool,
         stream: int,
     ) -> None: ...
     def set_mask(self, rank: int, stream: int, /) -> None: ...

@@ -203,17 +203,29 @@ class CudaEngine:
                 f"the first low-latency call with {what} allocates {num_bytes} bytes, which a CUDA graph cannot "
                 "capture: make one such call before capturing"
             )
-        if self._arenas:  # peers that have this arena are in the call already: let them name the difference
+
+        def announce(withdrawn: bool) -> None:
             self._engine.announce(
                 max_tokens=max_tokens,
                 hidden=hidden,
                 num_topk=topk,
                 num_experts=num_experts,
                 format=format,
-                refused=False,
+                withdrawn=withdrawn,
                 stream=self._domain.enter_stream(),
             )
-        self._agree(max_tokens, hidden, None)
+
+        announced = bool(self._arenas)
+        if announced:  # peers that have this arena are in the call already: let them name the difference
+            announce(withdrawn=False)
+        try:
+            self._agree(max_tokens, hidden, None)
+        except RankMismatchError:
+            if announced:  # before any rank makes its next call, which would be taken for this one
+                announce(withdrawn=True)
+                torch.cuda.synchronize(self.device)
+                gather("low-latency dispatch", self._domain.group, self.device, self._domain.timeout_seconds, None)
+            raise
         try:
             memory = PeerMemory(self._domain.group, self.device, num_bytes)
         except torch.OutOfMemoryError as error:

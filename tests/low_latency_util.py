@@ -40,16 +40,17 @@ class Batch:
 
     def __init__(self, seed: int, shape: Shape, device: torch.device | str = "cpu", dropped: float = 0.1) -> None:
         generator = torch.Generator(device="cpu").manual_seed(seed)
+        options: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         self.shape = shape
         self.x: list[Tensor] = []
         self.topk_idx: list[Tensor] = []
         self.weights: list[Tensor] = []
         for tokens in shape.tokens:
-            x = torch.randn(tokens, shape.hidden, generator=generator, dtype=torch.float32)
-            chosen = torch.rand(tokens, shape.experts, generator=generator, dtype=torch.float32).topk(shape.topk, dim=1)
+            x = torch.randn(tokens, shape.hidden, **options)
+            chosen = torch.rand(tokens, shape.experts, **options).topk(shape.topk, dim=1)
             topk_idx = chosen.indices
-            lost = torch.rand(tokens, shape.topk, generator=generator, dtype=torch.float32) < dropped
-            weights = torch.rand(tokens, shape.topk, generator=generator, dtype=torch.float32)
+            lost = torch.rand(tokens, shape.topk, **options) < dropped
+            weights = torch.rand(tokens, shape.topk, **options)
             self.x.append(x.to(device, torch.bfloat16))
             self.topk_idx.append(topk_idx.masked_fill(lost, -1).to(device))
             self.weights.append(weights.to(device))
@@ -94,7 +95,7 @@ def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: se
         assert scales.stride() == (columns * room, 1, room)
         assert scales.dtype == (torch.int32 if format == "ue8m0" else torch.float32)
 
-    bases = torch.tensor([0, *shape.tokens], dtype=torch.int64).cumsum(0).tolist()
+    bases = torch.tensor([0, *shape.tokens], dtype=torch.int64, device="cpu").cumsum(0).tolist()
     all_x = torch.cat(batch.x)
     got_counts, got_ranges = counts.tolist(), layout_range.tolist()
     for local in range(shape.local_experts):

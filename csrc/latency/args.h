@@ -64,8 +64,12 @@ struct Facts {
         kNumAgreed,
         kFactTokens = kNumAgreed,
         kFactRefused,  // this rank refused its input: it has no tokens, and sends none of the rows it was asked for
-        kNumWords = 9
+        // Said before the call, and only what must agree is. The call itself says the rest, the number of tokens above
+        // all: whoever has read an announcement that agrees goes on waiting.
+        kFactAnnounced,
+        kNumWords
     };
+    static_assert(kNumWords % 3 == 0, "three words in a packet");
     static constexpr int kPackets = kNumWords / 3;
     int word[kNumWords];
 };
@@ -188,8 +192,9 @@ struct CombineArgs {
 // Launches; each is defined beside its kernel and returns the launch's status.
 cudaError_t launch_dispatch(const DispatchArgs& args, Half half, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, cudaStream_t stream);
-// Tell the peers the facts of a dispatch that is about to come, before this rank does what may take it long.
-cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, cudaStream_t stream);
+// Tell the peers what they must agree on in the dispatch that is about to come, before this rank does what may take it
+// long; or withdraw that, before any rank makes another call instead.
+cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, bool withdrawn, cudaStream_t stream);
 cudaError_t launch_set_mask(const Runtime& runtime, int rank, cudaStream_t stream);
 cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t stream);
 // A barrier of all ranks that are not masked, or whose bit in `lift` is set; those of the latter that come are masked

@@ -57,16 +57,16 @@ void combine(LatencyEngine& self, const Arena& arena, int half, int format, bool
     self.combine(args, static_cast<Half>(half), stream);
 }
 
-void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int num_experts, int format, bool refused,
-              Address stream) {
+void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int num_experts, int format,
+              bool withdrawn, Address stream) {
     Facts facts{};
     facts.word[Facts::kFactMaxTokens] = max_tokens;
     facts.word[Facts::kFactHidden] = hidden;
     facts.word[Facts::kFactTopk] = num_topk;
     facts.word[Facts::kFactExperts] = num_experts;
     facts.word[Facts::kFactFormat] = format;
-    facts.word[Facts::kFactRefused] = refused;
-    self.announce(facts, stream);
+    facts.word[Facts::kFactAnnounced] = 1;
+    self.announce(facts, withdrawn, stream);
 }
 
 }  // namespace
@@ -96,7 +96,7 @@ void bind_latency(py::module_& m) {
              py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_experts"), py::arg("places"), py::arg("epoch"),
              py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
         .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),
-             py::arg("num_experts"), py::arg("format"), py::arg("refused"), py::arg("stream"))
+             py::arg("num_experts"), py::arg("format"), py::arg("withdrawn"), py::arg("stream"))
         .def("set_mask", &Engine::set_mask)
         .def("query_mask", &Engine::query_mask)
         .def("lift_masks", &Engine::lift_masks);

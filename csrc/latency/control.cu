@@ -7,12 +7,12 @@ namespace {
 
 // Only where nothing is overwritten that a peer has not read; there is no waiting here.
 __global__ void __launch_bounds__(kWarpSize)
-    announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts) {
+    announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
     const int epoch = next_epoch(rt.local->epochs[kDispatch][0]);
     const int before = epoch == 2 ? -2 : epoch - 2;
     for (int r = 0; r < rt.domain.num_ranks; ++r) {
         const int* consumed = &rt.control[rt.domain.rank]->consumed[r][2 * kDispatch + (epoch & 1)];
-        if (reached(load_acquire_system(consumed), before)) send_facts(rt, kDispatch, epoch, r, facts);
+        if (reached(load_acquire_system(consumed), before)) send_facts(rt, kDispatch, epoch, r, facts, withdrawn);
     }
 }
 
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kWarpSize)
 
 }  // namespace
 
-cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, cudaStream_t stream) {
-    announce_kernel<<<1, kWarpSize, 0, stream>>>(runtime, facts);
+cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, bool withdrawn, cudaStream_t stream) {
+    announce_kernel<<<1, kWarpSize, 0, stream>>>(runtime, facts, withdrawn);
     return cudaGetLastError();
 }
 

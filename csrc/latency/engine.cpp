@@ -69,8 +69,8 @@ void LatencyEngine::combine(CombineArgs args, Half half, Address stream) {
     check(launch_combine(args, half, num_blocks_, as_stream(stream)), "low-latency combine");
 }
 
-void LatencyEngine::announce(const Facts& facts, Address stream) {
-    check(launch_announce(runtime_, facts, as_stream(stream)), "announcing a low-latency dispatch");
+void LatencyEngine::announce(const Facts& facts, bool withdrawn, Address stream) {
+    check(launch_announce(runtime_, facts, withdrawn, as_stream(stream)), "announcing a low-latency dispatch");
 }
 
 void LatencyEngine::set_mask(int rank, Address stream) {

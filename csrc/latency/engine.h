@@ -32,7 +32,7 @@ class LatencyEngine {
     void dispatch(DispatchArgs args, Half half, Address stream);
     void combine(CombineArgs args, Half half, Address stream);
 
-    void announce(const Facts& facts, Address stream);
+    void announce(const Facts& facts, bool withdrawn, Address stream);
     void set_mask(int rank, Address stream);
     void query_mask(Address status, Address stream);
     // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; wipes rows that nobody

@@ -179,16 +179,28 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
     return shared;
 }
 
-// Three lanes or more call.
-__device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epoch, int peer, const Facts& facts) {
+// Three lanes or more call. Withdrawn: as if nothing had been said about this call.
+__device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epoch, int peer, const Facts& facts,
+                                           bool withdrawn = false) {
     const int i = threadIdx.x % kWarpSize;
     if (i < Facts::kPackets)
         store_packet(&rt.control[peer]->facts[kind][epoch & 1][rt.domain.rank][i],
-                     {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], epoch});
+                     {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], withdrawn ? 0 : epoch});
 }
 
-// What one thread reads of `peer`; false: it did not come.
-__device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, Facts& facts) {
+// The first word that must agree and does not, or -1.
+__device__ __forceinline__ int first_difference(const Facts& own, const Facts& theirs) {
+    int word = -1;
+#pragma unroll
+    for (int i = Facts::kNumAgreed - 1; i >= 0; --i)
+        if (own.word[i] != theirs.word[i]) word = i;
+    return word;
+}
+
+// What one thread reads of `peer`; false: it did not come. An announcement is an answer only where it differs
+// from `own`.
+__device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, const Facts& own,
+                                           Facts& facts) {
     const Runtime& rt = waiting.runtime;
     const int4* from = rt.control[rt.domain.rank]->facts[kind][waiting.epoch & 1][peer];
     int4 packets[Facts::kPackets];
@@ -197,30 +209,27 @@ __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, in
 #pragma unroll
         for (int i = 0; i < Facts::kPackets; ++i) packets[i] = load_packet(from + i);
 #pragma unroll
-        for (int i = 0; i < Facts::kPackets; ++i) all = all && packets[i].w == waiting.epoch;
-        return all;
+        for (int i = 0; i < Facts::kPackets; ++i) {
+            all = all && packets[i].w == waiting.epoch;
+            facts.word[3 * i] = packets[i].x;
+            facts.word[3 * i + 1] = packets[i].y;
+            facts.word[3 * i + 2] = packets[i].z;
+        }
+        return all && (!facts.word[Facts::kFactAnnounced] || first_difference(own, facts) >= 0);
     };
-    if (!waiting.thread(peer, arrived, packets[0].w)) return false;
-#pragma unroll
-    for (int i = 0; i < Facts::kPackets; ++i) {
-        facts.word[3 * i] = packets[i].x;
-        facts.word[3 * i + 1] = packets[i].y;
-        facts.word[3 * i + 2] = packets[i].z;
-    }
-    return true;
+    return waiting.thread(peer, arrived, packets[0].w);
 }
 
-// Compare with own facts. False, and the end of it all, where they differ.
+// False, and the end of it all, where facts that must agree do not.
 __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Facts& own, const Facts& theirs) {
     constexpr int kFields[] = {kMaxTokens, kHidden, kNumTopk, kNumExperts, kRowFormat, kHandle};
+    const int word = first_difference(own, theirs);
 #pragma unroll
-    for (int i = 0; i < Facts::kNumAgreed; ++i) {
-        if (own.word[i] == theirs.word[i]) continue;
-        report_failure(waiting.runtime.domain,
-                       {kMismatch, waiting.phase, peer, kFields[i], own.word[i], theirs.word[i]});
-        return false;
-    }
-    return true;
+    for (int i = 0; i < Facts::kNumAgreed; ++i)
+        if (i == word)
+            report_failure(waiting.runtime.domain,
+                           {kMismatch, waiting.phase, peer, kFields[i], own.word[i], theirs.word[i]});
+    return word < 0;
 }
 
 // The same answer for all blocks of a call, should a rank be lost to some of them only. Needed with masks alone.
@@ -248,7 +257,7 @@ struct Ranks {
         if (r >= rt.domain.num_ranks) return;
         const uint64_t start = wait_stats ? global_nanoseconds() : 0;
         Facts facts{};
-        const bool came = !waiting.is_masked(r) && read_facts(waiting, kind, r, facts);
+        const bool came = !waiting.is_masked(r) && read_facts(waiting, kind, r, own, facts);
         if (wait_stats) atomicAdd(&wait_stats[r], static_cast<unsigned long long>(global_nanoseconds() - start));
         refused[r] = came && facts.word[Facts::kFactRefused];
         if (refused[r] && r != rt.domain.rank) report_problem(rt.domain, {kBadPeerInput, waiting.phase, r, 0, 0, 0});
