@@ -71,8 +71,10 @@ void bind_domain(py::module_& m) {
         .def_static("mailbox_bytes", &DomainRuntime::mailbox_bytes)
         .def("set_mailboxes", &DomainRuntime::set_mailboxes)
         .def_property_readonly("failure", [](const DomainRuntime& self) { return report_tuple(self.failure()); })
+        .def_property_readonly("notice", [](const DomainRuntime& self) { return report_tuple(self.notice()); })
         .def_property_readonly("broken", &DomainRuntime::broken)
         .def("resume", &DomainRuntime::resume)
+        .def("take_notice", &DomainRuntime::take_notice)
         .def("give_up", &DomainRuntime::give_up)
         .def("wait_seconds", &DomainRuntime::wait_seconds);
 }

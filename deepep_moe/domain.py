@@ -144,6 +144,14 @@ class Domain:
                 self.resume()
             raise self._error(*report)
 
+    def raise_notice(self) -> None:
+        """Raise, once, what a call could do without, on this rank alone. Call it where this rank has taken part."""
+        report = self.runtime.notice
+        if report is not None:
+            if not torch.cuda.is_current_stream_capturing():
+                self.runtime.take_notice(self.enter_stream())
+            raise self._error(*report)
+
     def raise_lasting(self) -> None:
         """Raise what no call can go on after, if that has happened; leave anything else for later."""
         if self.runtime.broken:

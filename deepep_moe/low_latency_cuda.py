@@ -3,8 +3,10 @@
 The host only launches. Rows in flight lie in an *arena*, symmetric memory that is made once for each (M, hidden size)
 and stays where it is: captured graphs hold it. Everything that changes from call to call is counted on the device.
 
-What kernels notice (an index out of range, a peer that refused its input) is raised after a later call was enqueued, so
-that the ranks stay in step; what ends it all (a peer that does not answer, ranks that differ) by the next call.
+What kernels notice (an index out of range, a peer that refused its input) stops no rank: the call goes on without it,
+and the rank that noticed raises when it has enqueued a later low-latency call, so that the ranks stay in step. What
+ends it all (a peer that does not answer, ranks that differ) is raised by the next call. A call of the throughput engine
+that failed freezes these kernels too: the ranks skip the same calls of both engines until each has raised that error.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class CudaEngine:
             stream=self._domain.enter_stream(),
         )
         if told and half & Half.RECEIVE:
-            self._domain.raise_failure()
+            self.check()
 
     def combine(self, call: CombineCall, half: Half) -> None:
         told = self._told()
@@ -117,12 +119,12 @@ class CudaEngine:
             stream=self._domain.enter_stream(),
         )
         if told and half & Half.RECEIVE:
-            self._domain.raise_failure()
+            self.check()
 
     def _told(self) -> bool:
         """Raise what ended it all; whether there is something else, to be raised when this rank's part is enqueued."""
         self._domain.raise_lasting()
-        return self._domain.runtime.failure is not None
+        return self._domain.runtime.failure is not None or self._domain.runtime.notice is not None
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
@@ -268,6 +270,7 @@ class CudaEngine:
 
     def check(self) -> None:
         self._domain.raise_failure()
+        self._domain.raise_notice()
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -39,6 +39,11 @@ __device__ __forceinline__ void report_problem(const Domain& domain, const Failu
     if (atomicCAS(&domain.state->reported, 0, 1) == 0) write_report(&domain.record->problem, report);
 }
 
+// Something was wrong that this call could leave out. No rank stops for it, and other ranks need not know.
+__device__ __forceinline__ void report_notice(const Domain& domain, const FailureReport& report) {
+    if (atomicCAS(&domain.state->noticed, 0, 1) == 0) write_report(&domain.record->notice, report);
+}
+
 // Nothing after this can be trusted: say so to the host and to every peer, so that none of them waits in vain.
 __device__ __forceinline__ void report_failure(const Domain& domain, const FailureReport& report) {
     if (atomicExch(&domain.state->failed, 1) != 0) return;

@@ -46,8 +46,8 @@ __device__ __forceinline__ int4 weights_packet(const CombineArgs& args, int peer
         const int64_t expert = k < args.num_topk ? args.topk_idx.at(at) : -1;
         const bool valid = expert >= 0 && expert < args.num_experts;
         if (!valid && expert != -1)
-            report_problem(
-                domain, {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts, static_cast<int>(expert)});
+            report_notice(domain,
+                          {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts, static_cast<int>(expert)});
         const bool there = valid && static_cast<int>(expert) / local_experts == peer;
         weights[n] = there ? __float_as_int(args.weights[at]) : 0;
         experts[n] = there ? static_cast<int>(expert) - peer * local_experts : kNoExpert;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void send_piece(const CombineArgs& args, const Waitin
     if (!__any_sync(kFullMask, wanted)) return;
     const bool found = wanted && piece.row >= 0 && piece.row / static_cast<int>(arena.slots()) == expert;
     if (wanted && !found)
-        report_problem(args.runtime.domain, {kChangedRoute, kLowLatencyCombine, piece.home, 0, piece.token, lane});
+        report_notice(args.runtime.domain, {kChangedRoute, kLowLatencyCombine, piece.home, 0, piece.token, lane});
 
     Bf16x8 sum[kSendVectors];
 #pragma unroll
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
             prefetch(args, piece);
         }
     };
-    const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, load);
+    const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, &args.places.epoch(), load);
     const int epoch = entered.epoch;
     if (epoch == 0) {
         if ((kHalf & kReceive) && reports) poison(args.out, 2ll * args.num_tokens * args.arena.hidden);

@@ -8,6 +8,7 @@ namespace {
 // Only where nothing is overwritten that a peer has not read; there is no waiting here.
 __global__ void __launch_bounds__(kWarpSize)
     announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
+    if (is_stopped(rt.domain)) return;  // as the dispatch will be
     const int epoch = next_epoch(rt.local->epochs[kDispatch][0]);
     const int before = epoch == 2 ? -2 : epoch - 2;
     for (int r = 0; r < rt.domain.num_ranks; ++r) {

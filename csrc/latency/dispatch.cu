@@ -65,13 +65,13 @@ __device__ __forceinline__ void read_routes(const DispatchArgs& args, Tables& ta
         const int64_t expert = args.topk_idx.at(at);
         bool valid = expert >= 0 && expert < args.num_experts;
         if (!valid && expert != -1)
-            report_problem(args.runtime.domain, {kBadExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                                 args.num_experts, static_cast<int>(expert)});
+            report_notice(args.runtime.domain, {kBadExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
+                                                args.num_experts, static_cast<int>(expert)});
         valid = valid && static_cast<int>(expert) / local_experts == peer;
         for (int k = 1; valid && k <= i % args.num_topk; ++k) {
             if (args.topk_idx.at(at - k) != expert) continue;
-            report_problem(args.runtime.domain, {kRepeatedExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                                 first + i / args.num_topk, static_cast<int>(expert)});
+            report_notice(args.runtime.domain, {kRepeatedExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
+                                                first + i / args.num_topk, static_cast<int>(expert)});
             valid = false;
         }
         tables.expert[i] = valid ? static_cast<int16_t>(static_cast<int>(expert) - peer * local_experts) : -1;
@@ -439,11 +439,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
             if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     };
-    const Entered entered = enter<kHalf>(rt, kDispatch, kLowLatencyDispatch, &args.places.epoch(), load);
+    const Entered entered = enter<kHalf>(rt, kDispatch, kLowLatencyDispatch, &args.places.epoch(), nullptr, load);
     const int epoch = entered.epoch;
     if (epoch == 0) {
-        if ((kHalf & kReceive) && reports)  // nothing came
+        if ((kHalf & kReceive) && reports) {  // nothing came
             for (int l = threadIdx.x; l < args.num_experts / ranks; l += kThreads) args.counts[l] = 0;
+            if (threadIdx.x < ranks) args.places.tokens(threadIdx.x) = 0;
+        }
         return;
     }
     const Waiting waiting{rt, kLowLatencyDispatch, epoch};

@@ -122,7 +122,7 @@ struct Waiting {
 // -- the beginning of a kernel -------------------------------------------------------------------------------
 
 struct Entered {
-    int epoch;          // of this call; 0: the ranks are out of step for good
+    int epoch;          // of this call; 0: it is skipped, on all ranks alike, or they are out of step for good
     RankMask writable;  // ranks whose half of the double buffer this call may write; not those that are masked or lost
 };
 
@@ -137,21 +137,29 @@ __device__ __forceinline__ void post_consumed(const Runtime& rt) {
 }
 
 // All threads call. `passed_on`: where the sending half leaves the epoch for the receiving one, or null. What the
-// kernel is to begin with is loaded first and waited for last, and meanwhile() runs between.
+// kernel is to begin with is loaded first and waited for last, and meanwhile() runs between. `source`: the epoch of the
+// call whose results this one needs, or null.
+//
+// While kernels are frozen no call begins, and none follows one that did not begin. But a receiving half does what its
+// sending half was answered with: rows that nobody takes would be taken for those of a later call.
 //
 // Relaxed loads of `consumed` suffice: what depends on them are stores, which cannot run ahead of them.
 template <int kHalf, typename Meanwhile>
-__device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase, int* passed_on,
+__device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase, int* passed_on, const int* source,
                                          const Meanwhile& meanwhile) {
     __shared__ Entered shared;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const bool reports = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
     if (reports) post_consumed(rt);  // before any wait
-    int failed = 0, epoch = 0, consumed[2] = {0, 0};
+    int stopped = 0, epoch = 0, consumed[2] = {0, 0};
     int* counter = kHalf & kSend ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
     const int* of_peer = rt.control[rt.domain.rank]->consumed[lane] + 2 * kind;
     if (warp == 0) {
-        failed = *static_cast<const volatile int*>(&rt.domain.state->failed);
+        stopped = *static_cast<const volatile int*>(&rt.domain.state->failed);
+        if (kHalf & kSend) {
+            stopped |= *static_cast<const volatile int*>(&rt.domain.state->frozen);
+            if (source) stopped |= *static_cast<const volatile int*>(source) == 0;
+        }
         epoch = *static_cast<const volatile int*>(counter);
         if ((kHalf & kSend) && lane < rt.domain.num_ranks)
             for (int i = 0; i < 2; ++i) consumed[i] = load_relaxed_system(of_peer + i);
@@ -164,18 +172,19 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
             const Waiting waiting{rt, phase, epoch};
             const int before = epoch == 2 ? -2 : epoch - 2;  // 0 comes before 2 at first, later the last even number
             int seen = epoch & 1 ? consumed[1] : consumed[0];
-            bool mine = !failed && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
+            bool mine = !stopped && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
             if (mine && !reached(seen, before))
                 mine = waiting.thread(
                     lane, [&] { return reached(seen = load_relaxed_system(of_peer + (epoch & 1)), before); }, seen);
             writable = __ballot_sync(kFullMask, mine);
-            if (lane == 0 && !failed) *counter = epoch;
-            if (lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = epoch;
+            if (lane == 0 && !stopped) *counter = epoch;
+            if (lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
         }
-        if (lane == 0) shared = {failed ? 0 : epoch, writable};
+        if (lane == 0) shared = {stopped ? 0 : epoch, writable};
     }
     __syncthreads();
-    if ((kHalf & kReceive) && reports && lane == 0) rt.local->consumed[2 * kind + (shared.epoch & 1)] = shared.epoch;
+    if ((kHalf & kReceive) && reports && lane == 0 && shared.epoch != 0)
+        rt.local->consumed[2 * kind + (shared.epoch & 1)] = shared.epoch;
     return shared;
 }
 
@@ -260,7 +269,7 @@ struct Ranks {
         const bool came = !waiting.is_masked(r) && read_facts(waiting, kind, r, own, facts);
         if (wait_stats) atomicAdd(&wait_stats[r], static_cast<unsigned long long>(global_nanoseconds() - start));
         refused[r] = came && facts.word[Facts::kFactRefused];
-        if (refused[r] && r != rt.domain.rank) report_problem(rt.domain, {kBadPeerInput, waiting.phase, r, 0, 0, 0});
+        if (refused[r] && r != rt.domain.rank) report_notice(rt.domain, {kBadPeerInput, waiting.phase, r, 0, 0, 0});
         lost[r] = !came || (!refused[r] && !agree(waiting, r, own, facts));
         tokens[r] = lost[r] || refused[r] ? 0 : facts.word[Facts::kFactTokens];
     }

@@ -55,6 +55,13 @@ void DomainRuntime::resume(Address stream) {
     check(cudaMemsetAsync(&domain_.state->frozen, 0, kBytes, as_stream(stream)), "resuming after a problem");
 }
 
+std::optional<FailureReport> DomainRuntime::notice() const { return read(domain_.record->notice); }
+
+void DomainRuntime::take_notice(Address stream) {
+    static_cast<volatile FailureReport&>(domain_.record->notice).failure = kNoFailure;
+    check(cudaMemsetAsync(&domain_.state->noticed, 0, sizeof(int), as_stream(stream)), "taking a notice");
+}
+
 void DomainRuntime::give_up(Address stream) { check(launch_give_up(domain_, as_stream(stream)), "giving up"); }
 
 std::vector<double> DomainRuntime::wait_seconds() const {

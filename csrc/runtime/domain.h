@@ -75,6 +75,7 @@ struct FailureReport {
 // Pinned host memory, written by the device, of each report `failure` last.
 struct FailureRecord {
     FailureReport problem;  // the first that the ranks can go on after, once the host has taken it
+    FailureReport notice;   // the first that stops nothing: its call was carried out without what was wrong
     FailureReport failure;  // the first after which no call on this domain can work
 };
 
@@ -88,6 +89,7 @@ struct DomainState {
     int failed;    // this rank gave up
     int frozen;    // a call ended with a problem, on all ranks alike: kernels do nothing until the host has taken it
     int reported;  // FailureRecord::problem is in use
+    int noticed;   // FailureRecord::notice is in use
     unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
 };
 
@@ -118,8 +120,11 @@ class DomainRuntime {
     // What went wrong, if anything: a failure that lasts, else a problem.
     std::optional<FailureReport> failure() const;
     bool broken() const;  // by a failure that lasts
+    std::optional<FailureReport> notice() const;
     // The host knows of the problem: from this place of `stream` on kernels work again.
     void resume(Address stream);
+    // The host knows of the notice: from this place of `stream` on there is room for another.
+    void take_notice(Address stream);
     // This rank cannot take part in what its peers wait for.
     void give_up(Address stream);
     std::vector<double> wait_seconds() const;

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from deepep_moe import Buffer
 from tests.gpu.conftest import Ranks
 from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
@@ -36,3 +38,15 @@ def round_trip(buffer: Buffer, batch: Batch, format: str, where: str) -> None:
     y = expert_outputs(batch, rank, format, result)
     out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
     check_combine(out, combined(batch, rank, format), f"{where}, rank {rank}")
+
+
+def normal_round_trip(buffer: Buffer, batch: Batch) -> None:
+    """The same in normal mode, so that both engines have calls on the stream."""
+    rank = buffer.rank
+    topk_idx = batch.topk_idx[rank]
+    *_, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, batch.shape.experts)
+    rows, *_, handle, _ = buffer.dispatch(
+        batch.x[rank], is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx
+    )
+    back, _, _ = buffer.combine(rows, handle)
+    assert torch.equal(back, (in_rank.sum(1, keepdim=True) * batch.x[rank].float()).bfloat16())

@@ -23,7 +23,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import HandleError
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
-from tests.gpu.low_latency_util import MakeBuffer, dispatch, round_trip, shape_of
+from tests.gpu.low_latency_util import MakeBuffer, dispatch, normal_round_trip, round_trip, shape_of
 from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
 
 REPLAYS = int(os.environ.get("LOW_LATENCY_REPLAYS", "300"))
@@ -234,17 +234,6 @@ def test_replays_at_full_size(ranks: Ranks, make_buffer: MakeBuffer) -> None:
     for number in range(10):
         graph.replay(number)
         graph.check(f"replay {number}")
-
-
-def normal_round_trip(buffer: Buffer, batch: Batch) -> None:
-    rank = buffer.rank
-    topk_idx = batch.topk_idx[rank]
-    *_, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, batch.shape.experts)
-    rows, *_, handle, _ = buffer.dispatch(
-        batch.x[rank], is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx
-    )
-    back, _, _ = buffer.combine(rows, handle)
-    assert torch.equal(back, (in_rank.sum(1, keepdim=True) * batch.x[rank].float()).bfloat16())
 
 
 # ------------------------------------------------------------------------------------------- order

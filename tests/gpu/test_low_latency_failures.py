@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepep_moe.errors import DeepEPMoEError, InputError, PeerError, PeerTimeoutError, RankMismatchError
 from tests.gpu import lost_decoder
 from tests.gpu.conftest import Ranks
-from tests.gpu.low_latency_util import MakeBuffer, dispatch, round_trip, shape_of
+from tests.gpu.low_latency_util import MakeBuffer, dispatch, normal_round_trip, round_trip, shape_of
 from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
 from tests.low_latency_util import Batch, check_combine, check_dispatch, combined, expert_outputs
 
@@ -191,6 +191,63 @@ def test_indices_that_no_expert_has(ranks: Ranks, make_buffer: MakeBuffer) -> No
     dist.all_gather_object(everybody, told, group=ranks.group)
     assert [t for t in everybody if t] == ["topk_idx = route 0: of token 1 of rank 0 went elsewhere before"]
     round_trip(buffer, batch, "bf16", "after")
+
+
+@pytest.mark.timeout(60)
+def test_one_rank_is_told_and_normal_mode_goes_on(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    """Only rank 0 knows of its bad index: were it raised in normal mode, the others would be alone there."""
+    buffer, rank = make_buffer(), ranks.rank
+    batch = Batch(0, shape_of(ranks), ranks.device)
+    topk_idx = batch.topk_idx[rank].clone()
+    if rank == 0:
+        topk_idx[0, 0] = batch.shape.experts
+    dispatch(buffer, batch, topk_idx=topk_idx)
+    torch.cuda.synchronize()  # so that the host can know
+    normal_round_trip(buffer, batch)
+    if rank == 0:
+        with pytest.raises(InputError, match=f"topk_idx = {batch.shape.experts}"):
+            dispatch(buffer, batch)
+    else:
+        dispatch(buffer, batch)
+    round_trip(buffer, batch, "fp8", "after")
+    normal_round_trip(buffer, batch)
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("hook", [False, True])
+def test_an_error_in_normal_mode_freezes_these_calls_too(ranks: Ranks, make_buffer: MakeBuffer, hook: bool) -> None:
+    if ranks.size < 2:
+        pytest.skip("needs two ranks")
+    buffer, rank = make_buffer(), ranks.rank
+    batch = Batch(0, shape_of(ranks), ranks.device)
+    round_trip(buffer, batch, "fp8", "before")
+    *_, per_expert, in_rank, _ = buffer.get_dispatch_layout(batch.topk_idx[rank], batch.shape.experts)
+    rows, *_, handle, _ = buffer.dispatch(
+        batch.x[rank], is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=batch.topk_idx[rank]
+    )
+    assert handle is not None
+    begun = dispatch(buffer, batch, return_recv_hook=True) if hook else None
+    if rank == 0:
+        with pytest.raises(InputError, match="x = "):
+            buffer.combine(rows.double(), handle)
+    else:
+        buffer.combine(rows, handle)
+    torch.cuda.synchronize()
+    if begun is not None:  # it was sent before: it is received, error or not
+        if rank == 0:
+            begun[4]()
+        else:
+            with pytest.raises(PeerError, match="rank 0 refused its input"):
+                begun[4]()
+        check_dispatch(batch, rank, "fp8", begun)
+    elif rank != 0:
+        with pytest.raises(PeerError, match="rank 0 refused its input"):
+            dispatch(buffer, batch)
+    for seed in range(4):
+        round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "fp8", "after")
+        normal_round_trip(buffer, batch)
+    buffer.low_latency_check()
 
 
 @pytest.mark.timeout(60)
