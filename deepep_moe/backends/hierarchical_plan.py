@@ -222,7 +222,7 @@ class HierarchicalPlan(Plan):
             places, experts, row_recv = arrived[:, _FIRST_ROUTE:], way.experts, self.row_recv
         else:
             places = arrived[:, _POSITION : _POSITION + 1]
-            experts, row_recv = torch.zeros_like(places), self.recv_src_idx
+            experts, row_recv = torch.zeros_like(places), self.recv_src_idx.contiguous()
         rows = torch.cat([source.unsqueeze(1), experts, places], dim=1).to(torch.int32)
         index = torch.where(belongs, belongs.cumsum(0) - 1, rows.shape[0])  # the others go to a row that is cut off
         received = torch.full((rows.shape[0] + 1, rows.shape[1]), -1, dtype=torch.int32, device=device)

@@ -170,6 +170,7 @@ def route_of(plan: Plan, layout: Layout, stream: int) -> _C.Route:
     if isinstance(plan, DevicePlan):
         return plan.route(layout, stream)
     parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
+    assert all(part.is_contiguous() for part in parts)  # kernels take them by address
     return _route(plan, layout, tuple(part.data_ptr() for part in parts))
 
 

@@ -328,7 +328,7 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
 def errors_at_initialisation(group: dist.ProcessGroup) -> None:
     refused: list[tuple[type[DeepEPMoEError], dict[str, Any], tuple[str, ...]]] = [
         (ConfigError, block(num_sm=4), ("'num_sm'", "ds_config block deepep_moe", "did you mean num_sms?")),
-        (ConfigError, block(backend="nccl"), ("backend = 'nccl'", "auto, collective, nvlink")),
+        (ConfigError, block(backend="nccl"), ("backend = 'nccl'", "auto, collective, hierarchical, nvlink")),
         (ConfigError, {"deepep_moe": {"num_sms": 4}}, ("deepep_moe.enabled = None",)),
         (ConfigError, {"deepep_moe": True}, ("deepep_moe = True",)),
         (ConfigError, block(fp8_dispatch=True), ("fp8_dispatch", "bf16.enabled")),
