@@ -102,7 +102,8 @@ class Case:
         """Rows that each rank sends to each."""
         local_experts, ranks = self.layer.experts // self.world.size, range(self.world.size)
         owner = self.topk_idx.cpu() // local_experts
-        sent = torch.tensor([int((owner == rank).any(1).sum()) for rank in ranks], dtype=torch.int64)
+        counts = [int((owner == rank).any(1).sum()) for rank in ranks]
+        sent = torch.tensor(counts, dtype=torch.int64, device="cpu")
         return Traffic(torch.stack(self.world.gather(sent)))
 
 
