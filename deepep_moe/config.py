@@ -151,7 +151,11 @@ def _parse(key: str, value: Any, source: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         parsed = None
     if parsed is None or not accepts(parsed):
-        raise ConfigError(f"{key} = {value!r} from {source}: allowed is {allowed}")
+        try:
+            shown = repr(value)
+        except ValueError:  # Python does not print integers of thousands of digits
+            shown = "a number of thousands of digits"
+        raise ConfigError(f"{key} = {shown} from {source}: allowed is {allowed}")
     return parsed
 
 
@@ -177,8 +181,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read settings file {os.fspath(path)}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, no such date, no path
+        raise ConfigError(f"cannot read settings file {os.fspath(path)!r}: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

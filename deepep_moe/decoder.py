@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends import Backend
+from deepep_moe.backends.checks import check_integer
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
@@ -56,6 +57,7 @@ class Decoder:
     """
 
     def __init__(self, backend: Backend, num_experts: int, max_tokens_per_rank: int, fp8: bool) -> None:
+        check_integer("max_tokens_per_rank", max_tokens_per_rank, 1)
         engine = _engines.get(backend)
         if engine is None:
             engine = LowLatency(backend, backend.config.num_sms, False, StreamRunner(backend.device))

@@ -194,6 +194,8 @@ class TokenDispatcher(Shared):
 
     def _check_plan(self, plan: Plan) -> None:
         """What the backend, which other dispatchers share, cannot know."""
+        if not isinstance(plan, Plan):
+            raise HandleError(f"plan is {describe(plan)}; pass on what plan() or dispatch() returned")
         made, own = (plan.num_experts, plan.alignment), (self.num_experts, self.config.expert_alignment)
         if made != own:
             raise HandleError(

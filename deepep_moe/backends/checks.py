@@ -168,6 +168,8 @@ def check_tensor(argument: str, tensor: Any) -> None:
             raise InputError(argument, describe(tensor), "must be a torch.Tensor")
         if isinstance(tensor, _dtensor()):
             raise InputError(argument, "a DTensor", "must be a plain tensor: pass to_local() of it")
+    if tensor.is_nested:
+        raise InputError(argument, "a nested tensor", "must be dense (torch.strided)")
     if tensor.layout is not torch.strided:
         raise InputError(argument, f"a tensor of layout {tensor.layout}", "must be dense (torch.strided)")
 

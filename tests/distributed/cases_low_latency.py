@@ -309,6 +309,9 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
     rank, shape = dist.get_rank(group), batch.shape
     dispatcher = TokenDispatcher(group, shape.experts)
     decoders = [dispatcher.decoder(shape.max_tokens, fp8=fp8) for fp8 in (False, True)]
+    for wrong in (0, "8", None):
+        with raises(InputError, f"max_tokens_per_rank = {wrong!r}" if wrong != 0 else "max_tokens_per_rank = 0"):
+            dispatcher.decoder(wrong)  # type: ignore[arg-type]
     x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
     for decoder, format in zip(decoders, ("bf16", "fp8")):
         sent = decoder.dispatch(x, topk_idx)

@@ -59,6 +59,7 @@ def strange(group: dist.ProcessGroup, like: Tensor) -> list[tuple[Any, str]]:
         (like.tolist(), "a list: must be a torch.Tensor"),
         (np.zeros(tuple(like.shape)), "a ndarray: must be a torch.Tensor"),
         (like.detach().to_sparse(), "a tensor of layout torch.sparse_coo: must be dense"),
+        (torch.nested.nested_tensor([like.detach()]), "a nested tensor: must be dense"),
         (DTensor.from_local(like.detach(), mesh, [Replicate()]), "a DTensor: must be a plain tensor"),
     ]
 

@@ -109,6 +109,17 @@ def test_a_file_must_be_text(tmp_path: Path) -> None:
         DispatcherConfig.load(yaml_path=path, env={})
 
 
+def test_values_that_python_itself_stumbles_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_tokens_per_rank = a number of thousands of digits"):
+        DispatcherConfig(max_tokens_per_rank=10**5000)
+    path = tmp_path / "settings.yaml"
+    path.write_text("num_sms: 2020-99-99\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot read settings file .*month"):
+        DispatcherConfig.load(yaml_path=path, env={})
+    with pytest.raises(ConfigError, match="null byte"):
+        DispatcherConfig.load(yaml_path="a\0b", env={})
+
+
 def test_the_settings_that_ranks_share() -> None:
     shared = DispatcherConfig(capacity_factor=2.0).shared()
     assert shared["capacity_factor"] == 2.0
