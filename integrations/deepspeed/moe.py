@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from deepep_moe.backends.base import Phase
+from deepep_moe.backends.checks import check_tensor
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
@@ -162,6 +163,11 @@ class DispatchedMOELayer(MOELayer):  # type: ignore[misc]
             whole = tensor_parallel.size() == 1 or tensor_parallel.experts_are_sliced()
             with self._telling_peers("plan"):
                 hidden, used_token = input
+                check_tensor("hidden_states", hidden)
+                if hidden.dim() == 0:
+                    raise InputError("hidden_states", "a scalar", "must be [..., M]")
+                if used_token is not None:
+                    check_tensor("used_token", used_token)
                 x = hidden.reshape(-1, hidden.shape[-1])
                 self._check(len(x))
                 topk_idx, weights, find_load = self._route(x, used_token)

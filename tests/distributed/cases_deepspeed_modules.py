@@ -365,7 +365,9 @@ def a_rank_that_cannot_go_on_tells_the_others(group: dist.ProcessGroup) -> None:
     refused_on_all(layer, lambda: layer(tokens(21)), InputError, "max_tokens_per_rank = 20", "21 tokens")
     refused_on_all(layer, lambda: layer(torch.ones(3, WIDTH + 1, device=device())), RuntimeError, "shapes")
     refused_on_all(layer, lambda: layer(tokens().double()), InputError, "x = torch.float64")
-    refused_on_all(layer, lambda: layer([[1.0]]), AttributeError, "'list'")
+    for wrong, said in (([[1.0]], "a list"), (None, "None"), (torch.tensor(1.0, device=device()), "a scalar")):
+        refused_on_all(layer, lambda: layer(wrong), InputError, f"hidden_states = {said}")  # noqa: B023
+    refused_on_all(layer, lambda: layer(tokens(), [1]), InputError, "used_token = a list")
 
     experts = experts_of(layer).deepspeed_experts
 
