@@ -25,9 +25,7 @@ class LowLatencyCalls:
     _low_latency_sms: int
     _runner: StreamRunner
     _low_latency: LowLatency | None = None
-
-    def _open(self) -> Backend:
-        raise NotImplementedError
+    _open: Callable[[], Backend]
 
     def low_latency_dispatch(
         self,

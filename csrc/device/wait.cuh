@@ -6,8 +6,7 @@
 
 namespace deepep_moe {
 
-// -- epochs: numbers of calls, which wrap around
-// -----------------------------------------------------------------------
+// -- epochs: numbers of calls, which wrap around ------------------------------------------------------------
 
 // 0 is what memory holds before any call, so no call has it. What follows the last odd number is even: two calls in a
 // row never use the same half of a double buffer.
@@ -21,8 +20,7 @@ __device__ __forceinline__ bool reached(int seen, int expected) {
     return static_cast<unsigned>(seen) - static_cast<unsigned>(expected) < 0x80000000u;
 }
 
-// -- failures
-// ----------------------------------------------------------------------------------------------------------
+// -- failures ------------------------------------------------------------
 
 __device__ __forceinline__ void write_report(volatile FailureReport* record, const FailureReport& report) {
     record->phase = report.phase;
@@ -71,8 +69,7 @@ __device__ __forceinline__ bool any_rank_failed(const Domain& domain, int phase,
     return false;
 }
 
-// -- waits
-// -------------------------------------------------------------------------------------------------------------
+// -- waits ------------------------------------------------------------
 
 // Spin until arrived(value of the flag). False after the timeout, once any rank has failed, or once disturbed() says
 // that what is waited for will not come and has reported it: the caller then goes on without, its kernel ends, the host
@@ -100,8 +97,7 @@ __device__ __forceinline__ bool wait_for(const Domain& domain, const int* flag, 
     }
 }
 
-// -- the end of a kernel
-// -----------------------------------------------------------------------------------------------
+// -- the end of a kernel ------------------------------------------------------------
 
 // True in all threads of the last block to arrive, which leaves the counter as it was: what the others have written in
 // this rank's memory is then complete, with kPeers also what they have written in peers' memory.

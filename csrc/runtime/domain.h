@@ -48,8 +48,7 @@ enum Phase : int {
     kGrowStaging,
     kRefused,
     kLowLatencyDispatch,
-    kLowLatencyCombine,
-    kNumPhases
+    kLowLatencyCombine
 };
 
 // What ranks compare. Like phases, one list.
@@ -84,7 +83,7 @@ struct Mailbox {
     int failed[kMaxRanks];  // [source] why that rank gave up (Failure), or 0
 };
 
-// Device memory of this rank alone.
+// Device memory of this rank alone. `frozen` and `reported` lie together: resume() clears both at once.
 struct DomainState {
     int failed;    // this rank gave up
     int frozen;    // a call ended with a problem, on all ranks alike: kernels do nothing until the host has taken it

@@ -75,7 +75,7 @@ def routing(shape: Shape, rank: int, imbalanced: bool) -> Tensor:
 
     These experts are neighbours, so that ranks are imbalanced too.
     """
-    likely = torch.ones(shape.experts)
+    likely = torch.ones(shape.experts, dtype=torch.float32, device="cpu")
     if imbalanced:
         likely[: max(1, shape.experts // 8)] = HOT
     generator = torch.Generator().manual_seed(rank)

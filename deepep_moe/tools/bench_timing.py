@@ -62,7 +62,7 @@ class World:
 
     def largest(self, values: list[float]) -> list[float]:
         """Each value's maximum over the ranks."""
-        result = torch.tensor(values, dtype=torch.float64)
+        result = torch.tensor(values, dtype=torch.float64, device="cpu")
         if values:
             dist.all_reduce(result, op=dist.ReduceOp.MAX)
         return list(result.tolist())
