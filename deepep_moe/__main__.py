@@ -23,7 +23,8 @@ def main() -> None:
             console.print(f"  [bold]{command:<8}[/bold] {line}")
         console.print("\nAlso under torchrun: torchrun --nproc-per-node 2 -m deepep_moe doctor")
     else:
-        sys.exit(f"deepep_moe: there is no tool {name!r}; there is {', '.join(COMMANDS)}")
+        hint = "; benchmarks are run from a checkout: python -m benchmarks --help" if name in ("bench", "model") else ""
+        sys.exit(f"deepep_moe: there is no tool {name!r}; there is {', '.join(COMMANDS)}{hint}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,5 @@ from __future__ import annotations
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("deepep_moe.tools.doctor", "what is installed here, which backend would run and why, and does it work"),
-    "bench": ("deepep_moe.tools.bench", "how long operations, dispatchers and MoE layers take here, beside NCCL"),
-    "model": (
-        "deepep_moe.tools.node_model",
-        "what dispatch and combine should take over several nodes, by a short model",
-    ),
 }
 """Name: (module, one line of help)."""

@@ -26,7 +26,7 @@ from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension
 from deepep_moe.backends import BACKENDS, why_not
 from deepep_moe.backends.rail import TorchRail
 from deepep_moe.errors import DeepEPMoEError
-from deepep_moe.tools.bench_timing import ranks_of_this_run
+from deepep_moe.tools.world import ranks_of_this_run
 from deepep_moe.topology import find_nodes
 
 GOOD, NOTE, BAD = "[green]ok[/green]", "[yellow]note[/yellow]", "[red]wrong[/red]"

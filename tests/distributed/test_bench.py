@@ -1,4 +1,4 @@
-"""``python -m deepep_moe bench`` on two ranks without a GPU: every subcommand measures what it says, and saves it."""
+"""``python -m benchmarks`` on two ranks without a GPU: every subcommand measures what it says, and saves it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepep_moe.tools.bench_ops import Shape, routing
+from benchmarks.ops import Shape, routing
 from tests.launch import torchrun
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -22,10 +22,10 @@ def bench(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """Output and tables of one run."""
     file = folder / "bench.json"
     saving = ("--json", str(file), "--markdown", str(folder / "bench.md"), "--plot", str(folder / "bench.png"))
-    output = torchrun(2, "-m", "deepep_moe", "bench", *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
+    output = torchrun(2, "-m", "benchmarks", *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads(file.read_text())
-    assert saved["command"].startswith(f"torchrun --nproc-per-node 2 -m deepep_moe bench {arguments[0]}")
+    assert saved["command"].startswith(f"torchrun --nproc-per-node 2 -m benchmarks {arguments[0]}")
     assert str(folder) not in saved["command"]
     assert saved["environment"]["ranks"] == 2
     for table in saved["tables"]:
@@ -158,7 +158,7 @@ def test_deepspeed(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_cannot_work_is_told_in_a_line() -> None:
-    result = torchrun(2, "-m", "deepep_moe", "bench", "ops", "--shape", "8,64,1,5", env=NO_GPU, check=False)
+    result = torchrun(2, "-m", "benchmarks", "ops", "--shape", "8,64,1,5", env=NO_GPU, check=False)
     assert result.returncode != 0
-    assert "bench: --shape = 8,64,1,5: experts must be a multiple of the 2 ranks" in result.stdout
+    assert "benchmarks: --shape = 8,64,1,5: experts must be a multiple of the 2 ranks" in result.stdout
     assert "InputError" not in result.stdout  # no stack trace

@@ -1,4 +1,4 @@
-"""``bench overlap`` on two ranks without a GPU: every order does the same work, and what was asked for is saved."""
+"""``benchmarks overlap`` on two ranks without a GPU: every order does the same work, and what was asked is saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.launch import torchrun
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 WITH_MEGATRON = importlib.util.find_spec("megatron") is not None
-SMALL = ("bench", "overlap", "--layer", "64,32,4,2", "--tokens", "24")
+SMALL = ("overlap", "--layer", "64,32,4,2", "--tokens", "24")
 
 
 def test_overlap(tmp_path: Path) -> None:
@@ -23,10 +23,10 @@ def test_overlap(tmp_path: Path) -> None:
         str(tmp_path / "traces"),
     )
     asked = ("--chunks", "3", "--repeats", "2", *saving)
-    torchrun(2, "-m", "deepep_moe", *SMALL, *asked, env=NO_GPU)
+    torchrun(2, "-m", "benchmarks", *SMALL, *asked, env=NO_GPU)
     saved = json.loads((tmp_path / "o.json").read_text())
-    assert saved["command"] == "torchrun --nproc-per-node 2 -m deepep_moe bench overlap " + " ".join(
-        [*SMALL[2:], "--chunks", "3", "--repeats", "2"]
+    assert saved["command"] == "torchrun --nproc-per-node 2 -m benchmarks overlap " + " ".join(
+        [*SMALL[1:], "--chunks", "3", "--repeats", "2"]
     )
     assert len(saved["tables"]) == 1 + WITH_MEGATRON
     ways = [(row["name"], row["setting"]) for table in saved["tables"] for row in table["measurements"]]
@@ -49,5 +49,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("--timeline", str(tmp_path / "t.png")): "--timeline shows kernels, and there is no GPU",
     }
     for option, told in refusals.items():
-        result = torchrun(1, "-m", "deepep_moe", *SMALL, *option, env=NO_GPU, check=False)
+        result = torchrun(1, "-m", "benchmarks", *SMALL, *option, env=NO_GPU, check=False)
         assert result.returncode and told in result.stdout

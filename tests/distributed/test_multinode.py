@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from deepep_moe.tools.bench_nodes import crossing_rows
-from deepep_moe.tools.bench_ops import Shape
+from benchmarks.nodes import crossing_rows
+from benchmarks.ops import Shape
 from tests.distributed.recipe_runs import metrics
 from tests.launch import ROOT, environment
 

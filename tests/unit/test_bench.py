@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import ops, timing
+from benchmarks.__main__ import parse_budgets
+from benchmarks.dispatcher import CAPACITY_FACTOR, capacity_factor
+from benchmarks.megatron_layer import LAYERS, Contender, Layer, measure, with_settings
+from benchmarks.ops import HOT, LINK_BYTES, Shape, Traffic, ceiling_table, link_targets, routing, sent_bytes
+from benchmarks.report import Measurement, Report, Table, command_line
+from benchmarks.timing import CALLS, WARMUP, Phases
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
-from deepep_moe.tools import bench_ops, bench_timing
-from deepep_moe.tools.bench import parse_budgets
-from deepep_moe.tools.bench_dispatcher import CAPACITY_FACTOR, capacity_factor
-from deepep_moe.tools.bench_megatron import LAYERS, Contender, Layer, measure, with_settings
-from deepep_moe.tools.bench_ops import HOT, LINK_BYTES, Shape, Traffic, ceiling_table, link_targets, routing, sent_bytes
-from deepep_moe.tools.bench_report import Measurement, Report, Table, command_line
-from deepep_moe.tools.bench_timing import CALLS, WARMUP, Phases, World
+from deepep_moe.tools.world import World, ranks_of_this_run
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A run of one rank on the CPU."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with bench_timing.ranks_of_this_run() as world:
+    with ranks_of_this_run() as world:
         yield world
 
 
@@ -90,25 +91,25 @@ def test_link_ceiling_fills_the_memory_of_all_peers_once(ranks: int) -> None:
 def test_link_ceiling_is_bytes_over_time(alone: World) -> None:
     table = ceiling_table(World(0, 4, torch.device("cpu"), "nccl"), [sent_bytes(4) / 300e3] * 3)
     assert dict(table.columns())["link GB/s"] == ["300"]
-    assert bench_ops.link_ceiling(alone, 1) == []
+    assert ops.link_ceiling(alone, 1) == []
 
 
 def test_kernel_time_is_per_call_and_counts_no_warm_up(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = [0.0], []
-    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def call() -> None:
         calls.append(len(calls))
         clock[0] += 1.0 if len(calls) <= WARMUP * (1 + CALLS) else 3e-6
 
-    samples = bench_timing.kernel_samples(alone, call, repeats=4)
+    samples = timing.kernel_samples(alone, call, repeats=4)
     assert len(calls) == (WARMUP + 4) * (1 + CALLS)
     assert samples == pytest.approx([3.0] * 4, rel=1e-3)
 
 
 def test_phases_add_up_to_the_total(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def step(phase: Phases) -> None:
         clock[0] += 2e-6
@@ -116,7 +117,7 @@ def test_phases_add_up_to_the_total(alone: World, monkeypatch: pytest.MonkeyPatc
         clock[0] += 5e-6
         phase("combine")
 
-    samples = bench_timing.step_samples(alone, step, repeats=2)
+    samples = timing.step_samples(alone, step, repeats=2)
     assert list(samples) == ["dispatch", "combine", "total"]
     assert samples["dispatch"] == pytest.approx([2.0] * 2)
     assert samples["combine"] == pytest.approx([5.0] * 2)
@@ -131,7 +132,7 @@ class FakeGPU:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.synchronize())
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.enqueue(cycles / 2000))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
-        monkeypatch.setattr(bench_timing.dist, "all_reduce", lambda tensor, op=None: None)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op=None: None)
 
     def synchronize(self) -> None:
         self.host = max(self.host, self.free)
@@ -166,8 +167,8 @@ def test_on_a_busy_gpu_a_step_pays_for_waits_only(monkeypatch: pytest.MonkeyPatc
         gpu.enqueue(100)
         phase("waited")
 
-    idle = bench_timing.step_samples(world, step, repeats=2)
-    busy = bench_timing.step_samples(world, step, repeats=2, busy=True)
+    idle = timing.step_samples(world, step, repeats=2)
+    busy = timing.step_samples(world, step, repeats=2, busy=True)
     expected = {"launched": 300.0 + 100, "waited": 20.0 + 40 + 100, "total": 560.0}
     assert {name: pytest.approx([time] * 2) for name, time in expected.items()} == idle
     expected.update(launched=100.0, total=260.0)
@@ -293,9 +294,9 @@ def test_a_report_is_saved_with_what_it_takes_to_repeat_it(alone: World, tmp_pat
 
 
 def test_the_command_is_shown_without_where_results_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["bench", "ops", "--json", "/x/a.json", "--shape", "8,8,1,2", "--plot=/x/a.png", "--num-sms", "0,24"]
+    arguments = ["ops", "--json", "/x/a.json", "--shape", "8,8,1,2", "--plot=/x/a.png", "--num-sms", "0,24"]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert command_line(arguments) == "python -m deepep_moe bench ops --shape 8,8,1,2 --num-sms 0,24"
+    assert command_line(arguments) == "python -m benchmarks ops --shape 8,8,1,2 --num-sms 0,24"
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
-    assert command_line(["bench"]) == "torchrun --nnodes 2 --nproc-per-node 8 -m deepep_moe bench"
+    assert command_line(["ops"]) == "torchrun --nnodes 2 --nproc-per-node 8 -m benchmarks ops"

@@ -1,4 +1,4 @@
-"""The arithmetic of ``bench overlap``: what a trace says about hidden communication."""
+"""The arithmetic of ``benchmarks overlap``: what a trace says about hidden communication."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepep_moe.tools.bench_overlap import Span, Timeline, covered, draw, hidden_time, in_both, length, spans_of
+from benchmarks.overlap import Span, Timeline, covered, draw, hidden_time, in_both, length, spans_of
 
 DISPATCH = "void deepep_moe::(anonymous namespace)::dispatch_kernel(deepep_moe::DispatchArgs)"
 GEMM = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT"

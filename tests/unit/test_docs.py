@@ -15,7 +15,14 @@ ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
 def sources() -> list[str]:
-    patterns = ("deepep_moe/**/*.py", "integrations/**/*.py", "recipes/*.py", "csrc/**/*.c*", "csrc/**/*.h")
+    patterns = (
+        "deepep_moe/**/*.py",
+        "integrations/**/*.py",
+        "recipes/*.py",
+        "benchmarks/*.py",
+        "csrc/**/*.c*",
+        "csrc/**/*.h",
+    )
     paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
     return sorted(str(path.relative_to(ROOT)) for path in paths if path.name != "__init__.py")
 
@@ -23,7 +30,7 @@ def sources() -> list[str]:
 @pytest.mark.parametrize("path", sources())
 def test_architecture_shows_every_file(path: str) -> None:
     top, _, rest = path.partition("/")
-    assert f"`{rest if top != 'recipes' else path}`" in ARCHITECTURE
+    assert f"`{rest if top not in ('recipes', 'benchmarks') else path}`" in ARCHITECTURE
 
 
 def test_architecture_shows_no_file_that_is_gone() -> None:
@@ -40,6 +47,6 @@ def test_readme_table_is_the_dispatcher_config() -> None:
 
 
 def test_readme_names_files_that_exist() -> None:
-    for name in re.findall(r"(?:recipes|tests|docs|deepep_moe)/[\w/]+\.(?:py|sh|md|yaml)", README):
+    for name in re.findall(r"(?:recipes|tests|docs|deepep_moe|benchmarks)/[\w/]+\.(?:py|sh|md|yaml)", README):
         if name not in ("docs/benchmarks.md", "docs/gpu-status.md"):
             assert (ROOT / name).exists(), name

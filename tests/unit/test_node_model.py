@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from deepep_moe.tools import node_model
-from deepep_moe.tools.bench_nodes import crossing_rows
-from deepep_moe.tools.bench_ops import Shape
-from deepep_moe.tools.node_model import KINDS, MEASURED, Cluster
+from benchmarks import node_model
+from benchmarks.__main__ import app
+from benchmarks.node_model import KINDS, MEASURED, Cluster
+from benchmarks.nodes import crossing_rows
+from benchmarks.ops import Shape
 
 SHAPE = Shape(4096, 7168, 8, 256)
 
@@ -34,7 +35,7 @@ def test_one_node_sends_nothing_and_many_never_more_than_top_k() -> None:
 
 
 def test_the_command_prints_both_tables() -> None:
-    result = CliRunner().invoke(node_model.app, ["--nodes", "1,4"])
+    result = CliRunner().invoke(app, ["model", "--nodes", "1,4"])
     assert result.exit_code == 0, result.output
     assert "Two nodes of two H100s" in result.output
     assert "Predicted: 4096 tokens per rank" in result.output

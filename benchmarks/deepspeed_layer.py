@@ -1,6 +1,6 @@
-"""``bench deepspeed``: DeepSpeed's two kinds of MoE layer as they are, and on this library.
+"""``benchmarks deepspeed``: DeepSpeed's two kinds of MoE layer as they are, and on this library.
 
-Contenders and clocks are those of bench_megatron.py. No engine is made: a layer runs alone, on expert-parallel groups
+Contenders and clocks are those of megatron_layer.py. No engine is made: a layer runs alone, on expert-parallel groups
 that DeepSpeed makes from the ranks of this run.
 """
 
@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import UnsupportedError
-from deepep_moe.tools.bench_megatron import (
+from benchmarks.megatron_layer import (
     SEED,
     Contender,
     Layer,
@@ -28,8 +26,10 @@ from deepep_moe.tools.bench_megatron import (
     measure,
     with_settings,
 )
-from deepep_moe.tools.bench_report import Table
-from deepep_moe.tools.bench_timing import World
+from benchmarks.report import Table
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import UnsupportedError
+from deepep_moe.tools.world import World
 
 STOCK = "DeepSpeed"
 

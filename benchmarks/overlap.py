@@ -1,4 +1,4 @@
-"""``bench overlap``: how much of dispatch and combine hides behind GEMMs, and what a step gains by it.
+"""``benchmarks overlap``: how much of dispatch and combine hides behind GEMMs, and what a step gains by it.
 
 One MoE layer with a shared expert, forward and backward with the gradients of all weights, uncached, in several
 orders; and Megatron-Core's, with its own overlap of the shared expert. Steps are timed without a profiler; then a
@@ -22,11 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from deepep_moe.config import DispatcherConfig
-from deepep_moe.dispatcher import Dispatched, TokenDispatcher
-from deepep_moe.grouped import Groups, grouped_linear
-from deepep_moe.overlap import Overlap
-from deepep_moe.tools.bench_megatron import (
+from benchmarks.megatron_layer import (
     AGREEMENT,
     SEED,
     Layer,
@@ -36,9 +32,14 @@ from deepep_moe.tools.bench_megatron import (
     moe_layer,
     with_settings,
 )
-from deepep_moe.tools.bench_ops import Shape, routing
-from deepep_moe.tools.bench_report import Measurement, Table
-from deepep_moe.tools.bench_timing import Phases, World, step_samples
+from benchmarks.ops import Shape, routing
+from benchmarks.report import Measurement, Table
+from benchmarks.timing import Phases, step_samples
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+from deepep_moe.grouped import Groups, grouped_linear
+from deepep_moe.overlap import Overlap
+from deepep_moe.tools.world import World
 
 IN_TURN, BESIDE = "in turn", "shared expert beside"
 

@@ -1,6 +1,6 @@
-"""``bench dispatcher``: tokens to expert rows and back, beside Megatron-Core's own ``alltoall`` dispatcher.
+"""``benchmarks dispatcher``: tokens to expert rows and back, beside Megatron-Core's own ``alltoall`` dispatcher.
 
-What contenders have in common is in bench_megatron.py. Each runs from an idle GPU and, where there is one, also behind
+What contenders have in common is in megatron_layer.py. Each runs from an idle GPU and, where there is one, also behind
 other work of the GPU: in a training step attention and router still run when the host comes to the dispatch.
 """
 
@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.config import DispatcherConfig
-from deepep_moe.dispatcher import TokenDispatcher
-from deepep_moe.tools.bench_megatron import (
+from benchmarks.megatron_layer import (
     Contender,
     Step,
     by_budget,
@@ -27,9 +25,12 @@ from deepep_moe.tools.bench_megatron import (
     transformer_config,
     with_settings,
 )
-from deepep_moe.tools.bench_ops import Shape, routing
-from deepep_moe.tools.bench_report import Table
-from deepep_moe.tools.bench_timing import Phases, World
+from benchmarks.ops import Shape, routing
+from benchmarks.report import Table
+from benchmarks.timing import Phases
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.dispatcher import TokenDispatcher
+from deepep_moe.tools.world import World
 from deepep_moe.weigh import weigh_rows
 
 CAPACITY_FACTOR = 1.25  # of the capacity mode, at least; more where few tokens make an uneven load

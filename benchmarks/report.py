@@ -27,7 +27,7 @@ from rich.table import Table as RichTable
 from deepep_moe import __version__
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import UnsupportedError
-from deepep_moe.tools.bench_timing import World
+from deepep_moe.tools.world import World
 
 _OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--timeline", "--trace", "--commit")
 
@@ -276,11 +276,11 @@ def command_line(arguments: Iterable[str] | None = None) -> str:
             del given[:1]
         elif argument.partition("=")[0] not in _OUTPUT_OPTIONS:
             kept.append(argument)
-    run = "python -m deepep_moe"
+    run = "python -m benchmarks"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local, size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         nodes = f"--nnodes {size // local} " if size > local else ""
-        run = f"torchrun {nodes}--nproc-per-node {local} -m deepep_moe"
+        run = f"torchrun {nodes}--nproc-per-node {local} -m benchmarks"
     return f"{run} {shlex.join(kept)}"
 
 

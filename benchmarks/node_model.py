@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deepep_moe.tools.bench_ops import Shape
+from benchmarks.ops import Shape
 
 MOVES = 4  # of all rows, in a step
 BYTES = 2  # of a BF16 channel
@@ -86,10 +86,7 @@ MEASURED = (  # (kind, cluster, us): sockets between two parts of one host, docs
     ("collective", Cluster(2, 2, 1.83), 276_000.0),
 )
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def model(
     shape: Annotated[str, typer.Option(help="Tokens per rank, hidden size, top-k, experts.")] = "4096,7168,8,256",
     size: Annotated[int, typer.Option(min=1, help="Ranks of a node.")] = 8,

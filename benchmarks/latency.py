@@ -1,4 +1,4 @@
-"""``bench latency``: the low-latency calls at decode-sized batches, beside torch.distributed's all-to-all.
+"""``benchmarks latency``: the low-latency calls at decode-sized batches, beside torch.distributed's all-to-all.
 
 Settings of a table: *graph*: a captured graph of many calls, its time divided by their number, so launch gaps are in it
 and host time is not; *eager*: back-to-back calls whose host time is hidden; *host*: what the host spends on a dispatch
@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.ops import Shape, Traffic, routing
+from benchmarks.report import Measurement, Table
+from benchmarks.timing import WARMUP, host_samples, kernel_samples
 from deepep_moe.backends import Backend, get_backend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
@@ -23,9 +26,7 @@ from deepep_moe.events import StreamRunner
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
 from deepep_moe.low_latency_engine import DispatchCall
-from deepep_moe.tools.bench_ops import Shape, Traffic, routing
-from deepep_moe.tools.bench_report import Measurement, Table
-from deepep_moe.tools.bench_timing import WARMUP, World, host_samples, kernel_samples
+from deepep_moe.tools.world import World
 
 GRAPH_CALLS = 20
 HOST_CALLS = 20

@@ -1,4 +1,4 @@
-"""``bench nodes``: dispatchers and MoE layers over several nodes: Megatron-Core's ``alltoall`` and our backends.
+"""``benchmarks nodes``: dispatchers and MoE layers over several nodes: Megatron-Core's ``alltoall`` and our backends.
 
 Beside the times: rows that crossed between nodes per token, counted from the routing, and the least that can (one per
 token and other node that it has an expert on).
@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks import dispatcher, megatron_layer
+from benchmarks.megatron_layer import Contender, Layer, megatron_missing, with_settings
+from benchmarks.ops import Shape, routing
+from benchmarks.report import Table
 from deepep_moe.config import ENV_PREFIX
 from deepep_moe.errors import InputError
-from deepep_moe.tools import bench_dispatcher, bench_megatron
-from deepep_moe.tools.bench_megatron import Contender, Layer, megatron_missing, with_settings
-from deepep_moe.tools.bench_ops import Shape, routing
-from deepep_moe.tools.bench_report import Table
-from deepep_moe.tools.bench_timing import World
+from deepep_moe.tools.world import World
 
 BACKENDS = ("collective", "hierarchical")
 ROWS, FLOOR = "rows across per token", "floor"
@@ -65,14 +65,12 @@ def contenders(world: World, shape: Shape) -> list[Contender]:
     """alltoall if Megatron-Core is there, then our dispatcher inside Megatron and alone, on each backend."""
     found = []
     if megatron_missing(world) is None:
-        found.append(
-            Contender("Megatron alltoall", lambda: bench_dispatcher.megatron_dispatcher(world, shape, "alltoall"))
-        )
+        found.append(Contender("Megatron alltoall", lambda: dispatcher.megatron_dispatcher(world, shape, "alltoall")))
         for name in BACKENDS:
-            build = with_settings(lambda: bench_dispatcher.megatron_dispatcher(world, shape, "deepep"), backend=name)
+            build = with_settings(lambda: dispatcher.megatron_dispatcher(world, shape, "deepep"), backend=name)
             found.append(Contender(f"Megatron deepep, {name}", build))
     for name in BACKENDS:
-        build = with_settings(lambda: bench_dispatcher.token_dispatcher(world, shape), backend=name)
+        build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
         found.append(Contender(f"TokenDispatcher, {name}", build))
     return found
 
@@ -83,8 +81,8 @@ def dispatcher_table(
     """The phases of ``contenders`` on one shape. Collective."""
     nodes = world.size // size
     title = f"Dispatchers over {nodes} nodes of {size}: {shape}"
-    table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, list(bench_dispatcher.NOTES))
-    table = bench_megatron.measure(world, table, contenders, repeats, done)
+    table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, list(dispatcher.NOTES))
+    table = megatron_layer.measure(world, table, contenders, repeats, done)
     rows = crossing_rows(shape, world.size, size)
     for index, row in enumerate(table.rows):
         if row.name == "total":
@@ -98,9 +96,9 @@ def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int
     nodes = world.size // size
     title = f"MoELayer over {nodes} nodes of {size}: {layer}, {tokens} tokens per rank"
     case = {**layer._asdict(), "tokens": tokens, "ranks": world.size, "nodes": nodes}
-    table = Table(title, case, list(bench_megatron.LAYER_NOTES))
-    found = [Contender("alltoall", bench_megatron.layer_builder(world, layer, tokens, "alltoall", grouped=True))]
+    table = Table(title, case, list(megatron_layer.LAYER_NOTES))
+    found = [Contender("alltoall", megatron_layer.layer_builder(world, layer, tokens, "alltoall", grouped=True))]
     for name in BACKENDS:
-        build = bench_megatron.layer_builder(world, layer, tokens, "deepep", grouped=True)
+        build = megatron_layer.layer_builder(world, layer, tokens, "deepep", grouped=True)
         found.append(Contender(f"deepep, {name}", with_settings(build, backend=name)))
-    return bench_megatron.measure(world, table, found, repeats, done)
+    return megatron_layer.measure(world, table, found, repeats, done)

@@ -1,10 +1,10 @@
-"""``deepep-moe bench``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
+"""``python -m benchmarks``: how long operations, dispatchers and whole MoE layers take, beside what else does the same.
 
-``ops`` times the backend (bench_ops.py), ``latency`` the low-latency calls (bench_latency.py), ``dispatcher`` what a
-training step pays for dispatch and combine (bench_dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers
-(bench_megatron.py, bench_deepspeed.py), ``overlap`` how much communication hides behind GEMMs (bench_overlap.py),
-``nodes`` dispatchers and layers over several nodes (bench_nodes.py). What is in a time is said in bench_timing.py;
-bench_report.py shows and saves it.
+``ops`` times the backend (ops.py), ``latency`` the low-latency calls (latency.py), ``dispatcher`` what a
+training step pays for dispatch and combine (dispatcher.py), ``megatron`` and ``deepspeed`` whole MoE layers
+(megatron_layer.py, deepspeed_layer.py), ``overlap`` how much communication hides behind GEMMs (overlap.py),
+``nodes`` dispatchers and layers over several nodes (nodes.py). What is in a time is said in timing.py;
+report.py shows and saves it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import benchmarks.deepspeed_layer as bench_deepspeed
+import benchmarks.dispatcher as bench_dispatcher
+import benchmarks.latency as bench_latency
+import benchmarks.megatron_layer as bench_megatron
+import benchmarks.nodes as bench_nodes
+import benchmarks.ops as bench_ops
+import benchmarks.overlap as bench_overlap
+from benchmarks import node_model
+from benchmarks.report import Report, need_matplotlib
 from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
-from deepep_moe.tools import (
-    bench_deepspeed,
-    bench_dispatcher,
-    bench_latency,
-    bench_megatron,
-    bench_nodes,
-    bench_ops,
-    bench_overlap,
-)
-from deepep_moe.tools.bench_report import Report, need_matplotlib
-from deepep_moe.tools.bench_timing import World, ranks_of_this_run
+from deepep_moe.tools.world import World, ranks_of_this_run
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Time operations, dispatchers and MoE layers on all ranks of torchrun: `bench ops --help` says more.",
+    help="Time operations, dispatchers and MoE layers on all ranks of torchrun: `benchmarks ops --help` says more.",
 )
 
 Repeats = Annotated[int, typer.Option(min=1, help="Samples of each time; tables show their median.")]
@@ -80,18 +79,18 @@ def run_on_all_ranks(files: dict[str, Path | None], commit: str | None) -> Itera
                     shown = Console(width=200)
                 yield Run(world, Report.start(world, files, commit, shown), progress)
     except DeepEPMoEError as error:
-        typer.echo(f"bench: {error}", err=True)
+        typer.echo(f"benchmarks: {error}", err=True)
         raise typer.Exit(1) from error
 
 
 OPS_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench ops
+    torchrun --nproc-per-node 2 -m benchmarks ops
 
-    torchrun --nproc-per-node 8 -m deepep_moe bench ops --shape 4096,7168,8,256 --shape 8192,4096,2,8
+    torchrun --nproc-per-node 8 -m benchmarks ops --shape 4096,7168,8,256 --shape 8192,4096,2,8
     --num-sms 0,24 --routing both --json ops.json --markdown ops.md --plot ops.png
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench ops --shape 64,256,2,8      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks ops --shape 64,256,2,8      (also runs on CPUs)
 """
 
 
@@ -133,9 +132,9 @@ def ops(
 
 LATENCY_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 4 -m deepep_moe bench latency --json latency.json --plot latency.png
+    torchrun --nproc-per-node 4 -m benchmarks latency --json latency.json --plot latency.png
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench latency --layer 256,2,8 --tokens 1,16      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks latency --layer 256,2,8 --tokens 1,16      (also runs on CPUs)
 """
 
 
@@ -165,9 +164,9 @@ def latency(
 
 DISPATCHER_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench dispatcher --num-sms 0,24 --json dispatcher.json
+    torchrun --nproc-per-node 2 -m benchmarks dispatcher --num-sms 0,24 --json dispatcher.json
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench dispatcher --shape 64,256,2,8      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks dispatcher --shape 64,256,2,8      (also runs on CPUs)
 """
 
 
@@ -192,11 +191,11 @@ def dispatcher(
 
 MEGATRON_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench megatron --json megatron.json --markdown megatron.md
+    torchrun --nproc-per-node 2 -m benchmarks megatron --json megatron.json --markdown megatron.md
 
-    torchrun --nproc-per-node 8 -m deepep_moe bench megatron --layer mixtral --num-sms 0,24
+    torchrun --nproc-per-node 8 -m benchmarks megatron --layer mixtral --num-sms 0,24
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench megatron --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks megatron --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
 """
 
 
@@ -224,11 +223,11 @@ def megatron(
 
 DEEPSPEED_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench deepspeed --json deepspeed.json --markdown deepspeed.md
+    torchrun --nproc-per-node 2 -m benchmarks deepspeed --json deepspeed.json --markdown deepspeed.md
 
-    torchrun --nproc-per-node 8 -m deepep_moe bench deepspeed --layer mixtral --num-sms 0,24
+    torchrun --nproc-per-node 8 -m benchmarks deepspeed --layer mixtral --num-sms 0,24
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench deepspeed --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks deepspeed --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
 """
 
 
@@ -257,11 +256,11 @@ def deepspeed(
 
 OVERLAP_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench overlap --num-sms 0,24,48 --timeline overlap.png
+    torchrun --nproc-per-node 2 -m benchmarks overlap --num-sms 0,24,48 --timeline overlap.png
 
-    torchrun --nproc-per-node 8 -m deepep_moe bench overlap --layer mixtral --chunks 2,4,8 --trace traces/
+    torchrun --nproc-per-node 8 -m benchmarks overlap --layer mixtral --chunks 2,4,8 --trace traces/
 
-    torchrun --nproc-per-node 2 -m deepep_moe bench overlap --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
+    torchrun --nproc-per-node 2 -m benchmarks overlap --layer 64,32,4,2 --tokens 32      (also runs on CPUs)
 """
 
 
@@ -312,11 +311,11 @@ def overlap(
 
 NODES_EXAMPLES = """[bold]Examples[/bold]
 
-    torchrun --nproc-per-node 4 -m deepep_moe bench nodes --ranks-per-node 2      (cuts one host; NCCL over sockets)
+    torchrun --nproc-per-node 4 -m benchmarks nodes --ranks-per-node 2      (cuts one host; NCCL over sockets)
 
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m deepep_moe bench nodes
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m benchmarks nodes
 
-    torchrun --nproc-per-node 4 -m deepep_moe bench nodes --ranks-per-node 2 --shape 64,256,2,8 --layer 64,32,4,2
+    torchrun --nproc-per-node 4 -m benchmarks nodes --ranks-per-node 2 --shape 64,256,2,8 --layer 64,32,4,2
     --tokens 32      (also runs on CPUs)
 """
 
@@ -351,6 +350,9 @@ def nodes(
             run.report.add(bench_nodes.layer_table(world, one, size, tokens, repeats, done))
 
 
+app.command(name="model")(node_model.model)
+
+
 def parse_shapes(texts: list[str], world: World) -> list[bench_ops.Shape]:
     """Shapes that work on these ranks."""
     shapes = [bench_ops.Shape.parse(text) for text in texts]
@@ -374,3 +376,7 @@ def parse_counts(option: str, text: str, least: int) -> list[int]:
         meaning = "numbers of SMs, 0 for all, such as 0,24" if least == 0 else "positive integers, such as 2,4"
         raise InputError(option, text, f"comma-separated {meaning}")
     return counts
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

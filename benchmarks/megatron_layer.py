@@ -1,4 +1,4 @@
-"""``bench megatron``: Megatron-Core's MoE layer on our dispatcher and on its own ``alltoall``; what contenders share.
+"""``benchmarks megatron``: Megatron-Core's MoE layer on our dispatcher and on its own; what contenders share.
 
 Nothing is cached: every step plans anew. Contenders run one after the other in the same processes, from the same
 tokens, routing and weights; that their outputs agree is checked. Phases are cut by CUDA events on the current stream,
@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.ops import say_budget
+from benchmarks.report import Measurement, Table
+from benchmarks.timing import MemoryWatch, Phases, step_samples
 from deepep_moe.backends import get_backend
 from deepep_moe.config import ENV_PREFIX, DispatcherConfig
 from deepep_moe.errors import InputError, UnsupportedError
-from deepep_moe.tools.bench_ops import say_budget
-from deepep_moe.tools.bench_report import Measurement, Table
-from deepep_moe.tools.bench_timing import MemoryWatch, Phases, World, step_samples
+from deepep_moe.tools.world import World
 
 AGREEMENT = 0.02  # outputs may differ by this, relative to the largest: bf16 is rounded in other places
 SEED = 1234

@@ -6,93 +6,17 @@ All times are microseconds. A sample is the time of the slowest rank, so that a 
 from __future__ import annotations
 
 import gc
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from deepep_moe.tools.world import World
 
 WARMUP = 3
 CALLS = 5  # back-to-back calls of one sample of kernel time
-_SPIN_CYCLES = 2_000_000  # about 1 ms: what the host enqueues in this time costs the GPU no wait
-
-
-@dataclass(frozen=True)
-class World:
-    """This rank, and all ranks of the run."""
-
-    rank: int
-    size: int
-    device: torch.device
-    collectives: str
-    """Who moves tensors of ``device`` in torch.distributed: ``nccl``, or ``gloo`` (CPUs, or ranks that share a GPU)."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def can_all_to_all(self) -> bool:
-        """Whether torch.distributed has an all-to-all for tensors of ``device``."""
-        return self.collectives == "nccl" or not self.on_gpu
-
-    def synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def align(self, busy: bool = False) -> None:
-        """Let all ranks start together. With NCCL the devices meet, and what is enqueued next starts on all at once.
-
-        ``busy``: the GPUs spin for about a millisecond before, and the host goes on meanwhile.
-        """
-        self.synchronize()
-        if busy:
-            torch.cuda._sleep(_SPIN_CYCLES)
-        dist.all_reduce(torch.zeros(1, device=self.device if self.collectives == "nccl" else None))
-
-    def meet(self) -> None:
-        """:meth:`align`, and go on when the device is idle again."""
-        self.align()
-        self.synchronize()
-
-    def largest(self, values: list[float]) -> list[float]:
-        """Each value's maximum over the ranks."""
-        result = torch.tensor(values, dtype=torch.float64, device="cpu")
-        if values:
-            dist.all_reduce(result, op=dist.ReduceOp.MAX)
-        return list(result.tolist())
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-
-@contextmanager
-def ranks_of_this_run(timeout_seconds: float = 300) -> Iterator[World]:
-    """Join torchrun's ranks (without torchrun: one rank alone) on their GPUs, or on the CPU where there are none."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    # NCCL refuses two ranks on one GPU; gloo serves CPU tensors in any case.
-    own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
-    groups = "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(groups, timeout=timeout)
-    else:
-        dist.init_process_group(groups, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device, "nccl" if own_gpu else "gloo")
-    finally:
-        dist.destroy_process_group()
 
 
 def kernel_samples(world: World, call: Callable[[], Any], repeats: int, calls: int = CALLS) -> list[float]:
@@ -105,7 +29,7 @@ def kernel_samples(world: World, call: Callable[[], Any], repeats: int, calls: i
     for _ in range(WARMUP + repeats):
         world.align()
         if world.on_gpu:
-            torch.cuda._sleep(_SPIN_CYCLES)
+            world.spin()
         call()
         stop = _start_clock(world)
         for _ in range(calls):

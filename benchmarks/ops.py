@@ -1,4 +1,4 @@
-"""``bench ops``: the backend's operations alone, beside torch.distributed's all-to-all and the link itself.
+"""``benchmarks ops``: the backend's operations alone, beside torch.distributed's all-to-all and the link itself.
 
 Rows of a table, and what is in their time:
 
@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.report import Measurement, Table
+from benchmarks.timing import call_samples, host_samples, kernel_samples
 from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend, why_not
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.extension import _C
 from deepep_moe.fp8 import BLOCK, quantize_e4m3
 from deepep_moe.peer_memory import PeerMemory
-from deepep_moe.tools.bench_report import Measurement, Table
-from deepep_moe.tools.bench_timing import World, call_samples, host_samples, kernel_samples
+from deepep_moe.tools.world import World
 
 LINK_BYTES = 256 * 2**20
 HOST_CALLS = 20
