@@ -92,7 +92,7 @@ class HierarchicalBackend(Shared):
         self._geometry = Geometry(self.nodes, groups, device)
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
         self._node = Exchange(groups.node, device, config.timeout_seconds)
-        self.rail: Rail = TorchRail(groups.rail, device, config.timeout_seconds)
+        self.rail: Rail = TorchRail(groups.rail, device, config)
         # What ranks share is compared here, over all nodes.
         engine = NVLinkBackend if device.type == "cuda" else CollectiveBackend
         self.engine: Backend = engine(groups.node, device, replace(config, check_agreement=False))
@@ -285,7 +285,14 @@ class HierarchicalBackend(Shared):
         beside = _beside(sent_scales, weights)
         count = self._num_chunks(plan, _row_bytes(sent) + (0 if beside is None else _row_bytes(beside)))
         chunks = plan.chunks(count)
-        crossing = [[self._send(chunk, part) for part in (sent, beside) if part is not None] for chunk in chunks]
+        crossing = [
+            [
+                self.rail.start("dispatch", _select(part, chunk.tokens), chunk.sent, chunk.received, number, count)
+                for part in (sent, beside)
+                if part is not None
+            ]
+            for number, chunk in enumerate(chunks)
+        ]
         own, *parts = plan.parts(layout, count)  # made while rows cross
 
         by_expert = layout is Layout.BY_EXPERT
@@ -352,11 +359,11 @@ class HierarchicalBackend(Shared):
         chunks = plan.chunks(count)
         own, *parts = plan.parts(layout, count)
         crossing: list[list[Callable[[], Tensor]]] = []
-        for chunk, part in zip(chunks, parts):  # what must cross goes first
+        for number, (chunk, part) in enumerate(zip(chunks, parts)):  # what must cross goes first
             sums = self._combine_inside(part, x, layout, weights, apply_weights)
             crossing.append(
                 [
-                    self.rail.start("combine", rows, chunk.received, chunk.sent)
+                    self.rail.start("combine", rows, chunk.received, chunk.sent, number, count)
                     for rows in (sums.x, sums.weights)
                     if rows is not None
                 ]
@@ -393,16 +400,13 @@ class HierarchicalBackend(Shared):
                 continue
             number = self._geometry.rail_nodes.index(node)
             for chunk, rows in zip(chunks, back):
-                first = sum(chunk.sent[:number])
-                share = slice(first, first + chunk.sent[number])
+                first = sum(chunk.sent.sizes[:number])
+                share = slice(first, first + chunk.sent.sizes[number])
                 # A token appears once per node: the order of the sum is the loop's.
                 total.index_add_(0, chunk.tokens[share], rows[share].float())
         for added in bias:
             total += added.detach().float()
         return total.to(own.dtype)
-
-    def _send(self, chunk: Chunk, rows: Tensor) -> Callable[[], Tensor]:
-        return self.rail.start("dispatch", _select(rows, chunk.tokens), chunk.sent, chunk.received)
 
     def _num_chunks(self, plan: HierarchicalPlan, row_bytes: int) -> int:
         """Equal on all ranks: it follows from what they agreed on."""
@@ -434,7 +438,7 @@ class HierarchicalBackend(Shared):
 
     def _refuse_capture(self) -> None:
         """All ranks capture or none: nothing is exchanged."""
-        if self.device.type == "cuda" and self.rail.needs_host and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
                 f"the {self.rail.name} transport between nodes needs the host to know the counts, so a plan cannot be "
                 "captured in a CUDA graph: make the plan before the capture, or use one node (nvlink)"

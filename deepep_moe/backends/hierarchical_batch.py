@@ -8,7 +8,7 @@ from torch import Tensor
 from deepep_moe.backends.base import Backend, Layout, Plan
 from deepep_moe.backends.exchange import Exchange
 from deepep_moe.backends.hierarchical_plan import Crossing, Geometry, number_in_blocks, positions
-from deepep_moe.backends.rail import Rail
+from deepep_moe.backends.rail import Blocks, Rail
 from deepep_moe.errors import InputError
 
 TO_NODE = 32  # in what all ranks are told, counts for nodes are above counts for ranks in one number
@@ -72,7 +72,7 @@ class Batches:
         num_tokens, size = topk_idx.shape[0], geometry.node_size
         routes = topk_idx if topk else in_rank[:, geometry.by_node].long()
         meta = torch.cat([crossing.tokens.unsqueeze(1), routes[crossing.tokens]], dim=1).to(torch.int32)
-        meta = self._rail.start("plan", meta, crossing.sent, crossing.received)()
+        meta = self._rail.start("plan", meta, Blocks(tuple(crossing.sent)), Blocks(tuple(crossing.received)), 0, 1)()
         came = meta[:, 1:].long()
         experts_in_node = num_experts // self._geometry.num_ranks * size
         if topk:
@@ -111,5 +111,5 @@ class Batches:
         local = num_tokens_per_expert.shape[0] // self._geometry.num_ranks
         by_node = num_tokens_per_expert.view(self._geometry.num_ranks, local)[geometry.by_node]
         by_node = by_node.view(self._geometry.nodes.count, -1)[list(geometry.rail_nodes)].contiguous()
-        ones = [1] * self._geometry.nodes.count
-        return self._rail.start("plan", by_node, ones, ones)().sum(0, dtype=torch.int32)
+        ones = Blocks((1,) * geometry.nodes.count)
+        return self._rail.start("plan", by_node, ones, ones, 0, 1)().sum(0, dtype=torch.int32)

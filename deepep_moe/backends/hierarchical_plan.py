@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan
+from deepep_moe.backends.rail import Blocks
 from deepep_moe.topology import NodeGroups, Nodes
 
 # Columns of what is known about each row that reached this rank, before those of its routes' expert rows.
@@ -81,8 +82,8 @@ class Chunk:
     """Part of a :class:`Crossing`, from every rail rank its share."""
 
     tokens: Tensor
-    sent: list[int]
-    received: list[int]
+    sent: Blocks
+    received: Blocks
 
 
 class Way:
@@ -155,13 +156,17 @@ class HierarchicalPlan(Plan):
         """What crosses, in ``count`` chunks."""
         crossing = self.way.crossing
         if count == 1:
-            return [Chunk(crossing.tokens, crossing.sent, crossing.received)]
+            return [Chunk(crossing.tokens, Blocks(tuple(crossing.sent)), Blocks(tuple(crossing.received)))]
         sent = [_shares(rows, count) for rows in crossing.sent]
         received = [_shares(rows, count) for rows in crossing.received]
         order = self._chunk_of_rows(crossing.sent, count).argsort(stable=True)
         sizes = [sum(shares[c] for shares in sent) for c in range(count)]
         return [
-            Chunk(tokens, [shares[c] for shares in sent], [shares[c] for shares in received])
+            Chunk(
+                tokens,
+                Blocks(tuple(shares[c] for shares in sent)),
+                Blocks(tuple(shares[c] for shares in received)),
+            )
             for c, tokens in enumerate(crossing.tokens[order].split(sizes))
         ]
 

@@ -1,14 +1,21 @@
-"""Rows between nodes: what the hierarchical backend asks of a network, and the one transport that every cluster has.
+"""Rail transports: how rows cross the network between nodes.
 
-A rank exchanges rows with the ranks that have its place in the other nodes, its *rail*. A transport moves contiguous
-blocks of rows, one per rail rank; what they mean is the backend's business. Rows of a chunk are sent while the chunk
-before is worked on, so a transfer begins and ends in two calls.
+A rank exchanges rows only with the ranks that have the same place in the other nodes, its *rail*. The hierarchical
+backend packs each token (row, scales, weights) into one row of bytes, gives every rail rank one *block* of rows, and
+moves a batch in *chunks*, so that one chunk crosses while the chunk before it is worked on inside the node.
+
+A transport implements :class:`Rail`. :class:`TorchRail` (NCCL on GPUs, gloo on CPUs) is the default: it runs wherever
+torch.distributed does.
+
+The host knows the size of every block. In plans of exact size a block holds what crosses and nothing else. Where sizes
+are fixed beforehand the host does not wait for counts: blocks have the largest possible size, and the device knows how
+many rows of each are used (:attr:`Blocks.used`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,42 +23,89 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.exchange import Exchange, given_up
+from deepep_moe.config import DispatcherConfig
+
+
+class Blocks(NamedTuple):
+    """The rows for each rank of the rail, or from each: one block of consecutive rows per rank, in rank order."""
+
+    sizes: tuple[int, ...]
+    """[N] rows of each block. The block of this rank itself has none."""
+    used: Tensor | None = None
+    """[N] int32 on the device: how many rows of each block, from its first on, carry data. None: all of them. The
+    receiver's numbers are those of the senders. Unused rows may cross or not; nobody reads what arrives in them."""
 
 
 class Rail(Protocol):
-    """Moves rows along one rail. Calls are collective over it and bounded; work is enqueued on the current stream."""
+    """Moves rows along one rail of N ranks.
+
+    Calls are collective over the rail. Work is enqueued on the current stream and may be captured in a CUDA graph if
+    the transport has run once before. No wait is unbounded: failures are raised as
+    :class:`~deepep_moe.errors.PeerError` by the call or, where the device finds out later, by :meth:`check`.
+
+    Dispatch and combine are one *operation* each: :meth:`start` for chunks 0 to ``num_chunks - 1``, and each chunk's
+    ``finish`` once, in the same order. Every chunk is finished before the first chunk of the next operation starts.
+    """
 
     name: str
-    needs_host: bool
-    """Whether the host must know how many rows come. Then nothing can be captured in a CUDA graph."""
+    moves_unused_rows: bool
+    """Whether whole blocks cross, used or not. If so, blocks are cut to what they carry in plans of exact size. If
+    not, all blocks of a chunk have one size on all ranks, which lets a sender know where they lie at the receiver."""
 
     @property
     def usable(self) -> bool:
         """False once an operation failed."""
         ...
 
-    def start(
-        self, phase: Phase, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
-        """Begin to send ``send_counts[r]`` consecutive ``rows [n, ...]``, of any dtype, to each rail rank r.
+    def gather(self, phase: Phase, block: Tensor) -> Tensor:
+        """``block [n, k]`` int32 of every rail rank, of equal shape on all: ``[N, n, k]`` in rail order."""
+        ...
 
-        Returns what gives the received rows, in order of the rail's ranks, for use on the current stream.
+    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
+        """``[num_rows, row_bytes]`` uint8, uninitialised: where the rows of a chunk are packed for :meth:`start`.
+
+        ``row_bytes`` is a multiple of 16 on GPUs.
         """
+        ...
+
+    def start(
+        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], Tensor]:
+        """Start to send ``rows``, of :meth:`send_buffer`, in blocks ``send``, and to receive blocks ``recv``.
+
+        Returns:
+            ``finish``: makes the current stream wait for the received rows ``[sum(recv.sizes), row_bytes]`` uint8 and
+            returns them. They stay valid until the next operation starts.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong in work already enqueued. Local, does not wait for the device."""
         ...
 
     def break_off(self, phase: Phase, reason: str) -> None:
         """Leave an operation that the rail's other ranks are in: they raise instead of waiting."""
         ...
 
+    def close(self) -> None:
+        """Free resources. Collective, idempotent."""
+        ...
+
 
 class TorchRail:
-    """:class:`Rail` by the all-to-all of torch.distributed: NCCL on GPUs, gloo on CPUs."""
+    """:class:`Rail` by the all-to-all of torch.distributed: NCCL on GPUs, gloo on CPUs.
 
-    needs_host = True
+    Args:
+        group: the ranks of the rail.
+        device: where rows live.
+        config: ``timeout_seconds`` applies.
+    """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
+    moves_unused_rows = True
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.name = self.name_on(device)
-        self._exchange = Exchange(group, device, timeout_seconds)
+        self._exchange = Exchange(group, device, config.timeout_seconds)
 
     @staticmethod
     def name_on(device: torch.device) -> str:
@@ -66,10 +120,25 @@ class TorchRail:
     def usable(self) -> bool:
         return self._exchange.usable
 
+    def gather(self, phase: Phase, block: Tensor) -> Tensor:
+        ranks, rows = self._exchange.world_size, block.shape[0]
+        sizes = [rows] * ranks
+        sent = block.expand(ranks, *block.shape).reshape(ranks * rows, *block.shape[1:])
+        return self._exchange.all_to_all(phase, sent, sizes, sizes).view(ranks, *block.shape)
+
+    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
+        return torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=self._exchange.device)
+
     def start(
-        self, phase: Phase, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
     ) -> Callable[[], Tensor]:
-        return self._exchange.start_all_to_all(phase, rows, send_counts, recv_counts)
+        return self._exchange.start_all_to_all(phase, rows, send.sizes, recv.sizes)
+
+    def check(self) -> None:
+        pass  # calls raise what went wrong themselves
 
     def break_off(self, phase: Phase, reason: str) -> None:
         self._exchange.break_off(phase, reason)
+
+    def close(self) -> None:
+        pass
