@@ -95,6 +95,10 @@ def fill(kind: type[T], section: str, values: Mapping[str, Any] | None) -> T:
 # --------------------------------------------------------------------------------------------- processes
 
 
+PEAK_TERAFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense BF16 of the SXM variants, by what the device name contains."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that torchrun started."""
@@ -102,6 +106,18 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on this process's device; the host does not wait for the copy to a GPU."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def utilization(self, flops_per_second: float) -> float | None:
+        """Percent of all GPUs' peak (dense BF16) that ``flops_per_second`` are; None where the peak is not known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((peak for part, peak in PEAK_TERAFLOPS.items() if part in name), None)
+        return None if peak is None else 100 * flops_per_second / (peak * 1e12 * self.size)
 
     def mean(self, value: float) -> float:
         """Mean of one number over all processes."""
@@ -238,9 +254,11 @@ class Adam:
         rate = self.learning_rate * self._schedule(step)
         for group in self.inner.param_groups:
             group["lr"] = rate
+        # One element, not a scalar: BF16 times an fp32 vector is fp32, in one pass.
+        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=self.masters[0].device).reshape(1)
         for parameter, master in zip(self.parameters, self.masters):
             gradient, parameter.grad = parameter.grad, None  # freed one by one, as their fp32 copies appear
-            master.grad = None if gradient is None else gradient.float().mul_(gradient_scale)
+            master.grad = None if gradient is None else gradient * scale
         self.inner.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters):
@@ -348,6 +366,58 @@ class PhaseTimer:
         }
         self._pairs.clear()
         return seconds
+
+
+@contextmanager
+def profiled(journal: Journal) -> Iterator[None]:
+    """Inside, rank 0 runs under torch.profiler: ``profile.txt`` (where the time went) and ``trace.json`` (timeline)."""
+    if not journal.active:
+        yield
+        return
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - began
+    profiler.export_chrome_trace(str(journal.folder / "trace.json"))
+    orders = ["self_cuda_time_total", "self_cpu_time_total"] if cuda else ["self_cpu_time_total"]
+    tables = [profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90) for order in orders]
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    (journal.folder / "profile.txt").write_text(
+        f"step {1e3 * wall:.1f} ms on the host\n{_describe_gaps(kernels)}\n" + "\n".join(tables), encoding="utf-8"
+    )
+    journal.say(f"profile: {journal.folder / 'profile.txt'}, {journal.folder / 'trace.json'}")
+
+
+def _describe_gaps(kernels: list[tuple[float, float, str]]) -> str:
+    """When the GPU was busy, and the longest times when it was not, from (start, end, name) in us."""
+    if not kernels:
+        return "no work on a GPU"
+    busy, idle, (begin, end, before) = 0.0, [], kernels[0]
+    first = begin
+    for start, stop, name in kernels[1:]:
+        if start > end:
+            busy += end - begin
+            idle.append((start - end, before, name))
+            begin = start
+        if stop > end:
+            end, before = stop, name
+    busy += end - begin
+    lines = [
+        f"GPU: {len(kernels)} kernels and copies in {(end - first) / 1e3:.1f} ms, busy {busy / 1e3:.1f} ms, "
+        f"idle {sum(gap for gap, *_ in idle) / 1e3:.1f} ms in {len(idle)} gaps; the longest:"
+    ]
+    lines += [f"  {gap:8.0f} us after {one[:70]} before {two[:70]}" for gap, one, two in sorted(idle)[:-16:-1]]
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------- progress and curves

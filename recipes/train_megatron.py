@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,6 +24,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional package
 import common
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import typer
 from common import RecipeError, World
 from megatron.core import parallel_state, tensor_parallel
@@ -32,7 +33,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 import deepep_moe.integrations.megatron  # makes the type "deepep" known to Megatron-Core
 from deepep_moe.config import DispatcherConfig
@@ -49,6 +50,7 @@ class Gpt:
     rotary_base: int = 10000
     share_embeddings_and_output_weights: bool = False
     grouped_experts: bool = False  # all local experts in one module; with dispatcher type deepep only
+    fused_attention: bool = True  # PyTorch's scaled_dot_product_attention instead of Megatron-Core's local attention
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Train:
     save_every: int = 100  # and at the end; 0: never
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
+    profile_step: int = 0  # this step under torch.profiler: profile.txt and trace.json; 0: none
     precision: str = "auto"  # of weights and activations: bf16 or fp32; auto: bf16 on GPUs, fp32 on CPUs
 
 
@@ -102,15 +105,54 @@ def transformer_config(
         values.update(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
     if world.device.type == "cpu":
         values.update(cpu.CONFIG)
+    elif values.get("bf16"):
+        values.update(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")
     if section.get("gated_linear_unit"):
         values["activation_func"] = torch.nn.functional.silu
     return TransformerConfig(**{**values, **section})
+
+
+class FusedAttention(nn.Module):
+    """Causal attention by PyTorch's ``scaled_dot_product_attention``, in the place of Megatron-Core's local one.
+
+    Megatron-Core's ``DotProductAttention`` stores every score, ``[heads, length, length]``; this one does not. The
+    arguments are those that Megatron-Core's ``SelfAttention`` gives to any core attention.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        for name, plain in (
+            ("window_size", None),
+            ("softmax_type", "vanilla"),
+            ("apply_query_key_layer_scaling", False),
+        ):
+            if getattr(config, name, plain) != plain:
+                raise RecipeError(f"model.{name} = {getattr(config, name)}: set gpt.fused_attention=false for it")
+        self.dropout, self.scale = config.attention_dropout, softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``query [length, sequences, heads, width]``, key and value with as many or fewer heads.
+
+        Returns ``[length, sequences, heads * width]``.
+        """
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        shares_keys = q.shape[1] != k.shape[1]  # grouped-query attention
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=shares_keys
+        )
+        return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
 def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world: World) -> GPTModel:
     """Megatron-Core's GPTModel from its local layer spec: needs neither TransformerEngine nor Apex."""
     deepep_moe.integrations.megatron.register(grouped_experts=gpt.grouped_experts)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    if gpt.fused_attention:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = FusedAttention
     model = GPTModel(
         config,
         transformer_layer_spec=spec,
@@ -128,6 +170,24 @@ def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world
         if group.size() > 1:
             dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
     return model
+
+
+def flops_per_token(model: GPTModel, config: TransformerConfig, length: int) -> float:
+    """Floating-point operations that training on one token needs, recomputation not counted.
+
+    Six per weight that the token is multiplied by (two in the forward, four in the backward); of the experts' weights
+    those of the top-k. Causal attention adds, per layer, the products with half of the sequence.
+    """
+    weights = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or (name.startswith("embedding") and not model.share_embeddings_and_output_weights):
+            continue
+        active = 1.0
+        if ".experts." in name:
+            active = config.moe_router_topk * config.expert_model_parallel_size / config.num_moe_experts
+        weights += active * parameter.numel()
+    attention = config.num_layers * length * config.num_attention_heads * config.kv_channels
+    return 6 * (weights + attention)
 
 
 def is_expert(parameter: Tensor) -> bool:
@@ -148,23 +208,23 @@ def replicas(parameter: Tensor) -> dist.ProcessGroup:
 def loss_of(model: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
     """Mean loss per token, in nats. ``tokens`` and ``labels``: int64 ``[sequences, length]``."""
     length, device = tokens.shape[1], tokens.device
-    positions = torch.arange(length, device=device).expand_as(tokens)
-    future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
+    positions = torch.arange(length, dtype=torch.int64, device=device).expand_as(tokens)
+    future = None
+    if not isinstance(model.decoder.layers[0].self_attention.core_attention, FusedAttention):
+        future = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
     return model(tokens, positions, future, labels=labels).float().mean()
 
 
-def reduce_gradients(model: GPTModel, world: World) -> None:
-    """Make every gradient that of the mean loss over all ranks.
+def reduce_gradients(model: GPTModel) -> None:
+    """Sum every gradient over the ranks that hold a copy of its parameter.
 
-    Each rank's loss is the mean over its own tokens, so sums over ranks are divided by the number of ranks. An
-    expert's gradient already holds what all ranks of its expert-parallel group sent to it (the backward of dispatch
-    and combine brought it), so it is summed over the other copies of the expert only, and divided just the same.
+    An expert's gradient already holds what all ranks of its expert-parallel group sent to it (the backward of dispatch
+    and combine brought it), so it is summed over the other copies of the expert only.
     """
     pending = []
     for parameter in model.parameters():
         if parameter.grad is None:  # an expert that no token chose: its peers wait for the sum all the same
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(world.size)
         group = replicas(parameter)
         if group.size() > 1:
             pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
@@ -174,28 +234,31 @@ def reduce_gradients(model: GPTModel, world: World) -> None:
 
 def gradient_norm(model: GPTModel) -> Tensor:
     """2-norm of the whole gradient, all experts included; the same on every rank."""
-    squares = {True: torch.zeros(()), False: torch.zeros(())}
+    norms: dict[bool, list[Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            kind = is_expert(parameter)
-            squares[kind] = squares[kind].to(parameter.device) + parameter.grad.float().square().sum()
-    experts = squares[True].to(squares[False].device)
+        norms[is_expert(parameter)].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+    zero = torch.zeros((), dtype=torch.float32, device=norms[False][0].device)
+    experts, others = (sum((norm.square() for norm in norms[kind]), zero) for kind in (True, False))
     dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
-    return (squares[False] + experts).sqrt()
+    return (others + experts).sqrt()
 
 
 def train_step(
     model: GPTModel, optimizer: common.Adam, text: common.ByteText, train: Train, world: World, step: int
 ) -> Tensor:
-    """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it)."""
-    total = torch.zeros((), device=world.device)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / train.accumulate, device=world.device))
+    """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it).
+
+    The loss of a step is the mean over all tokens of all ranks, so each backward is scaled by the ranks and parts.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=world.device)
+    share = 1.0 / (train.accumulate * world.size)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(share, dtype=torch.float32, device=world.device))
     for part in range(train.accumulate):
         tokens, labels = text.batch(step * train.accumulate + part, world.rank, train.sequences)
-        loss = loss_of(model, tokens.to(world.device), labels.to(world.device)) / train.accumulate
-        loss.backward()
-        total += loss.detach()
-    reduce_gradients(model, world)
+        loss = loss_of(model, world.to_device(tokens), world.to_device(labels))
+        (loss * share).backward()
+        total += loss.detach() / train.accumulate
+    reduce_gradients(model)
     scale = (train.clip_gradient / (gradient_norm(model) + 1e-6)).clamp(max=1.0)
     optimizer.step(step, scale)
     return total
@@ -206,7 +269,7 @@ def held_out_loss(model: GPTModel, text: common.ByteText, data: Data, train: Tra
     """Mean loss on the held-out windows, over all ranks."""
     model.eval()
     batches = text.held_out_batches(world, data.held_out_windows, train.sequences)
-    losses = [loss_of(model, tokens.to(world.device), labels.to(world.device)) for tokens, labels in batches]
+    losses = [loss_of(model, world.to_device(tokens), world.to_device(labels)) for tokens, labels in batches]
     model.train()
     return world.mean(torch.stack(losses).mean().item())
 
@@ -329,7 +392,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
                 loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": 0, "held_out_loss": loss}, f"step {0:>5}  held-out loss {loss:.4f}")
         model.train()
-        _train(model, optimizer, text, data, train, world, meter, journal, checkpoints, first)
+        flops = flops_per_token(model, config, data.sequence_length)
+        _train(model, optimizer, text, data, train, world, meter, journal, checkpoints, first, flops)
     finally:
         journal.close()
     title = f"{folder.name}: {config.moe_token_dispatcher_type}, {world.size} x {world.device.type}"
@@ -348,14 +412,16 @@ def _train(
     journal: common.Journal,
     checkpoints: common.Checkpoints,
     first: int,
+    flops: float,
 ) -> None:
     """Steps ``first`` to ``train.steps``, with their logging, evaluation and checkpoints."""
     tokens_per_step = train.sequences * train.accumulate * data.sequence_length * world.size
     losses: list[Tensor] = []
     since = time.perf_counter()
     for step in range(first, train.steps):
-        losses.append(train_step(model, optimizer, text, train, world, step))
         done = step + 1
+        with common.profiled(journal) if done == train.profile_step else nullcontext():
+            losses.append(train_step(model, optimizer, text, train, world, step))
         journal.advance()
         last = done == train.steps
 
@@ -364,10 +430,13 @@ def _train(
             elapsed = time.perf_counter() - since
             entry = {"step": done, "train_loss": loss, "tokens_per_second": tokens_per_step * len(losses) / elapsed}
             entry.update(meter.report(elapsed))
+            used = world.utilization(flops * entry["tokens_per_second"])
+            entry.update({} if used is None else {"mfu_percent": used})
             journal.add(
                 entry,
                 f"step {done:>5}  loss {loss:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
-                f"dispatch {entry['dispatch_percent']:.1f}%  combine {entry['combine_percent']:.1f}%  "
+                + ("" if used is None else f"MFU {used:.1f}%  ")
+                + f"dispatch {entry['dispatch_percent']:.1f}%  combine {entry['combine_percent']:.1f}%  "
                 f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean",
             )
             losses.clear()

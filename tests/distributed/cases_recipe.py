@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -33,14 +34,14 @@ MODEL = {
 }
 
 
-def build(world: common.World, expert_parallel: int, grouped: bool) -> Any:
+def build(world: common.World, expert_parallel: int, grouped: bool, fused: bool = True, **model: Any) -> Any:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
-    config = recipe.transformer_config(MODEL, world, expert_parallel)
-    return recipe.build_model(config, recipe.Gpt(grouped_experts=grouped), LENGTH, world)
+    config = recipe.transformer_config({**MODEL, **model}, world, expert_parallel)
+    return recipe.build_model(config, recipe.Gpt(grouped_experts=grouped, fused_attention=fused), LENGTH, world)
 
 
 def of_this_rank(name: str, whole: dict[str, torch.Tensor], expert_parallel: int) -> torch.Tensor:
@@ -81,11 +82,11 @@ def gradients_equal_those_of_one_process(expert_parallel: int, grouped: bool = F
     with torch.no_grad():
         for name, parameter in spread.named_parameters():
             parameter.copy_(of_this_rank(name, weights, expert_parallel))
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / world.size))
     loss = recipe.loss_of(spread, *text.batch(0, world.rank, SEQUENCES))
     torch.testing.assert_close(loss.item(), losses[world.rank], rtol=1e-5, atol=0)
-    loss.backward()
-    recipe.reduce_gradients(spread, world)
+    (loss / world.size).backward()
+    recipe.reduce_gradients(spread)
 
     experts = [name for name, parameter in spread.named_parameters() if recipe.is_expert(parameter)]
     assert bool(experts) == (expert_parallel > 1)
@@ -115,3 +116,41 @@ def two_copies_of_each_expert(group: dist.ProcessGroup) -> None:
 @case(ranks=(2,))
 def grouped_experts(group: dist.ProcessGroup) -> None:
     gradients_equal_those_of_one_process(2, grouped=True)
+
+
+@case(ranks=(2,))
+def fused_attention_computes_what_megatrons_does(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    text = common.ByteText(common.read_text("python-docs"), LENGTH, seed=3)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    found = []
+    for fused in (False, True):
+        model = build(world, 2, grouped=True, fused=fused, num_query_groups=2, kv_channels=16, qk_layernorm=True)
+        attention = model.decoder.layers[0].self_attention.core_attention
+        assert isinstance(attention, recipe.FusedAttention) == fused
+        loss = recipe.loss_of(model, *text.batch(0, world.rank, SEQUENCES))
+        loss.backward()
+        found.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], expected, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    with pytest.raises(common.RecipeError, match=r"model.window_size = .*: set gpt.fused_attention=false"):
+        build(world, 2, grouped=True, window_size=(4, 0))
+    parallel_state.destroy_model_parallel()
+
+
+@case(ranks=(2,))
+def operations_are_counted(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    for expert_parallel in (1, 2):
+        config = recipe.transformer_config(MODEL, world, expert_parallel)
+        model = build(world, expert_parallel, grouped=True)
+        attention, router, experts = 32 * (3 * 32) + 32 * 32, 32 * EXPERTS, 2 * 3 * 32 * 48  # top-2, gated
+        scores = LENGTH * 32
+        expected = 6 * (2 * (attention + router + experts + scores) + 32 * 256)
+        assert recipe.flops_per_token(model, config, LENGTH) == expected
+    parallel_state.destroy_model_parallel()
