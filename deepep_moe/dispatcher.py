@@ -25,6 +25,7 @@ from deepep_moe import ops
 from deepep_moe.backends import Backend, Plan, get_backend
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.checks import check_num_experts, check_tensor, describe
+from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.decoder import Decoder
 from deepep_moe.errors import HandleError, InputError, UnsupportedError
@@ -134,7 +135,7 @@ class TokenDispatcher(Shared):
             RankMismatchError, PeerError: ranks disagree (also in what requires gradients), or another rank refused its
                 input or died.
         """
-        routes, plan = (None, topk_idx) if isinstance(topk_idx, Plan) else (topk_idx, None)
+        routes, plan = (None, topk_idx) if is_plan(topk_idx) else (topk_idx, None)
         try:
             _check_differentiable("x", x)
             if plan is not None:
@@ -194,7 +195,7 @@ class TokenDispatcher(Shared):
 
     def _check_plan(self, plan: Plan) -> None:
         """What the backend, which other dispatchers share, cannot know."""
-        if not isinstance(plan, Plan):
+        if not is_plan(plan):
             raise HandleError(f"plan is {describe(plan)}; pass on what plan() or dispatch() returned")
         made, own = (plan.num_experts, plan.alignment), (self.num_experts, self.config.expert_alignment)
         if made != own:

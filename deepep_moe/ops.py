@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Backend, Backward, Layout, Plan, Wire
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.errors import HandleError
 from deepep_moe.watched import watched
 from deepep_moe.weigh import weigh_gradients
@@ -106,7 +107,7 @@ def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int,
     """Put together what :func:`plan` returned for ``topk_idx`` (int64)."""
     *others, host, extra = outputs
     tensors = [topk_idx, *others, host if host.shape[0] else None, extra]
-    return Plan.from_tensors(num_experts, alignment, tensors)
+    return TensorPlan.from_tensors(num_experts, alignment, tensors)
 
 
 def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
@@ -256,7 +257,7 @@ def _(
     backward: int,
     fp8: bool,
 ) -> tuple[Tensor, Tensor]:
-    routing = Plan.from_tensors(num_experts, alignment, plan)
+    routing = TensorPlan.from_tensors(num_experts, alignment, plan)
     rows, row_weights = _run_dispatch(x, weights, routing, backend, fp8, backward)
     return rows, _or_empty(row_weights, x)
 
@@ -273,7 +274,7 @@ def _(
     apply_weights: bool,
     fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    routing = Plan.from_tensors(num_experts, alignment, plan)
+    routing = TensorPlan.from_tensors(num_experts, alignment, plan)
     tokens, carried = _run_combine(rows, weights, routing, backend, apply_weights, backward)
     return tokens, _or_empty(carried, rows)
 
@@ -293,7 +294,7 @@ def _(
     backward: int,
     fp8: bool,
 ) -> tuple[Tensor, Tensor]:
-    count = Plan.from_tensors(num_experts, alignment, plan).num_rows
+    count = TensorPlan.from_tensors(num_experts, alignment, plan).num_rows
     return x.new_empty((count, x.shape[1])), x.new_empty(0 if weights is None else count, dtype=torch.float32)
 
 
@@ -309,7 +310,7 @@ def _(
     apply_weights: bool,
     fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    routing = Plan.from_tensors(num_experts, alignment, plan)
+    routing = TensorPlan.from_tensors(num_experts, alignment, plan)
     carried = (0,) if weights is None or apply_weights else (routing.num_tokens, routing.num_topk)
     return (
         rows.new_empty((routing.num_tokens, rows.shape[1])),
@@ -331,7 +332,7 @@ def _register_autograd(name: str, operator: Any, function: type[torch.autograd.F
         *switches: bool,
     ) -> tuple[Tensor, Tensor]:
         if _wants_grad(x, weights):
-            routing = Plan.from_tensors(num_experts, alignment, plan)
+            routing = TensorPlan.from_tensors(num_experts, alignment, plan)
             out, out_weights = function.apply(x, weights, routing, backend, *switches)
             return out, _or_empty(out_weights, out)
         with torch._C._AutoDispatchBelowAutograd():

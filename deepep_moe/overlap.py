@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deepep_moe.backends import Plan
 from deepep_moe.backends.checks import check_shape
+from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.shared import Shared
@@ -59,7 +60,7 @@ class Overlap(Shared):
         self, x: Tensor, topk_idx: Tensor | Plan, topk_weights: Tensor | None = None
     ) -> InFlight[Dispatched]:
         """Start :meth:`TokenDispatcher.dispatch`. With a plan instead of indices nothing waits for the host."""
-        routing = topk_idx.tensors() if isinstance(topk_idx, Plan) else (topk_idx,)
+        routing = topk_idx.tensors() if is_plan(topk_idx) else (topk_idx,)
         sent, event = self._runner.run(
             lambda: self.dispatcher.dispatch(x, topk_idx, topk_weights),
             async_finish=True,

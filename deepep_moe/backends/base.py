@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -80,121 +79,140 @@ class Destinations(NamedTuple):
     is_token_in_rank: Tensor  # [T, R] bool
 
 
-@dataclass(eq=False)
-class Plan:
-    """Routing metadata of one batch. Owns its tensors: it survives later plans of the same backend.
+class Plan(Protocol):
+    """Routing metadata of one batch. Owns its tensors: it stays valid when the same backend makes other plans.
 
-    What belongs together shares a tensor; properties give the parts. All tensors live on the backend's device except
-    ``identity`` and ``expert_counts_host``. -1 marks "no route" everywhere.
+    A backend returns its own implementation (:class:`~deepep_moe.backends.tensor_plan.TensorPlan` where the tensors
+    exist already). Several values share one tensor; read-only views give the parts. All tensors are on the backend's
+    device except ``identity`` and ``expert_counts_host``. -1 means "no route" everywhere.
+
+    Reading ``num_recv``, ``num_rows`` or a tensor other than ``topk_idx`` may wait for the other ranks
+    (:meth:`known_sizes`).
     """
 
-    num_experts: int
-    alignment: int  # rows of one expert are padded to a multiple of this
-    identity: tuple[int, int] | Tensor  # owner and number; [2] int64 on the CPU in a plan that went through operators
-    topk_idx: Tensor  # [T, K] int64: global expert, or -1 (dropped); may be the caller's own tensor
-    send_slot: Tensor  # [T, R] int32: position of the token among those this rank sends to r, or -1
-    counted: Tensor  # [R * R + 2 * L + 1] int64: rank_prefix, expert_counts, expert_offsets
-    received: Tensor  # [N, 1 + 2 * K] int32: recv_src_idx, recv_topk_idx, recv_rows
-    row_recv: Tensor  # [M] int32: received row that the expert row is a copy of, or -1 (padding)
-    expert_counts_host: Tensor | None  # [L] int64 on the CPU; None when nothing waited for the host
-    extra: Tensor | None = None  # [any] int32: what only the backend that made the plan reads
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def alignment(self) -> int:
+        """The rows of one expert are padded to a multiple of this."""
+        ...
+
+    @property
+    def identity(self) -> tuple[int, int] | Tensor:
+        """:attr:`owner` and :attr:`number`; [2] int64 on the CPU in a plan that went through operators."""
+        ...
 
     @property
     def owner(self) -> int:
         """:attr:`Backend.number` of the backend that made the plan; no other can execute it."""
-        return int(self.identity[0])
+        ...
 
     @property
     def number(self) -> int:
-        """Counts the plans of a backend, refused ones too, so that it is equal on all ranks for the same plan."""
-        return int(self.identity[1])
+        """Counts the plans of a backend, including refused ones, so it is equal on all ranks for the same plan."""
+        ...
 
     @property
     def num_tokens(self) -> int:
-        return self.topk_idx.shape[0]
+        """T."""
+        ...
 
     @property
     def num_ranks(self) -> int:
-        return self.send_slot.shape[1]
+        """R."""
+        ...
 
     @property
     def num_topk(self) -> int:
-        return self.topk_idx.shape[1]
+        """K."""
+        ...
 
     @property
     def num_recv(self) -> int:
         """N: rows in rank layout."""
-        return self.received.shape[0]
+        ...
 
     @property
     def num_rows(self) -> int:
-        """M: rows in expert layout, padding included."""
-        return self.row_recv.shape[0]
+        """M: rows in expert layout, including padding."""
+        ...
 
     def known_sizes(self) -> tuple[int, int]:
-        """N and M. On a plan whose making has only begun this waits for the other ranks and raises what went wrong."""
-        return self.num_recv, self.num_rows
+        """N and M. Waits for the other ranks if they are not known yet, and raises the plan's error if it failed."""
+        ...
+
+    @property
+    def topk_idx(self) -> Tensor:
+        """[T, K] int64: global expert, or -1 (dropped route); may be the caller's own tensor."""
+        ...
+
+    @property
+    def send_slot(self) -> Tensor:
+        """[T, R] int32: index of the token among those this rank sends to rank r, or -1."""
+        ...
+
+    @property
+    def counted(self) -> Tensor:
+        """[R * R + 2 * L + 1] int64: :attr:`rank_prefix`, :attr:`expert_counts` and :attr:`expert_offsets`."""
+        ...
 
     @property
     def rank_prefix(self) -> Tensor:
         """[R, R] int64: [s][d] = rows that rank d receives from ranks 0..s."""
-        ranks = self.num_ranks
-        return self.counted[: ranks * ranks].view(ranks, ranks)
+        ...
 
     @property
     def expert_counts(self) -> Tensor:
-        """[L] int64: rows of each local expert, padding not counted."""
-        first, local_experts = self._expert_part()
-        return self.counted[first : first + local_experts]
+        """[L] int64: rows of each local expert, without padding."""
+        ...
 
     @property
     def expert_offsets(self) -> Tensor:
-        """[L + 1] int64: first row of each local expert's padded group, then the end of the last one, which is M, or
-        less where M was fixed beforehand."""
-        first, local_experts = self._expert_part()
-        return self.counted[first + local_experts :]
+        """[L + 1] int64: first row of each local expert's padded group, then the end of the last group. That end is M,
+        or less where M was fixed in advance."""
+        ...
+
+    @property
+    def expert_counts_host(self) -> Tensor | None:
+        """[L] int64 on the CPU: :attr:`expert_counts`; None where the sizes were fixed in advance."""
+        ...
+
+    @property
+    def received(self) -> Tensor:
+        """[N, 1 + 2 * K] int32: :attr:`recv_src_idx`, :attr:`recv_topk_idx` and :attr:`recv_rows`."""
+        ...
 
     @property
     def recv_src_idx(self) -> Tensor:
         """[N] int32: token index at the source rank."""
-        return self.received[:, 0]
+        ...
 
     @property
     def recv_topk_idx(self) -> Tensor:
-        """[N, K] int32: local expert of the row's route k, or -1 (owned elsewhere)."""
-        return self.received[:, 1 : 1 + self.num_topk]
+        """[N, K] int32: local expert of the row's route k, or -1 (the expert is on another rank)."""
+        ...
 
     @property
     def recv_rows(self) -> Tensor:
         """[N, K] int32: expert row of the route, or -1."""
-        return self.received[:, 1 + self.num_topk :]
+        ...
 
-    def _expert_part(self) -> tuple[int, int]:
-        """Where ``expert_counts`` begin in ``counted``, and L."""
-        ranks = self.num_ranks
-        return ranks * ranks, self.num_experts // ranks
+    @property
+    def row_recv(self) -> Tensor:
+        """[M] int32: the received row that the expert row is a copy of, or -1 (padding)."""
+        ...
+
+    @property
+    def extra(self) -> Tensor | None:
+        """[any] int32: data that only the backend that made the plan reads."""
+        ...
 
     def tensors(self) -> list[Tensor | None]:
-        """Its tensors in the order of :meth:`from_tensors`: what custom ops take."""
-        identity = self.identity
-        if not isinstance(identity, Tensor):
-            identity = torch.tensor(identity, dtype=torch.int64, device="cpu")
-        return [
-            self.topk_idx,
-            identity,
-            self.send_slot,
-            self.counted,
-            self.received,
-            self.row_recv,
-            self.expert_counts_host,
-            self.extra,
-        ]
-
-    @classmethod
-    def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> Plan:
-        """Inverse of :meth:`tensors`."""
-        topk_idx, identity, *others = tensors
-        return cls(num_experts, alignment, identity, topk_idx, *others)  # type: ignore[arg-type]
+        """The tensors that custom operators take, in the order of ``TensorPlan.from_tensors``."""
+        ...
 
 
 class Rows(NamedTuple):

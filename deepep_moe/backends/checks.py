@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deepep_moe.backends.base import Backend, Layout, Plan, Wire
+from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
@@ -61,7 +62,7 @@ def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, s
 
 def check_plan(backend: Backend, plan: Plan, layout: Layout) -> None:
     """That ``backend`` made ``plan``, and that the plan has ``layout``."""
-    if not isinstance(plan, Plan):
+    if not is_plan(plan):
         raise HandleError(f"plan is {describe(plan)}; pass on what plan() or dispatch() returned")
     if plan.owner != backend.number:
         raise HandleError("the plan was made by a dispatcher or Buffer with another group or configuration")

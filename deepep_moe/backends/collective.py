@@ -44,6 +44,7 @@ from deepep_moe.backends.checks import (
     overflow_text,
 )
 from deepep_moe.backends.exchange import Agreement, Exchange, Fact, as_bytes
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, HandleError, InputError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
@@ -158,7 +159,7 @@ class CollectiveBackend(Shared):
                 placed = self._place(recv_topk_idx, experts_here, alignment, max_rows)
             else:
                 placed = _no_expert_rows(recv_topk_idx, counted)
-        return Plan(
+        return TensorPlan(
             num_experts=num_experts,
             alignment=alignment,
             identity=(self.number, number),

@@ -60,6 +60,7 @@ from deepep_moe.backends.hierarchical_plan import (
 )
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Rail, TorchRail
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, UnsupportedError
 from deepep_moe.extension import VECTOR_BYTES
@@ -214,7 +215,7 @@ class HierarchicalBackend(Shared):
             placed = place(self._geometry, node_plan, facts, alignment, max_recv, max_rows)
             prefix = (shared & ((1 << TO_NODE) - 1)).cumsum(0).to(self.device).reshape(-1)
             position = in_rank.cumsum(0, dtype=torch.int32) - 1
-            plan = Plan(
+            plan = TensorPlan(
                 num_experts=num_experts,
                 alignment=alignment,
                 identity=(self.number, exchange.plans),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan
 from deepep_moe.backends.rail import Blocks
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.topology import NodeGroups, Nodes
 
 # Columns of what is known about each row that reached this rank, before those of its routes' expert rows.
@@ -138,7 +139,7 @@ class Way:
         return cls(geometry, packed, header)
 
 
-class HierarchicalPlan(Plan):
+class HierarchicalPlan(TensorPlan):
     """A :class:`Plan` that knows the :class:`Way` of its rows.
 
     Args:
@@ -147,7 +148,7 @@ class HierarchicalPlan(Plan):
     """
 
     def __init__(self, plan: Plan, way: Way, engine: int) -> None:
-        super().__init__(**{field.name: getattr(plan, field.name) for field in fields(Plan)})
+        super().__init__(**{field.name: getattr(plan, field.name) for field in fields(TensorPlan)})
         self.extra = way.packed
         self.way, self._engine = way, engine
         self._parts: dict[tuple[Layout, int], list[Plan]] = {}
@@ -232,7 +233,7 @@ class HierarchicalPlan(Plan):
         index = torch.where(belongs, belongs.cumsum(0) - 1, rows.shape[0])  # the others go to a row that is cut off
         received = torch.full((rows.shape[0] + 1, rows.shape[1]), -1, dtype=torch.int32, device=device)
         received[index] = rows
-        return Plan(
+        return TensorPlan(
             num_experts=(way.counted.shape[0] - ranks * ranks) // 2 * ranks,
             alignment=self.alignment,
             identity=(self._engine, way.number),

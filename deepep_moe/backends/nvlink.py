@@ -43,6 +43,7 @@ from deepep_moe.backends.checks import (
 from deepep_moe.backends.nvlink_operation import describe_format, describe_operation, format_code
 from deepep_moe.backends.nvlink_plan import DevicePlan, route_of
 from deepep_moe.backends.nvlink_staging import Staging
+from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
@@ -342,7 +343,7 @@ class NVLinkBackend(Shared):
         backward: Backward = Backward.NONE,
     ) -> Tokens:
         engine = self._enter()
-        if isinstance(plan, Plan):
+        if is_plan(plan):
             plan.known_sizes()  # a plan that failed did so on all ranks
         try:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
@@ -396,8 +397,7 @@ class NVLinkBackend(Shared):
     def _refuse_operation(self, error: Exception, plan: Plan | None) -> NoReturn:
         if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
             # Where the plan itself is not one of ours, this rank cannot know whether it moves anything: it does.
-            own = isinstance(plan, Plan) and plan.owner == self.number
-            counted = plan.counted.data_ptr() if own else 0  # type: ignore[union-attr]
+            counted = plan.counted.data_ptr() if is_plan(plan) and plan.owner == self.number else 0
             self._open().refuse_operation(counted, self._enter_stream())
         try:
             raise error

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan
+from deepep_moe.backends.tensor_plan import PlanBase
 from deepep_moe.errors import HandleError
 from deepep_moe.extension import _C
 
 _WORD = 4  # bytes of an int32, of which everything below is made
 
 
-class DevicePlan(Plan):
+class DevicePlan(PlanBase):
     """A :class:`Plan` whose tensors are cut from one or two allocations when somebody looks at them.
 
     Kernels take addresses, and every tensor costs the host as much as a launch. Only N and M have to reach the host,
@@ -42,7 +43,7 @@ class DevicePlan(Plan):
         sizes: tuple[int, int] | None = None,
     ) -> None:
         self.num_experts, self.alignment, self.topk_idx = num_experts, alignment, topk_idx
-        self.identity, self._inputs = identity, inputs
+        self.identity, self.extra, self._inputs = identity, None, inputs
         self._ranks, self._finish, self._sizes = num_ranks, finish, sizes
         self._tokens, self._topk = topk_idx.shape
         self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1
@@ -133,34 +134,34 @@ class DevicePlan(Plan):
         return self.known_sizes()[1]
 
     @cached_property
-    def counted(self) -> Tensor:  # type: ignore[override]
+    def counted(self) -> Tensor:
         self.known_sizes()
         assert self._memory is not None
         return self._memory[: 2 * self._counted_size].view(torch.int64)
 
     @cached_property
-    def send_slot(self) -> Tensor:  # type: ignore[override]
+    def send_slot(self) -> Tensor:
         self.known_sizes()
         assert self._memory is not None
         first = 2 * self._counted_size
         return self._memory[first : first + self._tokens * self._ranks].view(self._tokens, self._ranks)
 
     @cached_property
-    def received(self) -> Tensor:  # type: ignore[override]
+    def received(self) -> Tensor:
         num_recv, _ = self.known_sizes()
         assert self._room is not None
         words = self._room[self._room_starts : self._room_starts + num_recv * self._received_words]
         return words.view(num_recv, self._received_words)
 
     @cached_property
-    def row_recv(self) -> Tensor:  # type: ignore[override]
+    def row_recv(self) -> Tensor:
         _, num_rows = self.known_sizes()
         assert self._room is not None
         first = self._room_starts + self._room_recv * self._received_words
         return self._room[first : first + num_rows]
 
     @cached_property
-    def expert_counts_host(self) -> Tensor | None:  # type: ignore[override]
+    def expert_counts_host(self) -> Tensor | None:
         self.known_sizes()
         return self._counts
 
