@@ -32,7 +32,7 @@ class DispatcherConfig:
     """What a user can set. Frozen and hashable; impossible values raise :class:`~deepep_moe.errors.ConfigError`."""
 
     backend: BackendName = "auto"
-    """Who moves the rows. ``auto``: ``nvlink`` within one node where it can run,
+    """Who moves the rows. ``auto``: ``nvlink`` within one node, ``hierarchical`` over several, each where it can run,
     else ``collective``."""
     expert_alignment: int = 1
     """Rows of each expert are padded with zero rows to a multiple of this."""
