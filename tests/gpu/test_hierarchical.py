@@ -48,6 +48,12 @@ def nodes(ranks: Ranks, request: pytest.FixtureRequest) -> Iterator[Hierarchical
     backend.close()
 
 
+@pytest.mark.parametrize("cut", cuts())
+def test_auto_takes_it_over_nodes_of_several_ranks(ranks: Ranks, cut: int) -> None:
+    backend = get_backend(ranks.group, ranks.device, DispatcherConfig(ranks_per_node=cut))
+    assert backend.name == ("hierarchical" if cut > 1 else "collective")
+
+
 @pytest.fixture(scope="module")
 def reference(ranks: Ranks) -> CollectiveBackend:
     return CollectiveBackend(ranks.group, torch.device("cpu"), DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS))
