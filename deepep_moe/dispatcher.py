@@ -13,18 +13,21 @@ All ranks of the group make the same calls in the same order; the numbers of tok
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NoReturn
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
 
 from deepep_moe import ops
 from deepep_moe.backends import Backend, Plan, get_backend
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.checks import check_num_experts, check_tensor, describe
+from deepep_moe.backends.checks import SUMMED_DTYPES, check_num_experts, check_rows, check_tensor, describe
 from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.decoder import Decoder
@@ -36,20 +39,27 @@ _MOST_ROWS = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class Dispatched:
-    """Rows that arrived for the experts of this rank, grouped by expert, and the way back."""
+    """What :meth:`TokenDispatcher.dispatch` returns: the rows of this rank's L experts, and the plan to combine them."""
 
     rows: Tensor
-    """[M, H]: the group of local expert 0, then 1, ...; each ends with zero rows up to ``expert_alignment``."""
+    """[M, H] in the dtype of the tokens: the rows of local expert 0, then of expert 1, ...; each group is padded with
+    zero rows to a multiple of ``expert_alignment``."""
     weights: Tensor | None
-    """[M] fp32: the routing weight of each row, 0 on padding; None when none were given."""
+    """[M] fp32: the routing weight of each row, 0 on padding; None if dispatch got no weights."""
     plan: Plan
     """The routing; valid for any number of combines with the dispatcher that made it."""
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """[L] int64 on the rows' device: rows of each group, padding included. They sum to M, in capacity mode to at
-        most M: the rows after the last group are zero."""
+        """[L] int64 on the rows' device: rows of each group, padding included. They sum to M; in capacity mode to at
+        most M, and the rows after the last group are zero."""
         return self.plan.expert_offsets.diff()
+
+    @property
+    def offsets(self) -> Tensor:
+        """[L] int32 on the rows' device: the end of each expert's group, as ``torch.nn.functional.grouped_mm`` takes
+        ``offs``."""
+        return self.plan.expert_offsets[1:].to(torch.int32)
 
     @property
     def tokens_per_expert_host(self) -> Tensor | None:
@@ -61,35 +71,61 @@ class Dispatched:
 
 
 class TokenDispatcher(Shared):
-    """Dispatch and combine for one expert-parallel group. A deep copy of it is itself.
+    """Dispatch and combine for one expert-parallel group. ``copy.deepcopy`` returns the same object.
 
     Args:
-        group: the expert-parallel process group (None: the default group). Rank r owns experts
-            ``r * L .. (r + 1) * L - 1`` with ``L = num_experts / group size``.
+        group: the expert-parallel ranks: a process group, a one-dimensional ``DeviceMesh`` (such as ``mesh["ep"]``), or
+            None for the default group. Rank r owns experts ``r * L .. (r + 1) * L - 1`` with
+            ``L = num_experts / group size``.
         num_experts: experts of the whole group.
-        config: settings; default ``DispatcherConfig.load()``, which reads YAML and environment.
+        config: settings. A mapping of :class:`DispatcherConfig` fields, or None, goes through
+            :meth:`DispatcherConfig.load`, so the YAML file and ``DEEPEP_MOE_*`` variables win over it; a
+            :class:`DispatcherConfig` is used as it is.
         device: where tensors live; default: the current CUDA device if the group serves it, else the CPU.
 
+    Attributes:
+        rank, world_size: this process in the group, and the size of the group.
+        num_experts, num_local_experts: experts of the group, and of each rank (L).
+        config: the settings in effect.
+
     Raises:
-        InputError: no process group, or ``num_experts`` is no multiple of its size.
+        InputError: no process group, ``num_experts`` is no multiple of its size, or an argument of the wrong type.
+        ConfigError: ``config`` has an unknown key or an impossible value.
         UnsupportedError: the configured backend cannot run here.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup | DeviceMesh | None,
         num_experts: int,
-        config: DispatcherConfig | None = None,
+        config: DispatcherConfig | Mapping[str, Any] | None = None,
         *,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.config = config if config is not None else DispatcherConfig.load()
-        self.backend: Backend = get_backend(group, device, self.config)
+        self.config = _as_config(config)
+        self.backend: Backend = get_backend(_as_group(group), _as_device(device), self.config)
         self.rank, self.world_size = self.backend.rank, self.backend.world_size
         check_num_experts(num_experts, self.world_size)
-        self.num_experts = num_experts
-        self.num_local_experts = num_experts // self.world_size
+        self.num_experts = operator.index(num_experts)
+        self.num_local_experts = self.num_experts // self.world_size
         self._backend_number = ops.register_backend(self.backend)
+
+    @property
+    def local_experts(self) -> range:
+        """Indices of this rank's experts among those of the group."""
+        return range(self.rank * self.num_local_experts, (self.rank + 1) * self.num_local_experts)
+
+    def __repr__(self) -> str:
+        default, settings = DispatcherConfig(), dict[str, Any](backend=self.backend.name)
+        for field in fields(default):
+            value = getattr(self.config, field.name)
+            if field.name != "backend" and value != getattr(default, field.name):
+                settings[field.name] = value
+        changed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return (
+            f"TokenDispatcher(num_experts={self.num_experts}, rank={self.rank}, world_size={self.world_size}, "
+            f"device={str(self.backend.device)!r}, {changed})"
+        )
 
     def plan(self, topk_idx: Tensor) -> Plan:
         """Exchange the routing ``topk_idx [T, K]`` without sending tokens yet. Collective.
@@ -138,6 +174,7 @@ class TokenDispatcher(Shared):
         routes, plan = (None, topk_idx) if is_plan(topk_idx) else (topk_idx, None)
         try:
             _check_differentiable("x", x)
+            _check_dtype("x", x)
             if plan is not None:
                 self._check_plan(plan)
             if topk_weights is not None:
@@ -170,6 +207,11 @@ class TokenDispatcher(Shared):
                 raise HandleError(f"dispatched is {describe(dispatched)}; pass on what dispatch() returned")
             self._check_plan(dispatched.plan)
             _check_differentiable("rows", rows)
+            if torch.compiler.is_compiling():  # where the number of rows is not known yet
+                _check_dtype("rows", rows)
+            else:
+                whose = "as many as dispatched.rows"
+                check_rows("rows", rows, dispatched.plan.num_rows, whose, SUMMED_DTYPES, self.backend.device)
             if weights is not None:
                 weights = _as_weights("weights", weights)
         except Exception as error:
@@ -220,6 +262,40 @@ class TokenDispatcher(Shared):
                 "capacity_factor", factor, f"gives room for {max(received, rows)} rows, at most {_MOST_ROWS}"
             )
         return received, -(-rows // alignment) * alignment
+
+
+def _as_group(group: Any) -> dist.ProcessGroup | None:
+    if not isinstance(group, DeviceMesh):
+        return group  # type: ignore[no-any-return]
+    if group.ndim != 1:
+        names = f" {group.mesh_dim_names}" if group.mesh_dim_names else ""
+        raise InputError(
+            "group", f"a DeviceMesh of {group.ndim} dimensions{names}", 'must have one: pass a part, such as mesh["ep"]'
+        )
+    if group.get_coordinate() is None:
+        raise InputError("group", group, "must be a DeviceMesh that this process belongs to")
+    return group.get_group()
+
+
+def _as_config(config: Any) -> DispatcherConfig:
+    if isinstance(config, DispatcherConfig):
+        return config
+    if config is not None and not isinstance(config, Mapping):
+        raise InputError("config", describe(config), "must be a DispatcherConfig or a mapping of its fields")
+    return DispatcherConfig.load(config)
+
+
+def _as_device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (TypeError, RuntimeError):
+        raise InputError("device", repr(device), "must be a torch.device or its name") from None
+
+
+def _check_dtype(argument: str, x: Tensor) -> None:
+    """That combine can sum what dispatch sends: the backends also send dtypes that they cannot sum."""
+    if x.dtype not in SUMMED_DTYPES:
+        raise InputError(argument, x.dtype, "must be one of " + ", ".join(str(dtype) for dtype in SUMMED_DTYPES))
 
 
 def _as_weights(argument: str, weights: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from tests.launch import include
 include(
     __name__,
     "tests.distributed.cases_dispatcher",
+    "tests.distributed.cases_dispatcher_arguments",
     "tests.distributed.cases_autograd",
     "tests.distributed.cases_buffer",
     "tests.distributed.cases_elastic",

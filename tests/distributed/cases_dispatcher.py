@@ -409,7 +409,7 @@ def bad_input_raises_on_every_rank(group: dist.ProcessGroup) -> None:
             with raises(PeerError, f"rank {world - 1}", name, told):
                 dispatcher.dispatch(x, topk_idx, weights)
     dispatched = dispatcher.dispatch(x, topk_idx, weights)  # the group still works
-    with raises(InputError, "x", "rows"):
+    with raises(InputError, "rows = shape", "as many as dispatched.rows"):
         dispatcher.combine(dispatched.rows[1:], dispatched)
     with raises(InputError, "weights", "shape"):
         dispatcher.combine(dispatched.rows, dispatched, weights=torch.ones(1000))
