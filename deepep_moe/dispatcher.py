@@ -39,7 +39,7 @@ _MOST_ROWS = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class Dispatched:
-    """What :meth:`TokenDispatcher.dispatch` returns: rows for the L experts of this rank, and the plan to combine them."""
+    """What :meth:`TokenDispatcher.dispatch` returns: rows for this rank's L experts, and the plan to combine them."""
 
     rows: Tensor
     """[M, H] in the dtype of the tokens: the rows of local expert 0, then of expert 1, ...; each group is padded with
