@@ -5,16 +5,25 @@
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
 * :class:`Buffer`, :class:`Config`, :class:`EventHandle`, :class:`EventOverlap`: the DeepEP 1.x interface.
 * :class:`ElasticBuffer`, :class:`EPHandle`: the part of the DeepEP 2.x interface that trainers use.
+
+Names and submodules are imported on first use, so that ``python -m deepep_moe --help`` does not wait for torch.
 """
 
-from deepep_moe.buffer import Buffer, topk_idx_t
-from deepep_moe.config import Config, DispatcherConfig
-from deepep_moe.dispatcher import Dispatched, TokenDispatcher
-from deepep_moe.elastic import ElasticBuffer, EPHandle
-from deepep_moe.events import EventHandle, EventOverlap
-from deepep_moe.weigh import weigh_rows
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepep_moe.buffer import Buffer, topk_idx_t
+    from deepep_moe.config import Config, DispatcherConfig
+    from deepep_moe.dispatcher import Dispatched, TokenDispatcher
+    from deepep_moe.elastic import ElasticBuffer, EPHandle
+    from deepep_moe.events import EventHandle, EventOverlap
+    from deepep_moe.weigh import weigh_rows
+
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 __all__ = [
     "Buffer",
     "Config",
@@ -28,3 +37,32 @@ __all__ = [
     "topk_idx_t",
     "weigh_rows",
 ]
+
+_MODULES = {
+    "Buffer": "buffer",
+    "topk_idx_t": "buffer",
+    "Config": "config",
+    "DispatcherConfig": "config",
+    "Dispatched": "dispatcher",
+    "TokenDispatcher": "dispatcher",
+    "ElasticBuffer": "elastic",
+    "EPHandle": "elastic",
+    "EventHandle": "events",
+    "EventOverlap": "events",
+    "weigh_rows": "weigh",
+}
+"""The module of every public name; the same as the imports above, which type checkers read."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value  # found there the next time
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")  # deepep_moe.errors after `import deepep_moe`
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,7 +1,7 @@
 """Command-line tools: ``python -m deepep_moe NAME``, also installed as ``deepep-moe NAME``.
 
-A tool is a module with ``app``, a ``typer.Typer``, and one line in :data:`COMMANDS`. It is imported only when asked
-for, so ``--help`` is quick and one tool's needs are not another's.
+A tool is a module with ``main(arguments) -> exit status``, and one line in :data:`COMMANDS`. It is imported only when
+it is run, so ``--help`` does not import torch.
 """
 
 from __future__ import annotations

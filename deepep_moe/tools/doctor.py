@@ -1,46 +1,53 @@
-"""``deepep-moe doctor``: what is on this machine, what deepep_moe would do with it, and whether that works.
+"""``python -m deepep_moe doctor``: what is on this machine, which backend a group gets and why, and whether it works.
 
-Alone it looks at a group of one process; under torchrun at the group of all ranks, which is what a training job
-gets. It ends with a real dispatch and combine whose result is checked.
+Without torchrun the group is one process; under torchrun it is all ranks, as in a training job. The last check is a
+dispatch and a combine whose result is compared. ``--json`` prints the same for a program or an issue.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
+import shutil
+import sys
+import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension
 from deepep_moe.backends import BACKENDS, why_not
 from deepep_moe.backends.rail import TorchRail
 from deepep_moe.errors import DeepEPMoEError
-from deepep_moe.tools.world import ranks_of_this_run
+from deepep_moe.tools.world import World, ranks_of_this_run
 from deepep_moe.topology import find_nodes
 
-GOOD, NOTE, BAD = "[green]ok[/green]", "[yellow]note[/yellow]", "[red]wrong[/red]"
+GOOD, NOTE, BAD = "ok", "note", "wrong"
+_COLOURS = {GOOD: "32", NOTE: "33", BAD: "31"}  # of a terminal
+_VARIABLES = ("DEEPEP_MOE_", "CUDA_", "NCCL_", "TORCH_NCCL_", "GLOO_", "NVSHMEM_", "OMP_", "TORCH_LOGS")
+"""What environment variables start with that change how deepep_moe runs."""
 
 
 class Finding(NamedTuple):
     """One line of the report."""
 
-    state: str  # GOOD, NOTE (works without it) or BAD (must be mended)
+    state: str  # GOOD, NOTE (it works without) or BAD (it must be mended)
     subject: str
     text: str
 
 
 def look_at_torch() -> list[Finding]:
+    """Versions, and the GPUs that torch sees."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     found = [
         Finding(GOOD, "deepep_moe", f"{__version__}, Python {platform.python_version()}"),
@@ -73,6 +80,7 @@ def look_at_extension() -> list[Finding]:
 
 
 def version_of(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -100,6 +108,7 @@ def look_at_framework(package: str, plugin: str) -> Finding:
 
 
 def look_at_extras() -> list[Finding]:
+    """Optional packages: NVSHMEM, Apex."""
     nvshmem = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvshmem")
     text = "wheel found (no kernel uses it yet)" if nvshmem else "not found (no kernel uses it yet)"
     found = [Finding(GOOD if nvshmem else NOTE, "NVSHMEM", text)]
@@ -115,6 +124,7 @@ def look_at_extras() -> list[Finding]:
 
 
 def look_at_settings() -> tuple[Finding, DispatcherConfig]:
+    """The settings of this process; the defaults where they are wrong."""
     default = DispatcherConfig()
     try:
         config = DispatcherConfig.load()
@@ -125,17 +135,54 @@ def look_at_settings() -> tuple[Finding, DispatcherConfig]:
     return Finding(GOOD, "settings", f"{text} (DEEPEP_MOE_* variables and $DEEPEP_MOE_CONFIG)"), config
 
 
-def try_group(config: DispatcherConfig) -> list[Finding]:
-    """Backend of the group of all ranks, and a dispatch and combine on it. Collective."""
-    with ranks_of_this_run() as world:
-        try:
-            dispatcher = TokenDispatcher(dist.group.WORLD, 4 * world.size, config, device=world.device)
-            where = f"{world.size} rank(s), {world.collectives}, {world.device.type}"
-            why = reason_against_better(dispatcher)
-            found = [Finding(GOOD, "backend", f"{dispatcher.backend.name} ({where}){': ' * bool(why)}{why}")]
-            return [*found, *look_at_nodes(dispatcher), round_trip(dispatcher, world.device)]
-        except DeepEPMoEError as error:
-            return [Finding(BAD, "backend", str(error))]
+def look_at_environment() -> Finding:
+    """Environment variables that change how deepep_moe runs."""
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)]
+    return Finding(GOOD, "environment", " ".join(variables) or f"no variable that starts with {', '.join(_VARIABLES)}")
+
+
+def look_here() -> tuple[list[Finding], DispatcherConfig]:
+    """What one process sees without the others."""
+    settings, config = look_at_settings()
+    frameworks = [look_at_framework("megatron-core", "megatron"), look_at_framework("deepspeed", "deepspeed")]
+    found = [*look_at_torch(), *look_at_extension(), *frameworks, *look_at_extras(), settings, look_at_environment()]
+    return found, config
+
+
+def look_at_group(mine: list[Finding], config: DispatcherConfig) -> list[Finding]:
+    """The ranks, where they differ from rank 0, their backend, and a dispatch and combine on it. Collective."""
+    try:
+        with ranks_of_this_run() as world:
+            found = compare_ranks(world, mine)
+            try:
+                dispatcher = TokenDispatcher(dist.group.WORLD, 4 * world.size, config, device=world.device)
+                why = reason_against_better(dispatcher)
+                text = f"{dispatcher.backend.name} ({world.collectives}, {world.device.type}){': ' * bool(why)}{why}"
+                found += [Finding(GOOD, "backend", text), *look_at_nodes(dispatcher)]
+                found.append(round_trip(dispatcher, world.device))
+            except DeepEPMoEError as error:
+                found.append(Finding(BAD, "backend", str(error)))
+            return found
+    except (RuntimeError, ValueError) as error:  # torch.distributed's own
+        return [Finding(BAD, "ranks", f"torch.distributed failed: {error}")]
+
+
+def compare_ranks(world: World, mine: list[Finding]) -> list[Finding]:
+    """How many ranks there are, and every finding of another rank that rank 0 does not have too. Collective."""
+    started = "by torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "without torchrun"
+    everyone: list[list[Finding]] = world.gather(mine)
+    ranks_of: dict[Finding, list[str]] = {}
+    for rank, findings in enumerate(everyone):
+        for finding in findings:
+            if finding not in everyone[0]:
+                ranks_of.setdefault(finding, []).append(str(rank))
+    different = [
+        Finding(BAD if finding.state == BAD else NOTE, f"rank {', '.join(ranks)}", f"{finding.subject}: {finding.text}")
+        for finding, ranks in ranks_of.items()
+    ]
+    alike = f"{len(ranks_of)} findings differ from those of rank 0" if different else "all find the same"
+    text = f"{world.size}, started {started}" + (f"; {alike}" if world.size > 1 else "")
+    return [Finding(GOOD, "ranks", text), *different]
 
 
 def reason_against_better(dispatcher: TokenDispatcher) -> str:
@@ -187,43 +234,59 @@ def round_trip(dispatcher: TokenDispatcher, device: torch.device) -> Finding:
     return Finding(state, "round trip", f"dispatch and combine of {tokens} tokens, largest error {error.item():.1e}")
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+def as_text(found: Sequence[Finding], columns: int | None, colour: bool) -> str:
+    """One line for each finding; longer ones are wrapped to ``columns``, if given."""
+    subjects = max(len(finding.subject) for finding in found)
+    lines = []
+    for state, subject, text in found:
+        start = f"{state:<5}  {subject:<{subjects}}  "
+        line = start + text
+        if columns is not None:
+            line = textwrap.fill(line, max(columns, len(start) + 20), subsequent_indent=" " * len(start))
+        lines.append(f"\033[{_COLOURS[state]}m{line[:5]}\033[0m{line[5:]}" if colour else line)
+    return "\n".join(lines)
 
-EXAMPLES = """[bold]Examples[/bold]
 
-    python -m deepep_moe doctor
+def as_json(found: Sequence[Finding]) -> str:
+    """Everything that was found, for a program or an issue."""
+    wrong = any(finding.state == BAD for finding in found)
+    versions = {"deepep_moe": __version__, "torch": str(torch.__version__)}
+    findings = [finding._asdict() for finding in found]
+    return json.dumps({**versions, "state": BAD if wrong else GOOD, "findings": findings}, indent=1)
 
-    torchrun --nproc-per-node 8 -m deepep_moe doctor      (the backend that eight ranks get)
-"""
+
+@contextmanager
+def stdout_as_stderr() -> Iterator[None]:
+    """Send what frameworks and NCCL print meanwhile to stderr, so that stdout holds the report alone."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
-@app.command(epilog=EXAMPLES)
-def doctor() -> None:
-    """Show what is installed, which backend would run and why, and check one dispatch and combine.
-
-    Exit status 1 when something must be mended.
-    """
-    settings, config = look_at_settings()
-    steps: list[Callable[[], Any]] = [
-        look_at_torch,
-        look_at_extension,
-        lambda: look_at_framework("megatron-core", "megatron"),
-        lambda: look_at_framework("deepspeed", "deepspeed"),
-        look_at_extras,
-    ]
-    found: list[Finding] = []
-    for step in steps:
-        result = step()
-        found += result if isinstance(result, list) else [result]
-    found += [settings, *try_group(config)]
-
+def main(arguments: Sequence[str]) -> int:
+    """Run the command. Returns the exit status: 1 where something must be mended, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepep_moe doctor",
+        description="Show what is installed, which backend would run and why, and check one dispatch and combine.",
+        epilog="Under torchrun: the backend, nodes and rails of all ranks, and where ranks differ. "
+        "Exit status: 0 all works, 1 something must be mended (lines that begin with 'wrong'), 2 wrong arguments.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, to paste into an issue")
+    asked = parser.parse_args(arguments)
+    with stdout_as_stderr():
+        mine, config = look_here()
+        found = [*mine, *look_at_group(mine, config)]
     if int(os.environ.get("RANK", "0")) == 0:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, style="bold")
-        table.add_column(overflow="fold")
-        for finding in found:
-            table.add_row(*finding)
-        Console(highlight=False).print(table)
-    if any(finding.state == BAD for finding in found):
-        raise typer.Exit(1)
+        if asked.json:
+            print(as_json(found), flush=True)
+        else:
+            terminal = sys.stdout.isatty()
+            columns = shutil.get_terminal_size().columns if terminal else None
+            print(as_text(found, columns, terminal and "NO_COLOR" not in os.environ), flush=True)
+    return int(any(finding.state == BAD for finding in found))

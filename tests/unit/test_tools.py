@@ -2,54 +2,118 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from deepep_moe import Buffer, extension
+import deepep_moe
+from deepep_moe import Buffer, __version__, extension
 from deepep_moe.tools import doctor
 from tests.launch import ROOT, torchrun
 
 
 def tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deepep_moe", *arguments]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200", **environment}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_help_lists_tools_and_a_wrong_name_is_an_error() -> None:
-    assert "doctor" in tool().stdout
+def test_help_and_version_do_not_import_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
+    for arguments, shown in (
+        ((), "doctor "),
+        (("--help",), "doctor "),
+        (("--version",), f"deepep_moe {__version__}\n"),
+    ):
+        result = tool(*arguments, PYTHONPATH=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert shown in result.stdout
+    assert "torch was imported" in tool("doctor", PYTHONPATH=str(tmp_path)).stderr  # the trap works
+
+
+def test_a_wrong_name_is_an_error() -> None:
     wrong = tool("docter")
-    assert wrong.returncode != 0
-    assert "no tool 'docter'" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "no tool 'docter'; there is doctor\n" in wrong.stderr
+    moved = tool("bench", "ops")
+    assert moved.returncode == 2
+    assert "python -m benchmarks --help" in moved.stderr
+
+
+def test_every_public_name_is_imported_on_first_use() -> None:
+    for name in deepep_moe.__all__:
+        assert getattr(deepep_moe, name) is getattr(deepep_moe, name)
+        assert name in dir(deepep_moe)
+    with pytest.raises(AttributeError, match="module 'deepep_moe' has no attribute 'Bufer'"):
+        deepep_moe.Bufer  # noqa: B018
+    code = "import deepep_moe, sys; assert 'torch' not in sys.modules; deepep_moe.errors.InputError; deepep_moe.Buffer"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_doctor_names_the_backend_and_checks_a_round_trip() -> None:
-    result = tool("doctor")
+    result = tool("doctor", COLUMNS="40", NCCL_DEBUG="WARN")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "collective (1 rank(s), gloo, cpu): nvlink needs CUDA tensors" in result.stdout
-    assert "dispatch and combine of 64 tokens" in result.stdout
-    assert "wrong" not in result.stdout
+    assert "\033" not in result.stdout  # no colours in a pipe, and no finding is broken into lines
+    lines = [re.split(r" {2,}", line, maxsplit=2) for line in result.stdout.splitlines()]
+    found = {subject: (state, text) for state, subject, text in lines}
+    assert found["backend"][1].startswith("collective (gloo, cpu): nvlink needs CUDA tensors")
+    assert found["ranks"] == ("ok", "1, started without torchrun")
+    assert "NCCL_DEBUG=WARN" in found["environment"][1]
+    assert found["round trip"][1].startswith("dispatch and combine of 64 tokens, largest error ")
+    assert {state for state, _, _ in lines} <= {"ok", "note"}
 
 
 def test_doctor_looks_at_the_group_of_all_ranks() -> None:
-    output = torchrun(2, "-m", "deepep_moe", "doctor", env={"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}).stdout
-    assert output.count("collective (2 rank(s), gloo, cpu)") == 1
+    run = torchrun(2, "-m", "deepep_moe", "doctor", "--json", env={"CUDA_VISIBLE_DEVICES": ""})
+    report = json.loads(run.stdout[run.stdout.index("{\n") : run.stdout.rindex("\n}") + 2])
+    found = {finding["subject"]: finding["text"] for finding in report["findings"]}
+    assert (report["state"], report["deepep_moe"], report["torch"]) == ("ok", __version__, torch.__version__)
+    assert found["ranks"] == "2, started by torchrun; all find the same"
+    assert found["backend"].startswith("collective (gloo, cpu)")
+    assert found["nodes"].endswith("ranks 0, 1")
+
+
+def test_doctor_json_is_all_there_is_on_stdout() -> None:
+    result = tool("doctor", "--json", DEEPEP_MOE_BACKEND="nvlink")
+    report = json.loads(result.stdout)
+    assert (result.returncode, report["state"]) == (1, "wrong")
+    wrong = [finding for finding in report["findings"] if finding["state"] == "wrong"]
+    assert [finding["subject"] for finding in wrong] == ["backend"]
+    assert "backend nvlink cannot run here" in wrong[0]["text"]
 
 
 def test_doctor_fails_on_settings_that_cannot_work() -> None:
-    result = tool("doctor", DEEPEP_MOE_BACKEND="nvlink")
-    assert result.returncode == 1
-    assert "backend nvlink cannot run here" in result.stdout
-
     result = tool("doctor", DEEPEP_MOE_NUM_SMS="many")
     assert result.returncode == 1
-    assert "DEEPEP_MOE_NUM_SMS" in result.stdout
+    assert re.search(r"^wrong +settings +.*DEEPEP_MOE_NUM_SMS", result.stdout, re.MULTILINE)
+    assert tool("doctor", "--jsn").returncode == 2
+
+
+def test_doctor_tells_where_ranks_differ() -> None:
+    same, old = doctor.Finding("ok", "deepep_moe", "0.1.0"), doctor.Finding("ok", "torch", "2.11.0")
+    bad = doctor.Finding("wrong", "settings", "DEEPEP_MOE_NUM_SMS = many")
+    mine = [same, doctor.Finding("ok", "torch", "2.13.0")]
+    world = SimpleNamespace(size=4, gather=lambda value: [value, [same, old], value, [same, old, bad]])
+    ranks, *different = doctor.compare_ranks(world, mine)  # type: ignore[arg-type]
+    assert ranks.text.endswith("2 findings differ from those of rank 0")
+    assert different == [
+        ("note", "rank 1, 3", "torch: 2.11.0"),
+        ("wrong", "rank 3", "settings: DEEPEP_MOE_NUM_SMS = many"),
+    ]
+
+
+def test_doctor_wraps_and_colours_on_a_terminal() -> None:
+    text = doctor.as_text([doctor.Finding("note", "GPUs", "none of them " * 5)], columns=40, colour=True)
+    assert text.startswith("\033[33mnote \033[0m  GPUs  none of them none of")
+    assert all(line.startswith(" " * 13) for line in text.splitlines()[1:])
 
 
 @pytest.mark.parametrize(
