@@ -73,8 +73,8 @@ class ElasticBuffer(Shared):
         num_gpu_timeout_secs: longest wait for a peer.
         hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: used for the size hint only.
         deterministic: results always are.
-        num_cpu_bytes, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx: accepted for compatibility, no effect here.
-        num_allocated_qps, num_cpu_timeout_secs, explicitly_destroy: accepted for compatibility, no effect here.
+        num_cpu_bytes, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx: accepted, no effect here.
+        num_allocated_qps, num_cpu_timeout_secs, explicitly_destroy: accepted, no effect here.
         settings: of a framework integration; default: ``DispatcherConfig.load()``. ``num_max_tokens_per_rank`` comes
             on top.
     """
