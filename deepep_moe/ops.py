@@ -25,7 +25,7 @@ from torch import Tensor
 from deepep_moe.backends.base import Backend, Backward, Layout, Plan, Wire
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.errors import HandleError
-from deepep_moe.watched import watched
+from deepep_moe.tracing import is_traced
 from deepep_moe.weigh import weigh_gradients
 
 NO_LIMIT = -1
@@ -48,7 +48,7 @@ def _backend(number: int) -> Backend:
 
 def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> Plan:
     """The :class:`Plan` of ``topk_idx``; through the operator where something watches. Limits of -1: exact sizes."""
-    if watched(topk_idx):
+    if is_traced(topk_idx):
         topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
         return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
@@ -115,8 +115,8 @@ def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: b
 
     ``fp8``: BF16 tokens travel as e4m3.
     """
-    if watched(x):
-        rows, row_weights = _dispatch_op(x, weights, *_flat(plan, backend), 0, fp8)
+    if is_traced(x):
+        rows, row_weights = _dispatch_with_gradient_op(x, weights, *_flat(plan, backend), fp8)
         return rows, None if weights is None else row_weights
     if _wants_grad(x, weights):
         return _Dispatch.apply(x, weights, plan, backend, fp8)  # type: ignore[no-any-return]
@@ -131,8 +131,8 @@ def combine(
     ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second result is None) or carried
     back beside them (the second result is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
     """
-    if watched(rows):
-        tokens, carried = _combine_op(rows, weights, *_flat(plan, backend), 0, apply_weights, fp8_grad)
+    if is_traced(rows):
+        tokens, carried = _combine_with_gradient_op(rows, weights, *_flat(plan, backend), apply_weights, fp8_grad)
         return tokens, None if weights is None or apply_weights else carried
     if _wants_grad(rows, weights):
         return _Combine.apply(rows, weights, plan, backend, apply_weights, fp8_grad)  # type: ignore[no-any-return]
@@ -176,10 +176,9 @@ class _Dispatch(torch.autograd.Function):
         ctx.plan, ctx.backend = plan, backend
         ctx.carries = weights is not None and ctx.needs_input_grad[1]
         backward = Backward.ROWS_AND_WEIGHTS if ctx.carries else Backward.ROWS
-        if not watched(x):
-            return _run_dispatch(x, weights, plan, backend, fp8, backward)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _dispatch_op(x, weights, *_flat(plan, backend), int(backward), fp8)  # type: ignore[no-any-return]
+        if is_traced(x):
+            return _dispatch_op(x, weights, *_flat(plan, backend), backward, fp8)  # type: ignore[no-any-return]
+        return _run_dispatch(x, weights, plan, backend, fp8, backward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -205,12 +204,9 @@ class _Combine(torch.autograd.Function):
         backward = Backward.ROWS_AND_WEIGHTS if ctx.carries else Backward.ROWS
         if apply_weights:
             ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
-        if not watched(rows):
-            return _run_combine(rows, weights, plan, backend, apply_weights, backward)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _combine_op(  # type: ignore[no-any-return]
-                rows, weights, *_flat(plan, backend), int(backward), apply_weights, fp8_grad
-            )
+        if is_traced(rows):
+            return _combine_op(rows, weights, *_flat(plan, backend), backward, apply_weights)  # type: ignore[no-any-return]
+        return _run_combine(rows, weights, plan, backend, apply_weights, backward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -231,26 +227,34 @@ def _wants_grad(x: Tensor, weights: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad))
 
 
-# -- the operators: their own plumbing around the same functions -------------------------------------------------------
+# -- operators: the same functions for torch.compile and dispatch modes --------------------------------------------
 
-# backward: a Backward, put in by the autograd kernel below; callers pass 0.
-_PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment, int backward"
-torch.library.define("deepep_moe::dispatch", f"(Tensor x, Tensor? weights, {_PLAN}, bool fp8) -> (Tensor, Tensor)")
-torch.library.define(
-    "deepep_moe::combine",
-    f"(Tensor rows, Tensor? weights, {_PLAN}, bool apply_weights, bool fp8_grad) -> (Tensor, Tensor)",
+# ``dispatch`` and ``combine`` are opaque and have no gradient. The ``_with_gradient`` operators are composite: they
+# decompose into a call of an autograd.Function whose forward calls the opaque operator. torch.compile needs them as
+# operators because it cannot trace the lookup of the backend. ``backward`` is a :class:`Backward`.
+_PLAN = "Tensor?[] plan, int backend, int num_experts, int alignment"
+_RESULT = "-> (Tensor, Tensor)"
+_define = torch.library.define
+_define("deepep_moe::dispatch", f"(Tensor x, Tensor? weights, {_PLAN}, int backward, bool fp8) {_RESULT}")
+_define("deepep_moe::combine", f"(Tensor rows, Tensor? weights, {_PLAN}, int backward, bool apply_weights) {_RESULT}")
+_define("deepep_moe::dispatch_with_gradient", f"(Tensor x, Tensor? weights, {_PLAN}, bool fp8) {_RESULT}")
+_define(
+    "deepep_moe::combine_with_gradient",
+    f"(Tensor rows, Tensor? weights, {_PLAN}, bool apply_weights, bool fp8_grad) {_RESULT}",
 )
 _dispatch_op = torch.ops.deepep_moe.dispatch.default
 _combine_op = torch.ops.deepep_moe.combine.default
+_dispatch_with_gradient_op = torch.ops.deepep_moe.dispatch_with_gradient.default
+_combine_with_gradient_op = torch.ops.deepep_moe.combine_with_gradient.default
 
-Flat = list[Tensor | None]
+PlanTensors = list[Tensor | None]
 
 
 @torch.library.impl("deepep_moe::dispatch", "default")
 def _(
     x: Tensor,
     weights: Tensor | None,
-    plan: Flat,
+    plan: PlanTensors,
     backend: int,
     num_experts: int,
     alignment: int,
@@ -266,28 +270,23 @@ def _(
 def _(
     rows: Tensor,
     weights: Tensor | None,
-    plan: Flat,
+    plan: PlanTensors,
     backend: int,
     num_experts: int,
     alignment: int,
     backward: int,
     apply_weights: bool,
-    fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     routing = TensorPlan.from_tensors(num_experts, alignment, plan)
     tokens, carried = _run_combine(rows, weights, routing, backend, apply_weights, backward)
     return tokens, _or_empty(carried, rows)
 
 
-def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32) if weights is None else weights
-
-
 @torch.library.register_fake("deepep_moe::dispatch")
 def _(
     x: Tensor,
     weights: Tensor | None,
-    plan: Flat,
+    plan: PlanTensors,
     backend: int,
     num_experts: int,
     alignment: int,
@@ -302,13 +301,12 @@ def _(
 def _(
     rows: Tensor,
     weights: Tensor | None,
-    plan: Flat,
+    plan: PlanTensors,
     backend: int,
     num_experts: int,
     alignment: int,
     backward: int,
     apply_weights: bool,
-    fp8_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     routing = TensorPlan.from_tensors(num_experts, alignment, plan)
     carried = (0,) if weights is None or apply_weights else (routing.num_tokens, routing.num_topk)
@@ -318,28 +316,34 @@ def _(
     )
 
 
-def _register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
-    """A kernel that calls the autograd.Function: torch.library.register_autograd costs the host three times as much."""
-
-    def kernel(
-        x: Tensor,
-        weights: Tensor | None,
-        plan: Flat,
-        backend: int,
-        num_experts: int,
-        alignment: int,
-        backward: int,
-        *switches: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if _wants_grad(x, weights):
-            routing = TensorPlan.from_tensors(num_experts, alignment, plan)
-            out, out_weights = function.apply(x, weights, routing, backend, *switches)
-            return out, _or_empty(out_weights, out)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(x, weights, plan, backend, num_experts, alignment, backward, *switches)
-
-    torch.library.impl(name, "Autograd")(kernel)
+@torch.library.impl("deepep_moe::dispatch_with_gradient", "CompositeImplicitAutograd")
+def _(
+    x: Tensor, weights: Tensor | None, plan: PlanTensors, backend: int, num_experts: int, alignment: int, fp8: bool
+) -> tuple[Tensor, Tensor]:
+    if not _wants_grad(x, weights):
+        return _dispatch_op(x, weights, plan, backend, num_experts, alignment, Backward.NONE, fp8)  # type: ignore[no-any-return]
+    routing = TensorPlan.from_tensors(num_experts, alignment, plan)
+    rows, row_weights = _Dispatch.apply(x, weights, routing, backend, fp8)
+    return rows, _or_empty(row_weights, rows)
 
 
-_register_autograd("deepep_moe::dispatch", _dispatch_op, _Dispatch)
-_register_autograd("deepep_moe::combine", _combine_op, _Combine)
+@torch.library.impl("deepep_moe::combine_with_gradient", "CompositeImplicitAutograd")
+def _(
+    rows: Tensor,
+    weights: Tensor | None,
+    plan: PlanTensors,
+    backend: int,
+    num_experts: int,
+    alignment: int,
+    apply_weights: bool,
+    fp8_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    if not _wants_grad(rows, weights):
+        return _combine_op(rows, weights, plan, backend, num_experts, alignment, Backward.NONE, apply_weights)  # type: ignore[no-any-return]
+    routing = TensorPlan.from_tensors(num_experts, alignment, plan)
+    tokens, carried = _Combine.apply(rows, weights, routing, backend, apply_weights, fp8_grad)
+    return tokens, _or_empty(carried, tokens)
+
+
+def _or_empty(weights: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if weights is None else weights

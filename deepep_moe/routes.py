@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.extension import DTYPE_CODES
-from deepep_moe.watched import watched
+from deepep_moe.tracing import is_traced
 
 
 def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def routes(routing_map: Tensor, probs: Tensor, topk: int) -> tuple[Tensor, Tenso
     Returns:
         [T, K] int64 experts in ascending order, -1 where a row has fewer; [T, K] fp32 probabilities, 0 there.
     """
-    if watched(probs) or probs.dtype not in DTYPE_CODES or extension.why_not_on(routing_map.device):
+    if is_traced(probs) or probs.dtype not in DTYPE_CODES or extension.why_not_on(routing_map.device):
         return _by_sorting(routing_map, probs, topk)
     return _Routes.apply(probs, routing_map, topk)  # type: ignore[no-any-return]
 

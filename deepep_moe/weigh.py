@@ -14,7 +14,7 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.errors import InputError
 from deepep_moe.extension import DTYPE_CODES, VECTOR_BYTES
-from deepep_moe.watched import watched
+from deepep_moe.tracing import is_traced
 
 
 def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
     if weights.device != rows.device:
         raise InputError("weights", weights.device, f"must be on {rows.device}, the device of rows")
     weights = weights.float()
-    if watched(rows) or watched(weights):
+    if is_traced(rows) or is_traced(weights):
         return _times(rows, weights)
     return _Weigh.apply(rows, weights)  # type: ignore[no-any-return]
 
@@ -110,7 +110,7 @@ def _times(rows: Tensor, weights: Tensor) -> Tensor:
 def _on_kernel(rows: Tensor, weights: Tensor) -> bool:
     """Whether the kernel serves these rows; it leaves nothing behind that could be differentiated once more."""
     return (
-        not watched(rows)
+        not is_traced(rows)
         and rows.dtype in DTYPE_CODES
         and rows.shape[1] * rows.element_size() % VECTOR_BYTES == 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepep_moe import DispatcherConfig, TokenDispatcher
 from deepep_moe.errors import UnsupportedError
@@ -117,6 +119,62 @@ def gradients_that_travel_as_fp8_are_the_only_thing_rounded(group: dist.ProcessG
         rounded = {"gradient of rows"} if "fp8_dispatch_grad" in settings else {"rows"}
         for name, value in results[0].items():
             assert torch.equal(value, results[1][name]) is (name not in rounded), f"{name} with {settings}"
+
+
+class Recorder(TorchDispatchMode):
+    """Makes calls go through registered operators, and lists those of this library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "deepep_moe":
+            self.calls.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@case(ranks=(1, 2))
+def operators_give_the_same_bits_as_direct_calls(group: dist.ProcessGroup) -> None:
+    """Also with FP8 in either direction, and where only the weights or only the rows require gradients."""
+    world = dist.get_world_size(group)
+    x, topk_idx, weights = random_batch(dist.get_rank(group), 24, HIDDEN, 2, 2 * world, torch.bfloat16)
+
+    def results(dispatcher: TokenDispatcher, wanted: list[Tensor]) -> list[Tensor]:
+        for tensor in (x, weights):
+            tensor.requires_grad_(any(tensor is each for each in wanted))
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        rows = torch.tanh(sent.rows)
+        out = dispatcher.combine(rows, sent, weights=sent.weights) + dispatcher.combine(rows, sent)
+        gradients = torch.autograd.grad(out, wanted, torch.cos(out.detach().float()).to(out.dtype)) if wanted else ()
+        return [sent.rows, sent.weights, out, *gradients]
+
+    for settings in ({}, {"fp8_dispatch": True}, {"fp8_dispatch_grad": True}):
+        dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(**settings))
+        for wanted in ([], [x], [weights], [x, weights]):
+            direct = results(dispatcher, wanted)
+            with Recorder() as recorder:
+                recorded = results(dispatcher, wanted)
+            for index, (got, expected) in enumerate(zip(recorded, direct, strict=True)):
+                assert torch.equal(got, expected), f"result {index} with {settings}"
+            assert recorder.calls[:4] == ["plan", "dispatch", "combine", "combine"]
+            # The backward of a combine is a dispatch, and the other way round.
+            assert sorted(recorder.calls[4:]) == (["combine", "dispatch", "dispatch"] if wanted else [])
+
+
+@case(ranks=(2,))
+def compiled_layers_send_gradients_as_fp8(group: dist.ProcessGroup) -> None:
+    world = dist.get_world_size(group)
+    x, topk_idx, weights = random_batch(dist.get_rank(group), 24, HIDDEN, 2, 2 * world, torch.bfloat16)
+    dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(fp8_dispatch_grad=True))
+
+    def layer(x: Tensor) -> Tensor:
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        return dispatcher.combine(sent.rows, sent, weights=sent.weights)
+
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    (got,) = torch.autograd.grad(torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum(), x)
+    assert torch.equal(got, expected)
 
 
 @case(ranks=(1, 2))

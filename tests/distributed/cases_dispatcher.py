@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepep_moe import Dispatched, DispatcherConfig, TokenDispatcher, ops
-from deepep_moe.backends import Layout, Wire
+from deepep_moe.backends import Backward, Layout, Wire
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, RankMismatchError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from tests.launch import case
@@ -286,13 +286,26 @@ def operators_pass_opcheck(group: dist.ProcessGroup) -> None:
     dispatched = dispatcher.dispatch(x, topk_idx, weights)
     plan = dispatched.plan.tensors()
     rows, row_weights = (t.detach().requires_grad_() for t in (dispatched.rows, dispatched.weights))
-    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, weights, plan, number, experts, 4, 0, False))
-    torch.library.opcheck(torch.ops.deepep_moe.dispatch.default, (x, None, plan, number, experts, 4, 0, False))
-    for apply_weights in (False, True):
-        torch.library.opcheck(
-            torch.ops.deepep_moe.combine.default, (rows, row_weights, plan, number, experts, 4, 0, apply_weights, False)
+    operators = torch.ops.deepep_moe
+    for routed in (weights, None):  # differentiable, and the opaque operators that these decompose into
+        torch.library.opcheck(operators.dispatch_with_gradient.default, (x, routed, plan, number, experts, 4, False))
+        opaque = (
+            x.detach(),
+            None if routed is None else routed.detach(),
+            plan,
+            number,
+            experts,
+            4,
+            Backward.NONE,
+            False,
         )
-    torch.library.opcheck(torch.ops.deepep_moe.combine.default, (rows, None, plan, number, experts, 4, 0, False, False))
+        torch.library.opcheck(operators.dispatch.default, opaque)
+    for routed, apply_weights in ((row_weights, False), (row_weights, True), (None, False)):
+        arguments = (rows, routed, plan, number, experts, 4, apply_weights, False)
+        torch.library.opcheck(operators.combine_with_gradient.default, arguments)
+        routed = None if routed is None else routed.detach()
+        opaque = (rows.detach(), routed, plan, number, experts, 4, Backward.NONE, apply_weights)
+        torch.library.opcheck(operators.combine.default, opaque)
 
 
 @case()

@@ -1,4 +1,4 @@
-"""When a call must not bypass PyTorch's operators."""
+"""Whether a call must go through registered operators instead of calling a backend or a kernel directly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def watched(x: Tensor) -> bool:
-    """Whether something has to see operators: torch.compile, FakeTensor, a dispatch mode, a tensor subclass."""
+def is_traced(x: Tensor) -> bool:
+    """Whether ``x`` is used under torch.compile or a dispatch mode, or is a tensor subclass (FakeTensor included)."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, Parameter)
