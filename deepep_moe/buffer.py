@@ -248,8 +248,11 @@ class Buffer(LowLatencyCalls, Shared):
         Args:
             x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
             handle: of an earlier dispatch: repeat its routing without exchanging it again.
-            is_token_in_rank, num_tokens_per_expert: from :meth:`get_dispatch_layout`; needed without ``handle``.
-            num_tokens_per_rank, num_tokens_per_rdma_rank, config: accepted for compatibility.
+            is_token_in_rank: [T, R] bool, from :meth:`get_dispatch_layout`; needed without ``handle``.
+            num_tokens_per_expert: [E] int32, from there too; needed without ``handle``.
+            num_tokens_per_rank: [R] int32, from there too; not needed. On a CPU these three are compared with
+                ``topk_idx``; on a GPU that would make the host wait, and ``is_token_in_rank`` decides.
+            num_tokens_per_rdma_rank, config: accepted for compatibility.
             topk_idx: [T, K] int32 or int64, -1 = dropped. Without it only ``is_token_in_rank`` decides.
             topk_weights: [T, K] float32, beside ``topk_idx``.
             expert_alignment: the counts in the returned list are rounded up to a multiple of this.
@@ -281,6 +284,8 @@ class Buffer(LowLatencyCalls, Shared):
                 check_shape("num_tokens_per_expert", num_tokens_per_expert, (None,), backend.device)
                 if topk_weights is not None and topk_idx is None:
                     raise InputError("topk_weights", "given", "needs topk_idx")
+                if topk_idx is not None and backend.device.type == "cpu":
+                    _check_counts(backend, topk_idx, is_token_in_rank, num_tokens_per_expert, num_tokens_per_rank)
         except Exception as error:
             backend.refuse("plan" if handle is None else "dispatch", error)
 
@@ -442,6 +447,32 @@ def tokens_and_scales(x: Any) -> tuple[Tensor, Tensor | None]:
     check_tensor("x[0]", x[0])
     check_tensor("x[1]", x[1])
     return x
+
+
+def _check_counts(
+    backend: Backend,
+    topk_idx: Tensor,
+    is_token_in_rank: Tensor,
+    num_tokens_per_expert: Tensor,
+    num_tokens_per_rank: Tensor | None,
+) -> None:
+    """Raise :class:`InputError` unless the results of ``get_dispatch_layout`` belong to ``topk_idx``."""
+    expected = backend.destinations(topk_idx, num_tokens_per_expert.shape[0])
+    for name, given, wanted in (
+        ("is_token_in_rank", is_token_in_rank, expected.is_token_in_rank),
+        ("num_tokens_per_expert", num_tokens_per_expert, expected.num_tokens_per_expert),
+        ("num_tokens_per_rank", num_tokens_per_rank, expected.num_tokens_per_rank),
+    ):
+        if given is None:
+            continue
+        check_shape(name, given, tuple(wanted.shape), backend.device, wanted.dtype)
+        if not torch.equal(given, wanted):
+            first = (given != wanted).nonzero()[0].tolist()
+            raise InputError(
+                f"{name}{first}",
+                given[tuple(first)].item(),
+                f"is {wanted[tuple(first)].item()} by topk_idx; pass what get_dispatch_layout returned for it",
+            )
 
 
 def bias_tensors(bias: Any) -> tuple[Tensor, ...]:

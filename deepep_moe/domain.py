@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from deepep_moe.backends.exchange import gather
 from deepep_moe.errors import (
     CapacityError,
     DeepEPMoEError,
@@ -93,11 +94,14 @@ class Domain:
         self.runtime.set_mailboxes(self._mailboxes.addresses)
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
-        """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective."""
+    def supports(group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> str | None:
+        """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective.
+
+        Raises:
+            PeerTimeoutError: a rank did not come within ``timeout_seconds``.
+        """
         ranks = dist.get_world_size(group)
-        places: list[tuple[str, int]] = [("", 0)] * ranks
-        dist.all_gather_object(places, (host_id(), device.index), group=group)
+        places = gather("set-up", group, device, timeout_seconds, [host_id(), device.index])
         if any(host != places[dist.get_rank(group)][0] for host, _ in places):
             return SEVERAL_HOSTS
         if (reason := why_not_on(device)) is not None:

@@ -194,7 +194,8 @@ class ElasticBuffer(Shared):
             topk_idx: [T, K] int32 or int64, -1 = dropped. Needs ``num_experts``; not together with ``handle``.
             topk_weights: [T, K] float32; allowed with ``handle`` too.
             cumulative_local_expert_recv_stats: [L] integers; the rows of each local expert are added to it.
-            num_max_tokens_per_rank: bound on T of every rank, used with ``do_cpu_sync=False``; default: the buffer's.
+            num_max_tokens_per_rank: upper bound on T, equal on all ranks; a batch with more tokens is an InputError.
+                Default: the buffer's, which is a bound with ``do_cpu_sync=False`` only.
             expert_alignment: groups of the expert layout are padded with zero rows to a multiple; default 1.
             handle: repeat the routing of an earlier dispatch.
             do_cpu_sync: False: outputs have the worst-case number of rows and the host waits for nothing.
@@ -215,6 +216,8 @@ class ElasticBuffer(Shared):
             tokens, scales = tokens_and_scales(x)
             self._runner.check(previous_events, async_with_compute_stream, allocate_on_comm_stream)
             check_integer("num_max_tokens_per_rank", bound, least=1 if worst_case else 0)
+            if (worst_case or num_max_tokens_per_rank) and tokens.shape[0] > bound:
+                raise InputError("x", f"{tokens.shape[0]} tokens", f"num_max_tokens_per_rank is {bound}")
             check_integer("expert_alignment", alignment, least=1)
             if (handle is None) == (topk_idx is None):
                 raise InputError("topk_idx", "missing" if handle is None else "given", "give either topk_idx or handle")

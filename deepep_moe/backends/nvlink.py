@@ -97,7 +97,7 @@ class NVLinkBackend(Shared):
     def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
         if device.type != "cuda":
             return f"nvlink needs CUDA tensors, the device is {device}"
-        return Domain.supports(group, device)
+        return Domain.supports(group, device, (config or DispatcherConfig()).timeout_seconds)
 
     @staticmethod
     def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:

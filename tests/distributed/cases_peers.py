@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from deepep_moe import DispatcherConfig, ElasticBuffer
 from deepep_moe.backends import Layout, get_backend
+from deepep_moe.domain import Domain
 from deepep_moe.errors import PeerTimeoutError
 from tests.distributed.cases_dispatcher import raises
-from tests.launch import case
+from tests.launch import GROUP_TIMEOUT, case
+
+BOUND = 20.0  # seconds: 1 for the peer, up to 4 to find out who it is, the rest for a busy machine
+
+
+@contextmanager
+def bounded_wait() -> Iterator[None]:
+    """The wait ends by ``timeout_seconds``, not by the timeout of the group (60 s) or of the default group (120 s)."""
+    began = time.monotonic()
+    yield
+    waited = time.monotonic() - began
+    assert 0.9 < waited < BOUND, f"waited {waited:.1f} s instead of 1 s"
 
 
 def silence(group: dist.ProcessGroup, phase: str) -> None:
@@ -28,9 +42,12 @@ def silence(group: dist.ProcessGroup, phase: str) -> None:
     steps["plan"] = lambda: backend.plan(topk_idx, 2 * backend.world_size)
     silent = backend.world_size - 1
     if backend.rank != silent:
-        with raises(
-            PeerTimeoutError,
-            f"{phase}: rank {backend.rank} of {backend.world_size}: no answer from rank {silent} within 1 s",
+        with (
+            bounded_wait(),
+            raises(
+                PeerTimeoutError,
+                f"{phase}: rank {backend.rank} of {backend.world_size}: no answer from rank {silent} within 1 s",
+            ),
         ):
             steps[phase]()
     dist.barrier()  # of the default group: the silent rank waits here
@@ -57,6 +74,24 @@ def silence_in_a_barrier_is_a_timeout(group: dist.ProcessGroup) -> None:
     buffer.barrier()
     silent = buffer.num_ranks - 1
     if buffer.rank_idx != silent:
-        with raises(PeerTimeoutError, f"barrier: rank {buffer.rank_idx}", f"no answer from rank {silent} within 1 s"):
+        with (
+            bounded_wait(),
+            raises(PeerTimeoutError, f"barrier: rank {buffer.rank_idx}", f"no answer from rank {silent} within 1 s"),
+        ):
             buffer.barrier()
+    dist.barrier()  # of the default group: the silent rank waits here
+
+
+@case(ranks=(2, 3))
+def silence_in_the_set_up_is_a_timeout(group: dist.ProcessGroup) -> None:
+    """What ranks exchange before a backend exists: settings, hosts, peer access."""
+    config = DispatcherConfig(timeout_seconds=1, backend="hierarchical", ranks_per_node=1)
+    others = dist.new_group(timeout=GROUP_TIMEOUT)
+    rank, silent = dist.get_rank(group), dist.get_world_size(group) - 1
+    if rank != silent:
+        no_answer = f"set-up: rank {rank} of {silent + 1}: no answer from rank {silent} within 1 s"
+        with bounded_wait(), raises(PeerTimeoutError, no_answer):
+            get_backend(group, torch.device("cpu"), config)
+        with bounded_wait(), raises(PeerTimeoutError, no_answer):
+            Domain.supports(others, torch.device("cuda", 0), config.timeout_seconds)
     dist.barrier()  # of the default group: the silent rank waits here

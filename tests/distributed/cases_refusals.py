@@ -145,7 +145,7 @@ def a_layer_above_can_refuse_as_well(group: dist.ProcessGroup) -> None:
 @case(ranks=(1, 2, 3))
 def mistakes_in_calls_of_a_buffer(group: dist.ProcessGroup) -> None:
     buffer, other, batch = Buffer(group), Buffer(group), Batch(group)
-    *_, per_expert, in_rank, _ = buffer.get_dispatch_layout(batch.topk_idx, batch.experts)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(batch.topk_idx, batch.experts)
     fixed = {"is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert, "topk_idx": batch.topk_idx}
 
     def dispatch(**given: Any) -> Any:
@@ -163,6 +163,10 @@ def mistakes_in_calls_of_a_buffer(group: dist.ProcessGroup) -> None:
         ({"num_tokens_per_expert": per_expert.sum()}, InputError, "num_tokens_per_expert = shape ()"),
         ({"topk_idx": None, "topk_weights": batch.topk_weights}, InputError, "needs topk_idx"),
         ({"topk_idx": batch.topk_idx.tolist()}, InputError, "topk_idx = a list"),
+        ({"is_token_in_rank": in_rank.int()}, InputError, "is_token_in_rank = torch.int32: must be torch.bool"),
+        ({"num_tokens_per_expert": per_expert + 1}, InputError, "num_tokens_per_expert[0] = "),
+        ({"num_tokens_per_rank": per_rank + 1}, InputError, "num_tokens_per_rank[0] = "),
+        ({"num_tokens_per_rank": per_rank[1:]}, InputError, "num_tokens_per_rank = shape"),
         ({"num_worst_tokens": -5}, InputError, "num_worst_tokens = -5: must be an integer from 0"),
         ({"num_worst_tokens": 2**40}, InputError, f"num_worst_tokens = {2**40}"),
         ({"num_worst_tokens": 1.5}, InputError, "num_worst_tokens = 1.5: must be an integer"),
@@ -171,6 +175,8 @@ def mistakes_in_calls_of_a_buffer(group: dist.ProcessGroup) -> None:
         ({"previous_event": 3}, InputError, "previous_event = a int"),
         ({"allocate_on_comm_stream": True}, InputError, "allocate_on_comm_stream"),
     ]
+    if len(batch.all[-1][0]):
+        wrong.append(({"is_token_in_rank": ~in_rank}, InputError, " by topk_idx; pass what get_dispatch_layout"))
     for given, kind, told in wrong:
         one_errs(group, dispatch, lambda: dispatch(**given), kind, told)  # noqa: B023
 
@@ -205,6 +211,8 @@ def mistakes_in_calls_of_an_elastic_buffer(group: dist.ProcessGroup) -> None:
 
     x, _, _, handle, _ = dispatch()
     foreign = other.dispatch(batch.x, batch.topk_idx, num_experts=batch.experts)[3]
+    nine = {"x": batch.x.new_zeros(9, batch.x.shape[1]), "topk_idx": batch.topk_idx.new_zeros(9, 1)}
+    too_many = [{**nine, "num_max_tokens_per_rank": 8, "do_cpu_sync": sync} for sync in (None, True, False)]
     for given, kind, told in (
         ({"x": None}, InputError, "x = None"),
         ({"topk_idx": None}, InputError, "give either topk_idx or handle"),
@@ -214,6 +222,7 @@ def mistakes_in_calls_of_an_elastic_buffer(group: dist.ProcessGroup) -> None:
         ({"expert_alignment": -1}, InputError, "expert_alignment = -1"),
         ({"num_max_tokens_per_rank": -1}, InputError, "num_max_tokens_per_rank = -1"),
         ({"do_cpu_sync": False}, InputError, "num_max_tokens_per_rank = 0: must be an integer from 1"),
+        *((more, InputError, "x = 9 tokens: num_max_tokens_per_rank is 8") for more in too_many),
         ({"cumulative_local_expert_recv_stats": torch.zeros(9)}, InputError, "cumulative_local_expert_recv_stats"),
         ({"previous_event_before_epilogue": 1}, InputError, "previous_event = a int"),
     ):
