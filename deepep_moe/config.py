@@ -76,6 +76,7 @@ class DispatcherConfig:
         cls,
         overrides: Mapping[str, Any] | None = None,
         *,
+        source: str = "overrides",
         yaml_path: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] = os.environ,
     ) -> DispatcherConfig:
@@ -83,24 +84,27 @@ class DispatcherConfig:
 
         Args:
             overrides: framework arguments, by field name.
+            source: where ``overrides`` were set, for error messages: "ds_config block deepep_moe", for example.
             yaml_path: a YAML mapping of field names; ``$DEEPEP_MOE_CONFIG`` names one when this is None.
-            env: where ``DEEPEP_MOE_<FIELD>`` variables are read from.
+            env: where ``DEEPEP_MOE_<FIELD>`` variables are read from. A variable with empty text counts as not set.
 
         Raises:
             ConfigError: unknown key (also an unknown ``DEEPEP_MOE_*`` variable), impossible value, unreadable file.
         """
-        given: list[tuple[str, Any, str]] = [(key, value, "overrides") for key, value in (overrides or {}).items()]
+        given: list[tuple[str, Any, str]] = [(key, value, source) for key, value in (overrides or {}).items()]
         path = yaml_path if yaml_path is not None else env.get(ENV_CONFIG_FILE)
         if path:
             given += [(key, value, os.fspath(path)) for key, value in _read_yaml(path).items()]
         for variable, text in env.items():
             if variable.startswith(ENV_PREFIX) and variable not in _OTHER_VARIABLES:
-                given.append((variable[len(ENV_PREFIX) :].lower(), text, f"environment variable {variable}"))
+                key, where = variable[len(ENV_PREFIX) :].lower(), f"environment variable {variable}"
+                _check_known(key, where)
+                given += [(key, text, where)] if text.strip() else []
 
         merged: dict[str, Any] = {}
-        for key, value, source in given:  # later wins
-            _check_known(key, source)
-            merged[key] = _parse(key, value, source)
+        for key, value, where in given:  # later wins
+            _check_known(key, where)
+            merged[key] = _parse(key, value, where)
         return cls(**merged)
 
 

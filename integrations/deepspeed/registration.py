@@ -103,10 +103,7 @@ def read_block(ds_config: Mapping[str, Any]) -> DispatcherConfig | None:
     if not isinstance(enabled, bool):
         raise ConfigError(f"{BLOCK}.enabled = {enabled!r} (ds_config): allowed is true or false")
     fields = {key: value for key, value in block.items() if key != "enabled"}
-    try:
-        settings = DispatcherConfig.load(fields)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("from overrides", f"from ds_config block {BLOCK}")) from None
+    settings = DispatcherConfig.load(fields, source=f"ds_config block {BLOCK}")
     return settings if enabled else None
 
 

@@ -39,6 +39,13 @@ def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
         load(DEEPEP_MOE_CONFIG=str(tmp_path / "missing.yaml"))
 
 
+def test_a_variable_with_empty_text_is_not_set(tmp_path: Path) -> None:
+    env = {"DEEPEP_MOE_BACKEND": "", "DEEPEP_MOE_NUM_SMS": " ", "DEEPEP_MOE_CONFIG": ""}
+    assert load({"num_sms": 8}, **env) == DispatcherConfig(num_sms=8)
+    with pytest.raises(ConfigError, match=r"unknown setting 'bakend' from environment variable DEEPEP_MOE_BAKEND"):
+        load(DEEPEP_MOE_BAKEND="")
+
+
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     assert load(None, "# nothing\n", tmp_path) == DispatcherConfig()
 
@@ -131,6 +138,13 @@ def test_sources_are_named(tmp_path: Path) -> None:
         load(DEEPEP_MOE_NUM_SMS="x")
     with pytest.raises(ConfigError, match=r"num_sms = -2 from .*settings\.yaml"):
         load(None, "num_sms: -2\n", tmp_path)
+
+
+def test_the_source_of_overrides_is_named() -> None:
+    with pytest.raises(ConfigError, match="num_sms = -2 from section dispatcher: allowed is"):
+        DispatcherConfig.load({"num_sms": -2}, source="section dispatcher", env={})
+    with pytest.raises(ConfigError, match=r"unknown setting 'num_smss' from section dispatcher \(did you mean num_sms"):
+        DispatcherConfig.load({"num_smss": 2}, source="section dispatcher", env={})
 
 
 def test_unknown_keys_are_errors_with_a_suggestion(tmp_path: Path) -> None:
