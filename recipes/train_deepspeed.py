@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from common import RecipeError, World
+from common import Positive, RecipeError, World
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,16 +47,16 @@ from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer
 class Shape:
     """Section ``model``."""
 
-    layers: int
-    hidden_size: int
-    heads: int
-    experts: int
-    top_k: int
-    expert_hidden_size: int
+    layers: Positive
+    hidden_size: Positive
+    heads: Positive
+    experts: Positive
+    top_k: Positive
+    expert_hidden_size: Positive
     key_value_heads: int = 0  # 0: as many as heads
     shared_expert_hidden_size: int = 0  # 0: no shared expert
-    vocab_size: int = 256  # at least the 256 bytes; larger only to give the layers their real shape
-    rotary_base: int = 10000
+    vocab_size: Positive = 256  # at least the 256 bytes; larger only to give the layers their real shape
+    rotary_base: Positive = 10000
     drop_tokens: bool = False
     capacity_factor: float = 1.0  # with drop_tokens
     aux_loss_coefficient: float = 0.01
@@ -68,17 +68,17 @@ class Data:
     """Section ``data``."""
 
     text: str = "python-docs"  # python-docs, python-source, a file or a directory
-    sequence_length: int = 128
-    held_out_windows: int = 64
+    sequence_length: Positive = 128
+    held_out_windows: Positive = 64
 
 
 @dataclass(frozen=True)
 class Train:
     """Section ``train``. Batch sizes, optimizer and learning rate are in ``ds_config``, where DeepSpeed wants them."""
 
-    steps: int
-    log_every: int = 10
-    evaluate_every: int = 50
+    steps: Positive
+    log_every: Positive = 10
+    evaluate_every: Positive = 50
     save_every: int = 100  # and at the end; 0: never
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
@@ -328,12 +328,9 @@ class Checkpoints:
 
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
-    for section in settings:
-        if section not in ("model", "data", "train", "ds_config"):
-            raise RecipeError(f"unknown section {section}; allowed: model, data, train, ds_config")
-    shape = common.fill(Shape, "model", settings.get("model"))
-    data = common.fill(Data, "data", settings.get("data"))
-    train = common.fill(Train, "train", settings.get("train"))
+    shape = common.fill(Shape, "model", settings["model"])
+    data = common.fill(Data, "data", settings["data"])
+    train = common.fill(Train, "train", settings["train"])
     ds_config = dict(settings["ds_config"])
     expert_parallel = train.expert_parallel or world.size
     for name, whole in (("processes", world.size), ("experts", shape.experts)):
@@ -470,8 +467,8 @@ def main(
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
     with common.plain_errors():
-        settings = common.read_settings(config, overrides or [])
-        if "ds_config" not in settings:
+        settings = common.read_settings(config, overrides or [], ("model", "data", "train", "ds_config"))
+        if not settings["ds_config"]:
             raise RecipeError(f"{config} has no section ds_config")
         world = common.start_processes()
         run(settings, output or Path("runs") / f"deepspeed_{config.stem}", resume, world)

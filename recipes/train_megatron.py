@@ -10,7 +10,7 @@ from __future__ import annotations
 
 # ruff: noqa: E402
 import dataclasses
-import os
+import difflib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from common import RecipeError, World
+from common import Positive, RecipeError, World
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import deepep_moe.integrations.megatron  # makes the type "deepep" known to Megatron-Core
 from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.integrations.megatron import cpu
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -46,8 +47,8 @@ from deepep_moe.integrations.megatron import cpu
 class Gpt:
     """Section ``gpt``: what GPTModel takes beside its TransformerConfig."""
 
-    vocab_size: int = 256  # at least the 256 bytes; larger only to give the layers their real shape
-    rotary_base: int = 10000
+    vocab_size: Positive = 256  # at least the 256 bytes; larger only to give the layers their real shape
+    rotary_base: Positive = 10000
     share_embeddings_and_output_weights: bool = False
     grouped_experts: bool = False  # all local experts in one module; with dispatcher type deepep only
     fused_attention: bool = True  # PyTorch's scaled_dot_product_attention instead of Megatron-Core's local attention
@@ -58,23 +59,23 @@ class Data:
     """Section ``data``."""
 
     text: str = "python-docs"  # python-docs, python-source, a file or a directory
-    sequence_length: int = 128
-    held_out_windows: int = 64
+    sequence_length: Positive = 128
+    held_out_windows: Positive = 64
 
 
 @dataclass(frozen=True)
 class Train:
     """Section ``train``. A step trains ``sequences * accumulate`` sequences on every rank."""
 
-    steps: int
-    sequences: int = 8
-    accumulate: int = 1
+    steps: Positive
+    sequences: Positive = 8
+    accumulate: Positive = 1
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
     clip_gradient: float = 1.0
-    log_every: int = 10
-    evaluate_every: int = 50
+    log_every: Positive = 10
+    evaluate_every: Positive = 50
     save_every: int = 100  # and at the end; 0: never
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
@@ -89,10 +90,23 @@ def transformer_config(
     section: Mapping[str, Any], world: World, expert_parallel: int, precision: str = "auto"
 ) -> TransformerConfig:
     """Section ``model``: fields of Megatron-Core's TransformerConfig, by their own names."""
-    allowed = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for key in section:
-        if key not in allowed:
-            raise RecipeError(f"unknown key model.{key}: not a field of Megatron-Core's TransformerConfig")
+    known = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
+    given = {}
+    for key, value in section.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise RecipeError(f"unknown key model.{key}: not a field of Megatron-Core's TransformerConfig{hint}")
+        given[key] = common.checked(f"model.{key}", value, known[key])
+    experts = given.get("num_moe_experts")
+    if not experts or experts % expert_parallel:
+        raise RecipeError(
+            f"model.num_moe_experts = {experts}: allowed is a positive multiple of {expert_parallel}, the number of "
+            "processes that share the experts (train.expert_parallel)"
+        )
+    topk = given.get("moe_router_topk", 2)
+    if not 1 <= topk <= experts:
+        raise RecipeError(f"model.moe_router_topk = {topk}: allowed is 1 to {experts}, the number of experts")
     values: dict[str, Any] = {
         "expert_model_parallel_size": expert_parallel,
         "hidden_dropout": 0.0,
@@ -107,9 +121,14 @@ def transformer_config(
         values.update(cpu.CONFIG)
     elif values.get("bf16"):
         values.update(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")
-    if section.get("gated_linear_unit"):
-        values["activation_func"] = torch.nn.functional.silu
-    return TransformerConfig(**{**values, **section})
+    if given.get("gated_linear_unit"):
+        values["activation_func"] = F.silu
+    try:
+        return TransformerConfig(**{**values, **given})
+    except (AssertionError, TypeError, ValueError) as error:
+        if isinstance(error, DeepEPMoEError):
+            raise
+        raise RecipeError(f"section model: Megatron-Core refuses it: {error or type(error).__name__}") from error
 
 
 class FusedAttention(nn.Module):
@@ -341,16 +360,12 @@ class DispatcherMeter:
 
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
-    for section in settings:
-        if section not in ("model", "gpt", "data", "train", "dispatcher"):
-            raise RecipeError(f"unknown section {section}; allowed: model, gpt, data, train, dispatcher")
-    gpt = common.fill(Gpt, "gpt", settings.get("gpt"))
-    data = common.fill(Data, "data", settings.get("data"))
-    train = common.fill(Train, "train", settings.get("train"))
-    # Section dispatcher: fields of DispatcherConfig. The environment wins, as it does everywhere.
-    for key, value in (settings.get("dispatcher") or {}).items():
-        os.environ.setdefault(f"DEEPEP_MOE_{key.upper()}", str(value))
-    DispatcherConfig.load()  # an impossible setting is an error before anything is built
+    gpt = common.fill(Gpt, "gpt", settings["gpt"])
+    data = common.fill(Data, "data", settings["data"])
+    train = common.fill(Train, "train", settings["train"])
+    # Fields of DispatcherConfig; a YAML file ($DEEPEP_MOE_CONFIG) and DEEPEP_MOE_<FIELD> variables override them.
+    DispatcherConfig.load(settings["dispatcher"], source="section dispatcher")
+    deepep_moe.integrations.megatron.register(settings=settings["dispatcher"])
 
     expert_parallel = train.expert_parallel or world.size
     if world.size % expert_parallel:
@@ -489,7 +504,7 @@ def main(
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
     with common.plain_errors():
-        settings = common.read_settings(config, overrides or [])
+        settings = common.read_settings(config, overrides or [], ("model", "gpt", "data", "train", "dispatcher"))
         world = common.start_processes()
         run(settings, output or Path("runs") / config.stem, resume, world)
 

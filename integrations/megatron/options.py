@@ -11,6 +11,9 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError
 from deepep_moe.fp8 import BLOCK
 
+registered: dict[str, Any] = {}
+"""Fields of DispatcherConfig that :func:`~deepep_moe.integrations.megatron.register` was given."""
+
 _DEFAULT_NUM_SMS = 20  # of moe_deepep_num_sms; a user who sets nothing has it too
 
 # Options of other dispatchers. They are refused when set, because ignoring them would train something else than asked.
@@ -63,8 +66,8 @@ def dispatcher_config(config: Any) -> DispatcherConfig:
 
     From Megatron-Core come ``num_sms`` (``moe_flex_dispatcher_num_sms``, else ``moe_deepep_num_sms``; its default of 20
     counts only where communication runs beside computation, which would otherwise wait for SMs) and, with
-    ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe wants. The YAML file and the
-    environment override the first; alignments are combined, because experts need both.
+    ``moe_router_padding_for_quantization``, the alignment that the quantisation recipe wants. What :func:`register` was
+    given, the YAML file and the environment override the first; alignments are combined, because experts need both.
     """
     overrides: dict[str, Any] = {}
     for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):
@@ -73,7 +76,7 @@ def dispatcher_config(config: Any) -> DispatcherConfig:
             if value != _DEFAULT_NUM_SMS or _overlaps(config):
                 overrides["num_sms"] = value
             break
-    settings = DispatcherConfig.load(overrides)
+    settings = DispatcherConfig.load({**overrides, **registered}, source="TransformerConfig or register()")
     if not config.moe_router_padding_for_quantization:
         return settings
     from dataclasses import replace

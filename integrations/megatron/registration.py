@@ -21,12 +21,13 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
+from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
-from deepep_moe.integrations.megatron import copying
+from deepep_moe.integrations.megatron import copying, options
 from deepep_moe.integrations.megatron.options import check_foreign_options, check_options
 
 NAME = "deepep"
@@ -39,20 +40,29 @@ _log = logging.getLogger(__name__)
 _grouped_experts = False
 
 
-def register(*, grouped_experts: bool | None = None) -> None:
-    """Make ``moe_token_dispatcher_type="deepep"`` known to Megatron-Core. Calling it again changes nothing.
+def register(*, grouped_experts: bool | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    """Make ``moe_token_dispatcher_type="deepep"`` known to Megatron-Core. Calling it again changes nothing but what it
+    is given.
 
     Args:
         grouped_experts: True builds layers of this dispatcher type with ``experts.GroupedExperts`` where the
             specification has Megatron-Core's own local experts; False does not; None leaves it as it was (at first
             False).
+        settings: fields of ``DispatcherConfig`` for dispatchers that are built from now on, such as
+            ``{"num_sms": 24}``; they override ``TransformerConfig``, and a YAML file and the environment override them.
+            None leaves what an earlier call gave.
 
     Raises:
+        ConfigError: ``settings`` has an unknown key or an impossible value.
         UnsupportedError: Megatron-Core is missing, its version is not supported, or a patch point is not there.
     """
     global _grouped_experts
     if grouped_experts is not None:
         _grouped_experts = grouped_experts
+    if settings is not None:
+        DispatcherConfig.load(settings, source="settings of register()", env={})
+        options.registered.clear()
+        options.registered.update(settings)
     version = _check_version()
     try:
         _attach(version)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from deepep_moe.errors import ConfigError
 from tests.launch import ROOT, case
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -153,4 +156,40 @@ def operations_are_counted(group: dist.ProcessGroup) -> None:
         scores = LENGTH * 32
         expected = 6 * (2 * (attention + router + experts + scores) + 32 * 256)
         assert recipe.flops_per_token(model, config, LENGTH) == expected
+    parallel_state.destroy_model_parallel()
+
+
+@case(ranks=(2,))
+def wrong_model_settings_are_named(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    for changed, message in (
+        ({"num_expert": 4}, r"unknown key model\.num_expert: .* \(did you mean num_moe_experts"),
+        ({"hidden_size": "wide"}, "model.hidden_size = 'wide': allowed is an integer"),
+        ({"num_moe_experts": 7}, "model.num_moe_experts = 7: allowed is a positive multiple of 2"),
+        ({"num_moe_experts": None}, "model.num_moe_experts = None: allowed is a positive multiple of 2"),
+        ({"moe_router_topk": 9}, "model.moe_router_topk = 9: allowed is 1 to 8"),
+        ({"recompute_granularity": "whole"}, "section model: Megatron-Core refuses it: .*recompute"),
+    ):
+        with pytest.raises(common.RecipeError, match=message):
+            recipe.transformer_config({**MODEL, **changed}, world, 2)
+    with pytest.raises(common.RecipeError, match=r"train\.precision = fp16: allowed are auto, bf16, fp32"):
+        recipe.transformer_config(MODEL, world, 2, "fp16")
+
+
+@case(ranks=(2,))
+def section_dispatcher_reaches_the_dispatchers(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    register = recipe.deepep_moe.integrations.megatron.register
+    try:
+        register(settings={"timeout_seconds": 77, "num_chunks": 2})
+        with mock.patch.dict(os.environ, DEEPEP_MOE_NUM_CHUNKS="3"):
+            model = build(world, 2, grouped=True)
+        config = model.decoder.layers[0].mlp.token_dispatcher.dispatcher.config
+        assert (config.timeout_seconds, config.num_chunks) == (77, 3)
+        with pytest.raises(ConfigError, match=r"unknown setting 'chunks' from settings of register\(\)"):
+            register(settings={"chunks": 2})
+    finally:
+        register(settings={})
     parallel_state.destroy_model_parallel()

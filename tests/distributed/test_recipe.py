@@ -76,9 +76,8 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, config: Path) -> N
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.num_expert=4", "unknown key model.num_expert"),
+        ("dispatcher.num_smss=4", "unknown setting 'num_smss' from section dispatcher (did you mean num_sms?)"),
         ("train.expert_parallel=3", "train.expert_parallel = 3 does not divide the 1 processes"),
-        ("train.precision=fp16", "train.precision = fp16: allowed are auto, bf16, fp32"),
     ],
 )
 def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, message: str) -> None:
@@ -87,6 +86,35 @@ def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, mess
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_two_ranks_end_with_one_sentence(config: Path, tmp_path: Path) -> None:
+    settings = ["--set", "model.num_moe_experts=7", "--output", str(tmp_path)]
+    result = torchrun(2, SCRIPT, str(config), *settings, check=False)
+    assert result.returncode == 1
+    sentence = "model.num_moe_experts = 7: allowed is a positive multiple of 2"
+    assert sentence in [line for line in result.stdout.splitlines() if line.strip("= ")][-1]
+    assert len(result.stdout.splitlines()) < 60
+
+
+def test_an_error_of_rank_1_alone_is_not_lost(config: Path, tmp_path: Path) -> None:
+    """Whichever rank torchrun ends first, its report has the error of the rank that failed."""
+    (tmp_path / "train_badly.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
+        "import train_megatron\n"
+        "original = train_megatron.build_model\n"
+        "def build_model(config, gpt, length, world):\n"
+        "    assert world.rank == 0, 'only here'\n"
+        "    return original(config, gpt, length, world)\n"
+        "train_megatron.build_model = build_model\n"
+        "train_megatron.app()\n"
+    )
+    result = torchrun(2, str(tmp_path / "train_badly.py"), str(config), "--output", str(tmp_path), check=False)
+    assert result.returncode == 1
+    report = result.stdout[result.stdout.index("Root Cause") :]
+    assert "error on rank 1: AssertionError: only here" in report
+    assert "in build_model: assert world.rank == 0" in report
 
 
 @pytest.mark.parametrize("name", ["mixtral_like", "deepseek_v3_proxy", "qwen3_30b_a3b_like"])

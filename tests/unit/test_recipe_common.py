@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import typer
 
 from tests.launch import ROOT
 
@@ -30,26 +31,92 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+SECTIONS = ("train", "model", "dispatcher")
+
+
 @dataclass
 class Section:
-    steps: int = 3
+    steps: common.Positive
+    warmup: int = 3
+    rate: float = 0.5
+    tied: bool = False
+    text: str = "a"
+    groups: int | None = None
 
 
-def test_settings_take_overrides_and_name_what_is_wrong(tmp_path: Path) -> None:
+def test_settings_take_overrides(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("train: {steps: 5, lr: 1.0e-3}\nmodel: {}\n")
-    settings = common.read_settings(path, ["train.steps=7", "model.moe_layer_freq=[0, 1]"])
-    assert settings == {"train": {"steps": 7, "lr": 1e-3}, "model": {"moe_layer_freq": [0, 1]}}
+    path.write_text("train: {steps: 5, lr: 1.0e-3, adam: {betas: [0.9, 0.95]}}\nmodel:\n")
+    overrides = ["train.steps=7", "model.moe_layer_freq=[0, 1]", "dispatcher.num_sms=24", "train.adam.eps=1e-8"]
+    assert common.read_settings(path, overrides, SECTIONS) == {
+        "train": {"steps": 7, "lr": 1e-3, "adam": {"betas": [0.9, 0.95], "eps": "1e-8"}},
+        "model": {"moe_layer_freq": [0, 1]},
+        "dispatcher": {"num_sms": 24},
+    }
 
-    for wrong in ("train.steps", "steps=3", "optimizer.lr=1"):
-        with pytest.raises(RecipeError, match=r"section\.key=value with a section of train, model"):
-            common.read_settings(path, [wrong])
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {steps: 5}\nmodel: {}\n")
+    for wrong in ("train.steps", "steps=3", "optimizer.lr=1", "train.=1"):
+        with pytest.raises(RecipeError, match=r"section\.key=value with a section of train, model, dispatcher"):
+            common.read_settings(path, [wrong], SECTIONS)
+    with pytest.raises(RecipeError, match=r"--set train\.steps\.most=3: steps is 5, not a mapping"):
+        common.read_settings(path, ["train.steps.most=3"], SECTIONS)
+    with pytest.raises(RecipeError, match=r"--set train\.steps=\[3: the value is not YAML"):
+        common.read_settings(path, ["train.steps=[3"], SECTIONS)
     with pytest.raises(RecipeError, match="cannot read"):
-        common.read_settings(tmp_path / "b.yaml")
+        common.read_settings(tmp_path / "b.yaml", [], SECTIONS)
+    for content, message in (
+        ("trian: {}", "unknown section trian .*allowed: train, model, dispatcher"),
+        ("train: 3", "section train in .* must be a mapping, not 3"),
+        ("- train", "must hold a mapping of sections"),
+    ):
+        path.write_text(content)
+        with pytest.raises(RecipeError, match=message):
+            common.read_settings(path, [], SECTIONS)
 
-    assert common.fill(Section, "train", {"steps": 9}) == Section(9)
-    with pytest.raises(RecipeError, match=r"unknown key train.step; allowed: steps"):
-        common.fill(Section, "train", {"step": 9})
+
+def test_sections_are_checked() -> None:
+    given = {"steps": 9, "rate": "1e-4", "groups": None, "text": "b"}
+    assert common.fill(Section, "train", given) == Section(9, rate=1e-4, text="b")
+    assert common.fill(Section, "train", {"steps": 9, "rate": 1, "groups": 4}) == Section(9, rate=1.0, groups=4)
+    for values, message in (
+        ({"step": 9}, r"unknown key train\.step \(did you mean steps\?\); allowed: steps, warmup"),
+        ({"rate": 0.1}, r"train\.steps is missing"),
+        ({"steps": "abc"}, r"train\.steps = 'abc': allowed is an integer"),
+        ({"steps": 2.5}, r"train\.steps = 2\.5: allowed is an integer"),
+        ({"steps": True}, r"train\.steps = True: allowed is an integer"),
+        ({"steps": 0}, r"train\.steps = 0: allowed is at least 1"),
+        ({"steps": 1, "warmup": -1}, r"train\.warmup = -1: allowed is at least 0"),
+        ({"steps": 1, "rate": "fast"}, r"train\.rate = 'fast': allowed is a number"),
+        ({"steps": 1, "rate": float("nan")}, r"train\.rate = nan: allowed is at least 0"),
+        ({"steps": 1, "tied": "yes"}, r"train\.tied = 'yes': allowed is true or false"),
+        ({"steps": 1, "text": 3}, r"train\.text = 3: allowed is text"),
+        ({"steps": 1, "groups": "all"}, r"train\.groups = 'all': allowed is an integer or null"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            common.fill(Section, "train", values)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RecipeError("no such text"), "no such text"), (AssertionError("seven"), "AssertionError: seven")],
+)
+def test_errors_reach_torchruns_report(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", common.ERROR_FILE: str(tmp_path / "error.json")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(typer.Exit) as raised, common.plain_errors():
+        raise error
+    assert raised.value.exit_code == 1
+    written = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert written["message"] == f"error on rank 3: {told}"
+    assert int(written["extraInfo"]["timestamp"]) > 0
+    expected = isinstance(error, RecipeError)
+    assert ("py_callstack" in written["extraInfo"]) != expected
+    assert capsys.readouterr().err == ("" if expected else f"error on rank 3: {told}\n")
 
 
 @pytest.mark.parametrize("source", ["python-docs", "python-source"])
