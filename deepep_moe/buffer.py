@@ -1,12 +1,11 @@
-"""Buffer: the DeepEP 1.x interface on our backends, so that programs written for DeepEP run unchanged.
+"""Buffer: the DeepEP 1.x interface, so that programs written for DeepEP run unchanged.
 
-A call here is a plan plus a row movement in *rank layout* (see :mod:`deepep_moe.backends.base`): received rows are
-ordered by source rank, then by source token, one per token and not per expert. Differences a caller can see:
+A dispatch or combine moves rows in *rank layout* (see :mod:`deepep_moe.backends.base`): received rows are ordered by
+source rank, then by source token, one row per token and not per expert. Differences from DeepEP:
 
-* any number of ranks, tokens and hidden sizes; CPU groups (gloo) work too;
-* the handle is a tuple of the same length and meaning at the places callers read, and only the Buffer that made it
-  takes it back;
-* kernel chunk sizes (:class:`~deepep_moe.config.Config`) are accepted and not needed.
+* any number of ranks, tokens and channels; CPU groups (gloo) work too;
+* the handle is a tuple with the same elements, but only the Buffer that made it accepts it;
+* kernel chunk sizes (:class:`~deepep_moe.config.Config`) are accepted and ignored.
 
 The low-latency calls are in low_latency_calls.py.
 """
@@ -30,7 +29,7 @@ from deepep_moe.low_latency_calls import LowLatencyCalls
 from deepep_moe.shared import Shared
 
 topk_idx_t = torch.int64
-"""Index dtype that ``dispatch`` is fastest with; int32 is taken too."""
+"""Dtype of expert indices that needs no conversion; int32 is accepted too."""
 
 _SCALE_BLOCK = 128
 _MOST_BYTES = 2**63 - 1
@@ -38,9 +37,9 @@ _LOW_LATENCY_BUFFERS = 2
 
 
 class Handle(tuple):
-    """What dispatch returns for combine and for cached dispatches.
+    """The routing of a dispatch, for combine and for cached dispatches.
 
-    The six places, as in DeepEP: rank_prefix_matrix [R, R] int32; expert counts [L] int64; expert offsets [L + 1]
+    The six elements, as in DeepEP: rank_prefix_matrix [R, R] int32; expert counts [L] int64; expert offsets [L + 1]
     int64; recv_src_idx [N] int32; is_token_in_rank [T, R] bool; send slots [T, R] int32.
     """
 
@@ -67,17 +66,21 @@ class Buffer(LowLatencyCalls, Shared):
     """Communication buffer of one expert-parallel group.
 
     Args:
-        group: the process group. Its backend decides where tensors live: nccl CUDA, gloo the CPU.
-        num_nvl_bytes, num_rdma_bytes: kept for :meth:`get_local_buffer_tensor`; staging sizes itself.
-        low_latency_mode: make the low-latency engine now; without it the first low-latency call does.
-        explicitly_destroy: :meth:`destroy` will be called; without it leaving the buffer to the garbage collector
-            does the same.
+        group: the process group. Its torch.distributed backend determines the device: CUDA with nccl, CPU with gloo.
+        num_nvl_bytes, num_rdma_bytes: size of the memory that :meth:`get_local_buffer_tensor` returns. Staging memory
+            is sized automatically.
+        low_latency_mode: create the low-latency engine now; otherwise the first low-latency call creates it.
+        explicitly_destroy: accepted for compatibility. :meth:`destroy` may be called in any case; otherwise garbage
+            collection frees the same resources.
         enable_shrink: low-latency calls mask a rank that does not answer in time instead of failing.
-        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted for compatibility; they
-            tune transports that are not used here.
-        comm: an MPI communicator instead of ``group`` is not supported.
+        num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: accepted for compatibility.
+        comm: an MPI communicator instead of ``group``; not supported.
 
-    Settings other than these come from :meth:`DispatcherConfig.load`.
+    All other settings come from :meth:`DispatcherConfig.load`.
+
+    Raises:
+        InputError: an argument out of range, or a group without this process.
+        UnsupportedError: ``comm`` was given, or the configured backend cannot run here.
     """
 
     num_sms: ClassVar[int] = 20
@@ -101,8 +104,8 @@ class Buffer(LowLatencyCalls, Shared):
             raise UnsupportedError("comm: MPI communicators are not supported; pass a torch.distributed group")
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             check_integer(name, value, most=_MOST_BYTES)
-        config = replace(DispatcherConfig.load(), capacity_factor=0.0)  # num_worst_tokens is what fixes sizes here
-        low_latency_sms = config.num_sms  # as in DeepEP, set_num_sms is about normal calls
+        config = replace(DispatcherConfig.load(), capacity_factor=0.0)  # here num_worst_tokens fixes sizes
+        low_latency_sms = config.num_sms  # as in DeepEP, set_num_sms does not apply to low-latency calls
         if Buffer._num_sms_chosen:
             config = replace(config, num_sms=Buffer.num_sms)
         self._backend: Backend | None = get_backend(group, None, config)
@@ -113,44 +116,48 @@ class Buffer(LowLatencyCalls, Shared):
         self.explicitly_destroy = explicitly_destroy
         self._runner = StreamRunner(self._backend.device)
         self._local_memory: dict[bool, Tensor] = {}
-        self._identity = object()  # what handles know this buffer by; unlike id() never given to another
+        self._identity = object()  # identifies this buffer in its handles; unlike id(), never reused
         self.enable_shrink, self._low_latency_sms = enable_shrink, low_latency_sms
         if low_latency_mode:
             self._opened()
 
-    # -- life and settings ---------------------------------------------------------------------------------------
+    # -- lifetime and settings -----------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """Give the backend back. Idempotent; later calls and handles of this buffer raise HandleError."""
+        """Release the backend. Idempotent; later calls, and uses of this buffer's handles, raise HandleError."""
         self._close_low_latency()
         self._backend = None
         self._local_memory.clear()
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the CUDA extension is there and has code for sm_90 (Hopper) or later."""
+        """Whether the CUDA extension is installed and has code for sm_90 (Hopper) or later."""
         return any(int(arch.split(".")[0]) >= 9 for arch in extension.ARCHITECTURES)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """SMs that kernels of Buffers made from now on may use; an even number as in DeepEP."""
+        """Set how many SMs the kernels of Buffers created from now on may use; an even number, as in DeepEP.
+
+        Raises:
+            ConfigError: an odd number, or one below 2.
+        """
         if new_num_sms < 2 or new_num_sms % 2:
             raise ConfigError(f"num_sms = {new_num_sms!r}: allowed is an even integer >= 2")
         Buffer.num_sms, Buffer._num_sms_chosen = new_num_sms, True
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event at the current place of the current stream, for ``previous_event``."""
+        """An event recorded on the current stream, for ``previous_event``."""
         return EventOverlap(EventHandle())
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """Tuning for dispatch; our kernels need none, so it is the same for every ``num_ranks`` >= 1."""
+        """Accepted by :meth:`dispatch` and ignored; equal for every ``num_ranks`` >= 1."""
         return _default_config(num_ranks)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """Tuning for combine; see :meth:`get_dispatch_config`."""
+        """Accepted by :meth:`combine` and ignored; see :meth:`get_dispatch_config`."""
         return _default_config(num_ranks)
 
     @staticmethod
@@ -173,14 +180,24 @@ class Buffer(LowLatencyCalls, Shared):
         return _LOW_LATENCY_BUFFERS * sent_and_received * slots * row + num_experts * 8
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream that asynchronous calls run on (CUDA only)."""
+        """The stream that asynchronous calls run on. Raises UnsupportedError on a CPU."""
         self._open()
         return self._runner.stream
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
-        """This rank's scratch memory of ``num_nvl_bytes`` (or ``num_rdma_bytes``) from byte ``offset`` on."""
+        """Scratch memory of this rank, as a tensor.
+
+        Args:
+            dtype: of the result.
+            size: shape of the result; default: one dimension, up to the end of the memory.
+            offset: first byte, a multiple of the size of ``dtype``.
+            use_rdma_buffer: use the ``num_rdma_bytes`` instead of the ``num_nvl_bytes``.
+
+        Raises:
+            InputError: ``offset`` or ``size`` does not fit.
+        """
         backend = self._open()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         if not 0 <= offset <= num_bytes:
@@ -207,11 +224,16 @@ class Buffer(LowLatencyCalls, Shared):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
-        """Count where ``topk_idx [T, K]`` (int32 or int64, -1 = dropped) goes. Not collective.
+        """Count the destinations of this rank's tokens. Not collective.
+
+        Args:
+            topk_idx: [T, K] int32 or int64 experts, -1 = dropped route.
+            num_experts: E, a multiple of R.
+            previous_event, async_finish, allocate_on_comm_stream: see :meth:`dispatch`.
 
         Returns:
-            num_tokens_per_rank [R] int32; num_tokens_per_rdma_rank [nodes] int32 (None on backends that do not know
-            nodes); num_tokens_per_expert [E] int32; is_token_in_rank [T, R] bool; the event.
+            num_tokens_per_rank [R] int32; num_tokens_per_rdma_rank [nodes] int32, None except on the hierarchical
+            backend; num_tokens_per_expert [E] int32; is_token_in_rank [T, R] bool; the event.
         """
         backend = self._open()
         counts, event = self._runner.run(
@@ -247,21 +269,24 @@ class Buffer(LowLatencyCalls, Shared):
 
         Args:
             x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
-            handle: of an earlier dispatch: repeat its routing without exchanging it again.
+            handle: from an earlier dispatch: repeat its routing without exchanging it again.
             is_token_in_rank: [T, R] bool, from :meth:`get_dispatch_layout`; needed without ``handle``.
             num_tokens_per_expert: [E] int32, from there too; needed without ``handle``.
             num_tokens_per_rank: [R] int32, from there too; not needed. On a CPU these three are compared with
                 ``topk_idx``; on a GPU that would make the host wait, and ``is_token_in_rank`` decides.
             num_tokens_per_rdma_rank, config: accepted for compatibility.
-            topk_idx: [T, K] int32 or int64, -1 = dropped. Without it only ``is_token_in_rank`` decides.
-            topk_weights: [T, K] float32, beside ``topk_idx``.
+            topk_idx: [T, K] int32 or int64 experts, -1 = dropped route. None: ``is_token_in_rank`` decides.
+            topk_weights: [T, K] float32, only together with ``topk_idx``.
             expert_alignment: the counts in the returned list are rounded up to a multiple of this.
-            num_worst_tokens: > 0: ``recv_x`` has this many rows and the host waits for nothing.
+            num_worst_tokens: if > 0, ``recv_x`` has this many rows and the host does not wait.
+            previous_event: start after this event instead of after the work on the current stream.
+            async_finish: do not make the current stream wait; wait for the returned event before using results.
+            allocate_on_comm_stream: accepted together with the two above.
 
         Returns:
-            recv_x [N, H] (or with scales); recv_topk_idx [N, K] local experts, -1 elsewhere; recv_topk_weights
-            [N, K], 0 there; tokens of each local expert as a list; the handle; the event. With ``handle``:
-            (recv_x, None, None, None, None, event).
+            recv_x [N, H] (or with scales); recv_topk_idx [N, K] local experts, -1 if the expert is on another rank;
+            recv_topk_weights [N, K], 0 there; tokens of each local expert as a list, empty with
+            ``num_worst_tokens``; the handle; the event. With ``handle``: (recv_x, None, None, None, None, event).
 
         Raises:
             InputError, HandleError: wrong arguments, or a handle of another or a destroyed buffer.
@@ -304,7 +329,7 @@ class Buffer(LowLatencyCalls, Shared):
         routed, num_experts = is_token_in_rank, num_tokens_per_expert.shape[0]
 
         def call() -> tuple[Rows, Tensor | None, list[int], Handle]:
-            """All that is returned is made here, so that the event covers it."""
+            """Creates everything that is returned, so that the event covers it."""
             plan = backend.plan(
                 topk_idx,
                 num_experts,
@@ -346,12 +371,17 @@ class Buffer(LowLatencyCalls, Shared):
 
         Args:
             x: [N, H] bf16, fp16 or fp32, in the order of ``recv_x``; weights are not applied.
-            handle: of the dispatch that is undone.
+            handle: from the dispatch that sent the tokens.
             topk_weights: [N, K] float32, summed like the rows and returned.
             bias: one or two [T, H] tensors of the rows' dtype, added to the result.
+            config: accepted for compatibility.
+            previous_event, async_finish, allocate_on_comm_stream: see :meth:`dispatch`.
 
         Returns:
             combined_x [T, H]; combined_topk_weights [T, K] or None; the event.
+
+        Raises:
+            InputError, HandleError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
         backend = self._open()
         try:
@@ -390,7 +420,7 @@ class Buffer(LowLatencyCalls, Shared):
     ) -> tuple[
         Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
     ]:
-        """:meth:`dispatch`, which serves several nodes too, with DeepEP's order of arguments."""
+        """:meth:`dispatch`, which works over several nodes too, with DeepEP's order of arguments."""
         return self.dispatch(
             x,
             handle,
@@ -419,7 +449,7 @@ class Buffer(LowLatencyCalls, Shared):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """:meth:`combine`, which serves several nodes too."""
+        """:meth:`combine`, which works over several nodes too."""
         return self.combine(
             x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
         )
@@ -438,7 +468,7 @@ class Buffer(LowLatencyCalls, Shared):
 
 
 def tokens_and_scales(x: Any) -> tuple[Tensor, Tensor | None]:
-    """The argument ``x`` of a dispatch: a tensor, or a pair of rows and scales."""
+    """The argument ``x`` of a dispatch, a tensor or a tuple of rows and scales, as rows and scales."""
     if not isinstance(x, tuple):
         check_tensor("x", x)
         return x, None
@@ -476,7 +506,7 @@ def _check_counts(
 
 
 def bias_tensors(bias: Any) -> tuple[Tensor, ...]:
-    """The argument ``bias`` of a combine: nothing, a tensor, or several."""
+    """The argument ``bias`` of a combine, which is None, a tensor, or a tuple or list of them, as a tuple."""
     if bias is None or isinstance(bias, Tensor):
         return () if bias is None else (bias,)
     if not isinstance(bias, (tuple, list)):

@@ -1,13 +1,13 @@
-"""A domain: ranks whose GPUs map each other's memory, and what every engine on it shares.
+"""A domain: ranks whose GPUs map each other's memory, with the state that all engines on it share.
 
-An engine moves rows; a domain knows who the peers are, gives symmetric memory, puts the calls of one GPU in order, and
-keeps the record of what went wrong first (csrc/runtime/domain.h has the device side).
+An engine moves rows. The domain identifies the peers, orders the calls of one GPU, and records errors (the device side
+is in csrc/runtime/domain.h).
 
-**Order between streams.** Kernels of an engine wait for the peers' kernels, and the large ones want every SM. So no two
-of them may run in different orders on different ranks: every call on a GPU, of whichever engine and domain of this
-process, starts after the calls that the host made before it (:meth:`Domain.enter_stream`). What is left to the program
-is what NCCL asks for too: all ranks make their calls in the same order. A replayed CUDA graph is ordered by the stream
-that it is replayed on: replay it on the stream of the eager calls, or wait between the two.
+**Order between streams.** Kernels wait for the kernels of peers, and the large ones occupy every SM. If two of them
+ran in different orders on two ranks, the ranks would deadlock. So each call on a GPU, of any engine and domain of this
+process, starts after the calls that the host made before it (:meth:`Domain.enter_stream`). The program must make its
+calls in the same order on all ranks, as with NCCL. A replayed CUDA graph is ordered by the stream that it is replayed
+on: replay it on the stream of the eager calls, or synchronize between the two.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _REASONS = {
 
 SEVERAL_HOSTS = "ranks of the group are on several hosts"
 
-# The last stream that a call of this process was enqueued on, by GPU: the raw stream, and the stream it is.
+# The stream of the last call of this process, by GPU: its address, and the stream object.
 _last_streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
 
 
@@ -71,14 +71,15 @@ class Domain:
     """This rank's side of a domain. Collective to create.
 
     Args:
-        group: the ranks, of any kind and any members; used only to set up.
+        group: the ranks, of any backend and with any members; used during set-up only.
         device: this rank's GPU.
-        timeout_seconds: longest wait for a peer, in a kernel.
+        timeout_seconds: longest wait of a kernel for a peer.
         record_waits: measure how long this rank waits for each peer.
 
     Attributes:
-        runtime: the host side in the extension; engines are made on it.
-        captured: a CUDA graph has captured a call of this domain: what that call uses must stay where it is.
+        runtime: the object of the CUDA extension on which engines are created.
+        captured: whether a CUDA graph has captured a call; the memory it uses must then not move.
+        describe: for a ``_C.Field`` by name, a function that gives its values in words.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Domain:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.captured = False
-        self.describe: dict[str, Callable[[int], str]] = {}  # by name of a _C.Field: what its numbers mean
+        self.describe: dict[str, Callable[[int], str]] = {}
         self._index: int = device.index
         self.runtime = _C.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
         self._mailboxes = PeerMemory(group, device, _C.Domain.mailbox_bytes())
@@ -98,7 +99,7 @@ class Domain:
         """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective.
 
         Raises:
-            PeerTimeoutError: a rank did not come within ``timeout_seconds``.
+            PeerTimeoutError: a rank did not answer within ``timeout_seconds``.
         """
         ranks = dist.get_world_size(group)
         places = gather("set-up", group, device, timeout_seconds, [host_id(), device.index])
@@ -109,7 +110,7 @@ class Domain:
         if ranks > _C.MAX_RANKS:
             return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
         for peer, (_, index) in enumerate(places):
-            # Under CUDA_VISIBLE_DEVICES a peer's GPU may have no index here; then mapping its memory is the test.
+            # With CUDA_VISIBLE_DEVICES a peer's GPU may have no index here. Then mapping its memory shows the problem.
             if index < torch.cuda.device_count() and index != device.index:
                 if not torch.cuda.can_device_access_peer(device, index):
                     return (
@@ -120,27 +121,27 @@ class Domain:
 
     @property
     def usable(self) -> bool:
-        """False once the ranks are out of step for good."""
+        """False after a permanent failure."""
         return not self.runtime.broken
 
     def enter_stream(self) -> int:
-        """The current stream's address, for a call that is about to be enqueued after all earlier ones."""
+        """The address of the current stream, after making it wait for all earlier calls. Call before each launch."""
         address: int = torch._C._cuda_getCurrentRawStream(self._index)
         capturing = torch.cuda.is_current_stream_capturing()
         self.captured = self.captured or capturing
         last = _last_streams.get(self._index)
         if last is None or last[0] != address:
             stream = torch.cuda.current_stream(self.device)
-            # A capture may not depend on what is outside of it, nor the other way round.
+            # A stream under capture cannot wait for one that is not, nor the other way round.
             if last is not None and _is_capturing(last[1]) == capturing:
                 stream.wait_stream(last[1])
             _last_streams[self._index] = (address, stream)
         return address
 
     def raise_failure(self) -> None:
-        """Raise what went wrong in work that is already enqueued, if anything. Local; does not wait for the device.
+        """Raise the error of work that is already enqueued, if there is one. Local; does not wait for the device.
 
-        A failure that lasts is raised at every call. Any other is raised once, and kernels work again after it.
+        A permanent failure is raised by every call. Any other error is raised once, and later kernels work again.
         """
         report = self.runtime.failure
         if report is not None:
@@ -149,7 +150,7 @@ class Domain:
             raise self._error(*report)
 
     def raise_notice(self) -> None:
-        """Raise, once, what a call could do without, on this rank alone. Call it where this rank has taken part."""
+        """Raise, once, an error that did not stop its call and that only this rank knows. Use after entering a call."""
         report = self.runtime.notice
         if report is not None:
             if not torch.cuda.is_current_stream_capturing():
@@ -157,17 +158,17 @@ class Domain:
             raise self._error(*report)
 
     def raise_lasting(self) -> None:
-        """Raise what no call can go on after, if that has happened; leave anything else for later."""
+        """Raise a permanent failure, if there is one; leave other errors for later."""
         if self.runtime.broken:
             self.raise_failure()
 
     def resume(self) -> None:
-        """What went wrong is known here: calls that are enqueued from now on are carried out again."""
+        """Clear a temporary error: calls that are enqueued from now on are executed again."""
         if not torch.cuda.is_current_stream_capturing():
             self.runtime.resume(self.enter_stream())
 
     def give_up(self) -> None:
-        """Tell the peers that this rank cannot take part in what they wait for, for good."""
+        """Fail permanently, and tell the peers, so that they do not wait for this rank."""
         self.runtime.give_up(self.enter_stream())
 
     def _error(self, failure: int, phase: int, peer: int, field: int, expected: int, seen: int) -> DeepEPMoEError:

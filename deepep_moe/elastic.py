@@ -1,9 +1,9 @@
-"""ElasticBuffer: the DeepEP 2.x interface on our backends; what DeepSpeed's AutoEP calls.
+"""ElasticBuffer: the part of the DeepEP 2.x interface that trainers use, such as DeepSpeed's AutoEP.
 
-One buffer serves all layers, and a handle owns its routing, so handles stay valid across later dispatches. A
-dispatch delivers one of two layouts (see :mod:`deepep_moe.backends.base`): rank layout, as in DeepEP 1.x, or with
-``do_expand`` the expert layout, rows grouped by local expert. Row order is a function of the routing alone, so a
-cached dispatch repeats it exactly. Padding rows are always zero.
+One buffer serves all layers. A handle owns its routing, so it stays valid after later dispatches. A dispatch returns
+rank layout, as in DeepEP 1.x, or with ``do_expand`` expert layout, rows grouped by local expert (see
+:mod:`deepep_moe.backends.base`). The order of rows depends on the routing only, so a cached dispatch repeats it
+exactly. Padding rows are always zero.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.shared import Shared
 
-_SCALE_COLUMN_ALIGNMENT = 4  # entries of 4 bytes: what the TMA unit wants of a column's pitch
+_SCALE_COLUMN_ALIGNMENT = 4  # entries of 4 bytes: TMA needs column strides that are multiples of 16 bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,28 +38,28 @@ class EPHandle:
     num_max_tokens_per_rank: int
     num_sms: int
     topk_idx: Tensor
-    """[T, K] as given."""
+    """[T, K], the argument of dispatch."""
     num_recv_tokens: int
-    """N, rows of the rank layout; where the host did not wait, the rows allocated."""
+    """N, rows of the rank layout; with ``do_cpu_sync=False``, the rows allocated."""
     num_expanded_tokens: int
-    """M, rows of the expert layout; where the host did not wait, the rows allocated."""
+    """M, rows of the expert layout; with ``do_cpu_sync=False``, the rows allocated."""
     num_recv_tokens_per_expert_list: list[int]
-    """Rows of each local expert's group with its padding; empty where the host did not wait."""
+    """Rows of each local expert including padding; empty with ``do_cpu_sync=False``."""
     psum_num_recv_tokens_per_scaleup_rank: Tensor
     """[R] int32: end of the rows of each source rank in rank layout."""
     psum_num_recv_tokens_per_expert: Tensor
-    """[L] int32: end of each local expert's group, padding included, in expert layout."""
+    """[L] int32: end of each local expert's group, including padding, in expert layout."""
     num_unaligned_recv_tokens_per_expert: Tensor
     """[L] int32: rows of each local expert without padding."""
     recv_src_metadata: Tensor
-    """[N] int32: token of the row at its source rank."""
+    """[N] int32: token index of the row at its source rank."""
     dst_buffer_slot_idx: Tensor
-    """[T, R] int32: place of the token among those sent to the rank, or -1."""
+    """[T, R] int32: index of the token among those sent to the rank, or -1."""
     plan: Plan
     owner: object
 
     def tensors(self) -> list[Tensor | None]:
-        """All that it holds, its plan's included."""
+        """All tensors of the handle and of its plan."""
         return [*self.plan.tensors(), *(value for value in vars(self).values() if isinstance(value, Tensor))]
 
 
@@ -67,16 +67,18 @@ class ElasticBuffer(Shared):
     """Communication buffer of one expert-parallel group.
 
     Args:
-        group: the process group. Its backend decides where tensors live: nccl CUDA, gloo the CPU.
-        num_bytes: reported back; staging sizes itself. Default: :meth:`get_buffer_size_hint`.
-        num_max_tokens_per_rank: staging is sized for it; needed by dispatches without a host sync.
-        num_gpu_timeout_secs: longest wait for a peer.
+        group: the process group. Its torch.distributed backend determines the device: CUDA with nccl, CPU with gloo.
+        num_bytes: value of the attribute of this name; staging memory is sized automatically. Default:
+            :meth:`get_buffer_size_hint`.
+        num_max_tokens_per_rank: initial size of staging, in tokens of one rank; needed by dispatches with
+            ``do_cpu_sync=False``.
+        num_gpu_timeout_secs: longest wait for a peer, in seconds.
         hidden, num_topk, use_fp8_dispatch, allow_multiple_reduction: used for the size hint only.
-        deterministic: results always are.
+        deterministic: accepted for compatibility; results are always deterministic.
         num_cpu_bytes, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx: accepted, no effect here.
         num_allocated_qps, num_cpu_timeout_secs, explicitly_destroy: accepted, no effect here.
-        settings: of a framework integration; default: ``DispatcherConfig.load()``. ``num_max_tokens_per_rank`` comes
-            on top.
+        settings: configuration from a framework integration; default: ``DispatcherConfig.load()``. Its
+            ``max_tokens_per_rank`` is replaced by ``num_max_tokens_per_rank``.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ElasticBuffer(Shared):
             )
         else:
             config = replace(settings, max_tokens_per_rank=num_max_tokens_per_rank)
-        config = replace(config, capacity_factor=0.0)  # do_cpu_sync=False is what fixes sizes here
+        config = replace(config, capacity_factor=0.0)  # here do_cpu_sync=False fixes sizes
         self._backend: Backend | None = get_backend(group, None, config)
         self.group = self._backend.group
         self.rank_idx, self.num_ranks = self._backend.rank, self._backend.world_size
@@ -129,32 +131,40 @@ class ElasticBuffer(Shared):
         allow_hybrid_mode: bool = True,
         allow_multiple_reduction: bool = True,
     ) -> int:
-        """Bytes of staging for BF16 rows (the combine's, so FP8 needs no less): two calls in flight."""
+        """Bytes of staging memory for two calls in flight with BF16 rows (combine never sends FP8)."""
         row = 2 * hidden + 4 * -(-hidden // BLOCK) * use_fp8_dispatch + 4 * num_topk
         return 2 * dist.get_world_size(group) * num_max_tokens_per_rank * row
 
     @staticmethod
     def capture() -> EventHandle:
-        """An event at the current place of the current stream, for ``previous_event``."""
+        """An event recorded on the current stream, for ``previous_event``."""
         return EventHandle()
 
     @staticmethod
     def get_theoretical_num_sms(num_experts: int, num_topk: int, *args: Any, **kwargs: Any) -> int:
-        """SMs worth giving to communication: the configured number, else what DeepEP 1.x defaults to."""
+        """SMs to reserve for communication: the configured number, else the default of DeepEP 1.x."""
         return DispatcherConfig.load().num_sms or Buffer.num_sms
 
     @staticmethod
     def get_theoretical_num_qps(num_sms: int) -> int:
-        """RDMA queue pairs needed: none."""
+        """RDMA queue pairs to allocate: 0, because none are used."""
         return 0
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream that asynchronous calls run on (CUDA only)."""
+        """The stream that asynchronous calls run on. Raises UnsupportedError on a CPU."""
         self._open()
         return self._runner.stream
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False) -> None:
-        """Wait until all ranks of the group are here; a :class:`PeerTimeoutError` names those who do not come."""
+        """Wait until all ranks of the group have made this call.
+
+        Args:
+            use_comm_stream: accepted for compatibility.
+            with_cpu_sync: also wait for all work on this rank's GPU.
+
+        Raises:
+            PeerTimeoutError: names the ranks that did not call in time.
+        """
         backend = self._open()
         device = backend.device
         gather("barrier", self.group, device, backend.config.timeout_seconds, None)
@@ -162,7 +172,7 @@ class ElasticBuffer(Shared):
             torch.cuda.synchronize(device)
 
     def destroy(self) -> None:
-        """Give the backend back. Idempotent; later calls of this buffer raise HandleError."""
+        """Release the backend. Idempotent; later calls of this buffer raise HandleError."""
         self._backend = None
 
     def dispatch(
@@ -187,25 +197,36 @@ class ElasticBuffer(Shared):
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None, Tensor | None, EPHandle, EventOverlap]:
-        """Send tokens to the ranks of their experts. Collective.
+        """Send each token to the ranks of its experts. Collective.
 
         Args:
             x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
-            topk_idx: [T, K] int32 or int64, -1 = dropped. Needs ``num_experts``; not together with ``handle``.
+            topk_idx: [T, K] int32 or int64, -1 = dropped route. Needs ``num_experts``; not together with ``handle``.
             topk_weights: [T, K] float32; allowed with ``handle`` too.
             cumulative_local_expert_recv_stats: [L] integers; the rows of each local expert are added to it.
             num_max_tokens_per_rank: upper bound on T, equal on all ranks; a batch with more tokens is an InputError.
                 Default: the buffer's, which is a bound with ``do_cpu_sync=False`` only.
             expert_alignment: groups of the expert layout are padded with zero rows to a multiple; default 1.
             handle: repeat the routing of an earlier dispatch.
-            do_cpu_sync: False: outputs have the worst-case number of rows and the host waits for nothing.
-            do_expand: deliver the expert layout.
-            use_tma_aligned_col_major_sf: scales come column-major, columns aligned to 16 bytes.
-            num_sms, num_qps, do_handle_copy, do_zero_padding: accepted for compatibility.
+            do_cpu_sync: False: outputs have the largest possible number of rows and the host does not wait.
+            do_expand: return the expert layout.
+            do_handle_copy: copy ``topk_idx`` into the handle instead of referring to it.
+            use_tma_aligned_col_major_sf: return scales column-major, columns aligned to 16 bytes.
+            previous_event, previous_event_before_epilogue: start after these events instead of after the work on the
+                current stream.
+            async_with_compute_stream: do not make the current stream wait; wait for the returned event before using
+                results.
+            allocate_on_comm_stream: accepted together with a previous event and ``async_with_compute_stream``.
+            num_sms, num_qps, do_zero_padding: accepted for compatibility.
 
         Returns:
-            received rows (or with scales); recv_topk_idx [N, K], None with ``do_expand``; weights [N, K], or [M] with
-            ``do_expand``, None without ``topk_weights``; the handle; the event.
+            received rows (or with scales); recv_topk_idx [N, K] local experts, -1 if the expert is on another rank,
+            None with ``do_expand``; weights [N, K], or [M] with ``do_expand``, None without ``topk_weights``; the
+            handle; the event.
+
+        Raises:
+            InputError, HandleError: wrong arguments, or a handle of another or a destroyed buffer.
+            RankMismatchError, PeerError: ranks disagree, or another rank refused its input or died.
         """
         backend = self._open()
         previous_events = (previous_event, previous_event_before_epilogue)
@@ -236,7 +257,7 @@ class ElasticBuffer(Shared):
             backend.refuse("plan" if handle is None else "dispatch", error)
 
         def call() -> tuple[Rows, Tensor | None, EPHandle]:
-            """All that is returned is made here, so that the event covers it."""
+            """Creates everything that is returned, so that the event covers it."""
             if handle is not None:
                 plan = handle.plan
             else:
@@ -292,8 +313,18 @@ class ElasticBuffer(Shared):
 
         Args:
             x: rows in the layout of the handle: [N, H], or [M, H] after ``do_expand``. Weights are not applied.
-            topk_weights: [N, K] or [M] float32 in the same layout, carried back and returned as [T, K].
+            handle: from the dispatch that sent the tokens.
+            topk_weights: [N, K] or [M] float32 in the same layout, sent back and returned as [T, K].
             bias: one or two [T, H] tensors of the rows' dtype, added to the result.
+            num_sms, num_qps: accepted for compatibility.
+            previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream: see
+                :meth:`dispatch`.
+
+        Returns:
+            combined rows [T, H]; combined weights [T, K] or None; the event.
+
+        Raises:
+            InputError, HandleError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
         backend = self._open()
         previous_events = (previous_event, previous_event_before_epilogue)
@@ -316,7 +347,7 @@ class ElasticBuffer(Shared):
         return tokens.x, tokens.weights, event
 
     def _worst_case(self, topk_idx: Tensor, num_experts: int, tokens: int, alignment: int) -> tuple[int, int]:
-        """Received and expert rows that no routing exceeds, unless a token names an expert twice."""
+        """Upper bounds on received rows and expert rows, valid unless a token names an expert twice."""
         local_experts = num_experts // self.num_ranks
         received = self.num_ranks * tokens
         rows = received * min(topk_idx.shape[-1], local_experts) + local_experts * (alignment - 1)

@@ -1,7 +1,7 @@
-"""Events between streams: :class:`EventHandle`, :class:`EventOverlap`, and :class:`StreamRunner` that makes them.
+"""CUDA events and the communication stream: :class:`EventHandle`, :class:`EventOverlap`, :class:`StreamRunner`.
 
-On CUDA an event marks a place in the stream that was current when it was made. On a CPU work is done when a call
-returns, so events are complete from the start and waiting for them does nothing.
+On CUDA an event is recorded on the stream that is current when the event is created. On a CPU calls are complete when
+they return, so waiting for an event does nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class EventHandle:
-    """Marks the current stream's place at the time of construction."""
+    """An event recorded on the current stream at construction."""
 
     __slots__ = ("_event",)
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # else nothing was ever queued
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # otherwise no work was ever enqueued
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -36,11 +36,11 @@ class EventHandle:
 
 
 class EventOverlap:
-    """An event as users hold it: wait for it directly, or use ``with`` to run work while it is pending.
+    """The event that a call returns. Leaving a ``with`` block makes the current stream wait for it.
 
     Args:
-        event: what to wait for; None means there is nothing to wait for.
-        extra_tensors: kept alive together with the event.
+        event: what to wait for; None: nothing.
+        extra_tensors: kept alive as long as this object.
     """
 
     def __init__(self, event: EventHandle | None = None, extra_tensors: tuple[Tensor, ...] | None = None) -> None:
@@ -48,7 +48,7 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
 
     def current_stream_wait(self) -> None:
-        """Make the current stream wait for the event."""
+        """Make the current stream wait for the event; the host does not wait."""
         if self.event is not None:
             self.event.current_stream_wait()
 
@@ -65,10 +65,10 @@ EventLike: TypeAlias = EventHandle | EventOverlap
 
 
 class StreamRunner:
-    """Runs communication on ``device`` in the way a caller asks for: in line, or on a stream of its own.
+    """Runs a communication call of ``device`` on the current stream, or on a separate communication stream.
 
-    In line is the default: the call is queued on the current stream and no event is needed. The communication
-    stream is used where the caller can gain from it, that is with ``previous_event`` or ``async_finish``.
+    The communication stream is used with ``previous_event`` or ``async_finish``. Otherwise the call is enqueued on the
+    current stream, which needs no event.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -77,7 +77,7 @@ class StreamRunner:
 
     @property
     def stream(self) -> torch.cuda.Stream:
-        """The communication stream, made on first use."""
+        """The communication stream, created on first use. Raises UnsupportedError on a CPU."""
         if self.device.type != "cuda":
             raise UnsupportedError(f"there are no streams on {self.device}; calls are complete when they return")
         if self._stream is None:
@@ -90,7 +90,7 @@ class StreamRunner:
         async_finish: bool,
         allocate_on_comm_stream: bool,
     ) -> list[EventLike]:
-        """What to wait for; raises InputError for arguments of :meth:`run` that make no sense."""
+        """The events to wait for. Raises InputError for invalid arguments of :meth:`run`."""
         events = previous_event if isinstance(previous_event, tuple) else (previous_event,)
         waits = [event for event in events if event is not None]
         for event in waits:
@@ -112,14 +112,19 @@ class StreamRunner:
         reads: Iterable[Tensor | None] = (),
         made: Callable[[T], Iterable[Tensor | None]] = lambda result: (),
     ) -> tuple[T, EventOverlap]:
-        """``call()`` and the event of its end.
+        """Run ``call``.
 
         Args:
-            previous_event: what the communication stream waits for (one or several), instead of the current stream.
-            async_finish: do not make the current stream wait; the caller waits for the event.
-            allocate_on_comm_stream: accepted with the two above; memory always belongs to the stream that ran.
-            reads: tensors that the call reads: their memory is not reused before it has.
-            made: the tensors of its result, which the current stream will use.
+            previous_event: one or several events that the communication stream waits for, instead of the work on the
+                current stream.
+            async_finish: do not make the current stream wait; the caller waits for the returned event.
+            allocate_on_comm_stream: accepted together with the two above; memory is always allocated on the stream
+                that runs the call.
+            reads: tensors that the call reads; recorded as used by the communication stream.
+            made: gives the tensors of a result, which are recorded as used by the current stream.
+
+        Returns:
+            The result of ``call``, and the event of its end.
         """
         waits = self.check(previous_event, async_finish, allocate_on_comm_stream)
         if self.device.type != "cuda":

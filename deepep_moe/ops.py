@@ -1,17 +1,17 @@
 """The differentiable operators ``deepep_moe::plan``, ``::dispatch`` and ``::combine``.
 
-They wrap a backend's verbs as torch.library custom ops, so autograd, activation checkpointing, torch.compile and
-FakeTensor all see three opaque calls with known shapes. The one fact behind the gradients: **dispatch and combine
-are transposes of each other on the same plan**, so the backward of one is the other. A combine that multiplies
-rows by weights first is ``combine(w * rows)``, and its gradients follow by the product rule.
+They make the calls of a backend differentiable, and available as torch.library operators, so that autograd, activation
+checkpointing, torch.compile and FakeTensor see three opaque calls with known shapes. Gradients follow from one fact:
+**dispatch and combine are transposes of each other on the same plan**, so the backward of one is the other. A combine
+that multiplies rows by weights is ``combine(w * rows)``, and its gradients follow by the product rule.
 
-A plan passes through the ops as its list of tensors. A backend passes as a number from :func:`register_backend`:
-the registry is weak, whoever made the number keeps the backend alive. Where a tensor is absent an output of an
-operator has no rows (``[0]``): operators cannot return None.
+The operators take a plan as a list of tensors, and a backend as a number from :func:`register_backend`. The registry
+holds weak references: the caller that registers a backend keeps it alive. Operators cannot return None, so an output
+that does not exist has no rows (``[0]``).
 
-Operators cost the host more than what they do here, and a layer makes four such calls. So the functions of this module
-take the plan as it is and go straight to a plain autograd.Function; through the operators only where something
-watches (watched.py).
+Calling an operator takes more host time than launching the work, and a layer makes four such calls. Therefore the
+functions of this module call an autograd.Function directly. They use the operators only under torch.compile or a
+dispatch mode (tracing.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _by_number: WeakValueDictionary[int, Backend] = WeakValueDictionary()
 
 
 def register_backend(backend: Backend) -> int:
-    """The number under which the ops find ``backend``; it ends with the backend's last reference."""
+    """The number by which operators refer to ``backend``, valid as long as the backend exists."""
     _by_number[backend.number] = backend
     return backend.number
 
@@ -47,7 +47,12 @@ def _backend(number: int) -> Backend:
 
 
 def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> Plan:
-    """The :class:`Plan` of ``topk_idx``; through the operator where something watches. Limits of -1: exact sizes."""
+    """The :class:`Plan` of ``topk_idx [T, K]``. Collective; the arguments are those of :meth:`Backend.plan`.
+
+    Args:
+        backend: from :func:`register_backend`.
+        max_recv, max_rows: :data:`NO_LIMIT` for exact sizes.
+    """
     if is_traced(topk_idx):
         topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
@@ -65,7 +70,7 @@ def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, 
 def plan(
     topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int
 ) -> list[Tensor]:
-    """The tensors of the :class:`Plan` of ``topk_idx``, without ``topk_idx`` itself; limits of -1 mean exact sizes."""
+    """:func:`make_plan` as an operator: the tensors of the plan, without ``topk_idx`` itself."""
     made = _backend(backend).plan(
         topk_idx,
         num_experts,
@@ -73,7 +78,7 @@ def plan(
         max_recv=None if max_recv == NO_LIMIT else max_recv,
         max_rows=None if max_rows == NO_LIMIT else max_rows,
     )
-    # Copies, because what an operator returns must not share memory.
+    # Copies, because the outputs of an operator must not share memory.
     return [torch.empty(0, dtype=torch.int64, device="cpu") if t is None else t.clone() for t in made.tensors()[1:]]
 
 
@@ -104,16 +109,23 @@ def _(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv
 
 
 def plan_from_outputs(topk_idx: Tensor, outputs: list[Tensor], num_experts: int, alignment: int) -> Plan:
-    """Put together what :func:`plan` returned for ``topk_idx`` (int64)."""
+    """The plan whose tensors :func:`plan` returned for ``topk_idx`` (int64)."""
     *others, host, extra = outputs
     tensors = [topk_idx, *others, host if host.shape[0] else None, extra]
     return TensorPlan.from_tensors(num_experts, alignment, tensors)
 
 
 def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
-    """``x [T, H]``, ``weights [T, K]`` fp32 -> expert layout ``[M, H]``, ``[M]`` (None without weights).
+    """Send tokens to the ranks of their experts. Collective; differentiable in ``x`` and ``weights``.
 
-    ``fp8``: BF16 tokens travel as e4m3.
+    Args:
+        x: [T, H].
+        weights: [T, K] fp32, or None.
+        backend: from :func:`register_backend`.
+        fp8: BF16 tokens travel as e4m3.
+
+    Returns:
+        Rows [M, H] in expert layout, and their weights [M], None without ``weights``.
     """
     if is_traced(x):
         rows, row_weights = _dispatch_with_gradient_op(x, weights, *_flat(plan, backend), fp8)
@@ -126,10 +138,17 @@ def dispatch(x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: b
 def combine(
     rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool, fp8_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Expert layout ``[M, H]`` -> ``[T, H]``.
+    """Sum the rows of each token at its source. Collective; differentiable in ``rows`` and ``weights``.
 
-    ``weights [M]`` fp32 are multiplied into the rows first (``apply_weights``; the second result is None) or carried
-    back beside them (the second result is ``[T, K]``). ``fp8_grad``: BF16 gradients travel as e4m3.
+    Args:
+        rows: [M, H] in expert layout.
+        weights: [M] fp32, or None.
+        backend: from :func:`register_backend`.
+        apply_weights: multiply the rows by ``weights`` before the sum; otherwise weights are sent back beside the rows.
+        fp8_grad: in the backward, BF16 gradients travel as e4m3.
+
+    Returns:
+        [T, H], and [T, K] weights that were sent back, else None.
     """
     if is_traced(rows):
         tokens, carried = _combine_with_gradient_op(rows, weights, *_flat(plan, backend), apply_weights, fp8_grad)
@@ -164,7 +183,7 @@ def _run_combine(
 
 
 def _flat(plan: Plan, backend: int) -> tuple[list[Tensor | None], int, int, int]:
-    """A plan and its backend as operators take them."""
+    """A plan and its backend as arguments of an operator."""
     return plan.tensors(), backend, plan.num_experts, plan.alignment
 
 
@@ -214,7 +233,7 @@ class _Combine(torch.autograd.Function):
         carried = grad_topk if ctx.carries else None
         sent, grad_weights = dispatch(grad_tokens, carried, ctx.plan, ctx.backend, ctx.fp8_grad)
         grad_rows: Tensor | None = sent
-        if ctx.apply_weights:  # of w * rows: the product rule
+        if ctx.apply_weights:  # the product rule for w * rows
             rows, weights = ctx.saved_tensors
             wants_rows = ctx.needs_input_grad[0]
             grad_rows, grad_weights = weigh_gradients(

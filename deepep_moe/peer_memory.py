@@ -1,8 +1,8 @@
-"""Memory of this GPU that every rank of the group can write: allocate, exchange, map, free.
+"""Symmetric memory: memory of this GPU that every rank of the group can write.
 
-PyTorch's symmetric memory does the work (``torch.distributed._symmetric_memory``): it exchanges handles over the
-group's store, so the group may be gloo, need not be contiguous, and several ranks may share a GPU. Between hosts of
-one NVLink domain it uses fabric handles where the platform has them.
+Implemented by PyTorch's symmetric memory (``torch.distributed._symmetric_memory``), which exchanges handles over the
+group's store. So the group may be gloo and have any members, and several ranks may share a GPU. Between hosts of one
+NVLink domain it uses fabric handles where the platform supports them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from torch import Tensor
 
 from deepep_moe.errors import CapacityError, PeerError
 
-# torch refuses several ranks on one GPU, which is how larger groups are tested on few, unless told otherwise.
+# By default PyTorch refuses several ranks on one GPU, which the tests use to run large groups on few GPUs.
 _SHARE_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
 class PeerMemory:
-    """``num_bytes`` of zeroed memory on every rank of ``group``. Collective to create; dropping it frees it.
+    """``num_bytes`` of zeroed memory on every rank of ``group``. Collective to create; freed with the object.
 
     Args:
-        meet: called once the memory is allocated here, or could not be (then with the reason), before it is exchanged:
-            raises on every rank unless all have come so far. Without it a rank that fails leaves the others waiting.
+        group: the ranks.
+        device: this rank's GPU.
+        num_bytes: size on each rank.
+        meet: called between allocation and exchange, with the error if the allocation failed. It must raise on every
+            rank unless all ranks succeeded. Without it, the other ranks wait for a rank that failed.
 
     Attributes:
-        addresses: of each rank's memory, by group rank, as mapped in this process.
+        addresses: address of each rank's memory in this process, by group rank.
         local: [num_bytes] uint8, this rank's memory.
+
+    Raises:
+        CapacityError: this rank has not enough memory.
+        PeerError: the memory could not be mapped.
     """
 
     def __init__(
@@ -52,7 +59,7 @@ class PeerMemory:
         if refused is not None:
             raise refused
         try:
-            torch.cuda.synchronize(device)  # the rendezvous is also the barrier: nobody sees memory not yet zero
+            torch.cuda.synchronize(device)  # before the rendezvous, so that peers see zeros
             self._handle = symmetric_memory.rendezvous(self.local, group)
         except RuntimeError as error:
             raise PeerError(
@@ -68,6 +75,6 @@ def _allocate(num_bytes: int, device: torch.device) -> Tensor:
 
     try:
         return zeros()
-    except RuntimeError:  # it does not come from PyTorch's allocator, which may sit on free memory
+    except RuntimeError:  # not allocated by PyTorch's caching allocator, which may hold the memory that is missing
         torch.cuda.empty_cache()
         return zeros()

@@ -1,4 +1,4 @@
-"""What belongs to a process group: copies of a model share it, and it cannot be pickled."""
+"""Base of objects that belong to a process group: copies of a model share them, and they cannot be pickled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ T = TypeVar("T", bound="Shared")
 class Shared:
     """Base of dispatchers, buffers and backends.
 
-    ``copy.deepcopy`` of a module that holds one (to average its weights, say) copies the weights and shares this.
+    ``copy.deepcopy`` of a module that holds one copies the parameters and shares this object. Pickling raises
+    :class:`~deepep_moe.errors.UnsupportedError`.
     """
 
     def __copy__(self: T) -> T:

@@ -1,4 +1,4 @@
-"""The registry of backends: which one a process group gets. Nothing else in the library knows backends by name."""
+"""The registry of backends: chooses the backend of a process group. No other module refers to backends by name."""
 
 from __future__ import annotations
 
@@ -35,27 +35,30 @@ __all__ = [
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (NVLinkBackend, HierarchicalBackend, CollectiveBackend)
 }
-"""By name, the best first: ``auto`` takes the first that every rank can use. The last one runs anywhere."""
+"""By name, in order of preference: ``auto`` takes the first that every rank can use. The last one runs anywhere."""
 
 _log = logging.getLogger(__name__)
-# Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the id stays the group's own.
+# Weak: dispatchers and Buffers keep a backend alive. A backend holds its group, so the group's id is not reused.
 _backends: WeakValueDictionary[tuple[int, torch.device, DispatcherConfig], Backend] = WeakValueDictionary()
 
 
 def get_backend(
     group: dist.ProcessGroup | None, device: torch.device | None = None, config: DispatcherConfig | None = None
 ) -> Backend:
-    """The backend of ``group`` on ``device``, shared by everyone who asks with the same ``config`` while it is usable.
+    """The backend of ``group`` on ``device``. Calls with an equal ``config`` share one, while it is usable.
 
-    ``config.backend == "auto"`` takes the first of :data:`BACKENDS` that every rank of the group can use, with one log
-    line saying why not an earlier one. On a GPU all ranks of the group make the call.
+    Args:
+        group: the expert-parallel group; None for the default group. On a GPU the call is collective.
+        device: where tensors live; None for :func:`default_device`.
+        config: None for the defaults. With ``backend="auto"`` the first of :data:`BACKENDS` that every rank of the
+            group can use is chosen, and the log says why the ones before it were not.
 
     Raises:
         InputError: no process group, or this process is not in it.
-        UnsupportedError: ``config.backend`` names a backend that cannot run here; the message says why.
+        UnsupportedError: ``config.backend`` names a backend that cannot run here; the message gives the reason.
         PeerError: an operation over the group has failed before.
-        RankMismatchError: ranks differ in settings that they must share (:meth:`DispatcherConfig.shared`); on a CPU
-            the first plan raises it.
+        RankMismatchError: ranks differ in settings that must be equal (:meth:`DispatcherConfig.shared`); on a CPU the
+            first plan raises it.
     """
     config = config or DispatcherConfig()
     if not dist.is_initialized():
@@ -71,7 +74,7 @@ def get_backend(
     backend = _backends.get(key)
     found = backend is not None and backend.usable
     if device.type == "cuda" or config.backend == HierarchicalBackend.name:
-        # Ranks differ in when the garbage collector ends a backend and in which of them saw it fail.
+        # Garbage collection and failures differ per rank, so ranks agree before reusing a cached backend.
         found = _agree(chosen, device, config, found)
     if backend is None or not found:
         backend = _backends[key] = _make(chosen, device, config)
@@ -87,9 +90,9 @@ def default_device(group: dist.ProcessGroup) -> torch.device:
 def why_not(
     name: str, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None
 ) -> str | None:
-    """Why the group cannot use the backend of this name, in the words of the ranks that cannot; None if it can.
+    """Why the group cannot use the backend ``name``: the reasons of all ranks that cannot, or None if all can.
 
-    The same on all ranks. Collective where ``device`` is a GPU.
+    The result is equal on all ranks. Collective if ``device`` is a GPU.
     """
     config = config or DispatcherConfig()
     reason = BACKENDS[name].supports(group, device, config)
@@ -105,37 +108,37 @@ def why_not(
 def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> Backend:
     auto = config.backend == "auto"
     refused: dict[str, str] = {}
-    could_be: dict[str, str] = {}  # those that a user can do something about
+    fixable: dict[str, str] = {}  # reasons that a user may be able to remove
     for name in BACKENDS if auto else (config.backend,):
-        passed_by = BACKENDS[name].why_not_auto(group, device, config) if auto else None
-        reason = passed_by or why_not(name, group, device, config)
+        skipped = BACKENDS[name].why_not_auto(group, device, config) if auto else None
+        reason = skipped or why_not(name, group, device, config)
         if reason is None:
             why = "".join(f": {reason}" for reason in refused.values())
             _log.info("deepep_moe: backend %s on %s, %d ranks%s", name, device, dist.get_world_size(group), why)
-            if could_be and device.type == "cuda":
-                _warn_of_less(name, dist.get_world_size(group), could_be)
+            if fixable and device.type == "cuda":
+                _warn_slower(name, dist.get_world_size(group), fixable)
             return BACKENDS[name](group, device, config)
         refused[name] = reason
-        if passed_by is None and SEVERAL_HOSTS not in reason:
-            could_be[name] = reason
+        if skipped is None and SEVERAL_HOSTS not in reason:
+            fixable[name] = reason
     told = "; ".join(f"backend {name} cannot run here: {reason}" for name, reason in refused.items())
     raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _warn_of_less(name: str, ranks: int, could_be: dict[str, str]) -> None:
-    """Say once in a job that a group gets a slower backend than its GPUs allow, and what would change it."""
-    told = "; ".join(f"{better} cannot run here: {reason}" for better, reason in could_be.items())
+def _warn_slower(name: str, ranks: int, fixable: dict[str, str]) -> None:
+    """Warn once per job that a group gets a slower backend than its GPUs allow, with the reason."""
+    told = "; ".join(f"{better} cannot run here: {reason}" for better, reason in fixable.items())
     text = f"deepep_moe: {ranks} ranks use backend {name}, which is slower than these GPUs allow, because {told}"
-    if dist.get_rank() == 0 and text not in _said:
-        _said.add(text)
+    if dist.get_rank() == 0 and text not in _warned:
+        _warned.add(text)
         _log.warning("%s (docs/multinode.md; DEEPEP_MOE_BACKEND=%s accepts it)", text, name)
 
 
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:
-    """Whether all ranks found a backend; raises RankMismatchError where they want to set up different ones."""
+    """Whether all ranks found a cached backend. Raises RankMismatchError if their settings differ."""
     settings = {"backend": config.backend, **config.shared()}
     answers = gather("set-up", group, device, config.timeout_seconds, [found, settings])
     compare({name: [str(others[name]) for _, others in answers] for name in settings})

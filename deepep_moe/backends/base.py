@@ -1,8 +1,8 @@
-"""The Backend protocol: what moves tokens, and the plan it moves them by.
+"""The interface of backends: :class:`Backend` moves tokens between ranks, :class:`Plan` says where they go.
 
 A *plan* is the routing of one batch: computed once, then used by dispatch, by combine and by the backward of
-both. A *backend* executes plans over one process group. Everything above (dispatcher, autograd, ``Buffer``,
-framework integrations) is written against this page and knows no backend by name.
+both. A *backend* executes plans over one process group. The layers above (dispatcher, autograd, ``Buffer``,
+framework integrations) use this interface only and name no backend.
 
 Symbols in shapes:
 
@@ -16,7 +16,8 @@ N     rows received: one per (token, rank that owns at least one of its experts)
 M     expert rows: one per (received row, local expert chosen by it), plus padding
 ====  =====================================================================================
 
-Both layouts of received data (:class:`Layout`) are a function of the routing alone, so results are deterministic.
+The order of received rows depends on the routing only, in both layouts (:class:`Layout`), so results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _backend_numbers = itertools.count()
 
 
 def new_backend_number() -> int:
-    """A number that no other backend of this process has."""
+    """A number that is unique among the backends of this process."""
     return next(_backend_numbers)
 
 
@@ -59,11 +60,11 @@ class Wire(enum.Enum):
     E4M3 = "e4m3"
     """BF16 tokens travel and arrive as e4m3 with one fp32 scale per 128 channels (see fp8.py)."""
     E4M3_TO_BF16 = "e4m3 to bf16"
-    """BF16 tokens travel as e4m3 with scales and arrive as BF16 again, without scales."""
+    """BF16 tokens travel as e4m3 with scales and are converted back: they arrive as BF16, without scales."""
 
 
 class Backward(enum.IntEnum):
-    """What the backward of a call will send. Ranks must agree: otherwise one waits in it for another that has none."""
+    """What the backward of a call will send. Must be equal on all ranks, because the backward is collective too."""
 
     NONE = 0
     ROWS = 1
@@ -71,7 +72,7 @@ class Backward(enum.IntEnum):
 
 
 class Destinations(NamedTuple):
-    """Who gets what, counted on this rank alone (no communication)."""
+    """How many tokens and routes of this rank go where. Counted locally, without communication."""
 
     num_tokens_per_rank: Tensor  # [R] int32: tokens of this rank that go to each rank
     num_tokens_per_node: Tensor | None  # [nodes] int32; None when the group is one NVLink domain
@@ -218,9 +219,9 @@ class Plan(Protocol):
 class Rows(NamedTuple):
     """What dispatch delivers."""
 
-    x: Tensor  # rank layout [N, H] or expert layout [M, H]
-    scales: Tensor | None  # [N or M, S]: as given for the tokens
-    weights: Tensor | None  # rank layout [N, K] (0 where the route is owned elsewhere), expert layout [M]; fp32
+    x: Tensor  # [N, H] in rank layout, [M, H] in expert layout
+    scales: Tensor | None  # [N or M, S], in the dtype of the scales that were sent
+    weights: Tensor | None  # fp32; [N, K] in rank layout (0 where the expert is on another rank), [M] in expert layout
 
 
 class Tokens(NamedTuple):
@@ -232,14 +233,14 @@ class Tokens(NamedTuple):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Executes plans over one process group. Calls are collective unless said otherwise.
+    """Executes plans over one process group. Calls are collective unless documented otherwise.
 
-    Work is enqueued on the current stream of ``device`` (on a CPU it is done when the call returns); streams and
-    events are the caller's business. Inputs are validated by the backend: errors are ``deepep_moe.errors``.
+    On a GPU, work is enqueued on the current stream of ``device``; the caller manages streams and events. On a CPU it
+    is complete when the call returns. Backends check their arguments and raise :mod:`deepep_moe.errors`.
     """
 
-    name: str
-    plans_have_extra: bool
+    name: str  # the value of DispatcherConfig.backend that selects it
+    plans_have_extra: bool  # whether Plan.extra is set
     number: int  # from new_backend_number()
     group: dist.ProcessGroup
     rank: int
@@ -256,16 +257,16 @@ class Backend(Protocol):
 
     @staticmethod
     def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:
-        """The reason why ``auto`` passes the backend by although it could run, or None. Collective on a GPU."""
+        """The reason why ``auto`` does not choose the backend although it can run, or None. Collective on a GPU."""
         ...
 
     @property
     def usable(self) -> bool:
-        """False once closed, or broken for good by a lost peer: then every call raises. Local."""
+        """False after :meth:`close` or a permanent failure such as a lost peer: every call then raises. Local."""
         ...
 
     def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
-        """Count destinations of ``topk_idx [T, K]`` (int32 or int64, -1 = dropped). Local, not collective."""
+        """Count the destinations of ``topk_idx [T, K]`` (int32 or int64, -1 = dropped route). Local."""
         ...
 
     def plan(
@@ -279,14 +280,27 @@ class Backend(Protocol):
         max_recv: int | None = None,
         max_rows: int | None = None,
     ) -> Plan:
-        """Exchange routing once and place every row.
+        """Exchange the routing of one batch and compute the place of every row.
 
-        ``topk_idx [T, K]``: int32 or int64 global experts, -1 = dropped. Without it (K = 0) ``is_token_in_rank
-        [T, R]`` bool and ``num_tokens_per_expert [E]`` int32 say where tokens go, and only the rank layout exists.
-        ``max_recv`` / ``max_rows`` fix N and M beforehand so that the host waits for nothing: unused rows have -1
-        in ``recv_topk_idx``, ``recv_rows`` and ``row_recv``, ``expert_counts_host`` is None, and more rows than
-        that raise :class:`~deepep_moe.errors.CapacityError` within the next call. Otherwise the wait for N and M,
-        and what it raises, may be left to their first use (:meth:`Plan.known_sizes`).
+        Args:
+            topk_idx: [T, K] int32 or int64 global experts, -1 = dropped route. None: ``is_token_in_rank`` and
+                ``num_tokens_per_expert`` are needed instead, K is 0, and only the rank layout exists.
+            num_experts: E, a multiple of R.
+            alignment: pad the rows of each expert to a multiple of this.
+            is_token_in_rank: [T, R] bool: whether the token goes to the rank.
+            num_tokens_per_expert: [E] int32: tokens of this rank for each expert.
+            max_recv, max_rows: fix N and M in advance, so that the host does not wait. Unused rows have -1 in
+                ``recv_topk_idx``, ``recv_rows`` and ``row_recv``, and ``expert_counts_host`` is None.
+
+        Returns:
+            The plan. Without ``max_recv``, the wait for N and M may happen at their first use, with the errors it
+            raises (:meth:`Plan.known_sizes`).
+
+        Raises:
+            InputError: on the rank with the bad argument; PeerError on the others.
+            RankMismatchError: ranks disagree on an argument that must be equal.
+            CapacityError: more rows than ``max_recv`` or ``max_rows``; from this call or the next one.
+            PeerTimeoutError: a rank did not answer within ``timeout_seconds``.
         """
         ...
 
@@ -302,14 +316,23 @@ class Backend(Protocol):
         backward: Backward = Backward.NONE,
         into: Rows | None = None,
     ) -> Rows:
-        """Send ``x [T, H]`` (with ``scales [T, S]`` and ``weights [T, K]`` fp32) to the ranks of its experts.
+        """Send each token to the ranks of its experts.
 
-        ``Rows.scales`` are as given, or with ``Wire.E4M3`` ``[N or M, H / 128]`` with strides of the backend's choice.
-        Where ``wire`` rounds, a rank's own rows are rounded alike, so that values do not depend on where an expert is.
-        Padding rows of the expert layout are zero.
+        Args:
+            plan: from :meth:`plan` of this backend.
+            x: [T, H] bf16, fp16, fp32 or e4m3.
+            layout: order of the received rows.
+            wire: format of rows between ranks. If it rounds, rows that stay on their rank are rounded too, so that
+                values do not depend on the rank of the expert.
+            scales: [T, S] of a 4-byte dtype, sent beside the rows.
+            weights: [T, K] fp32, sent beside the rows.
+            backward: what the backward of this call will send.
+            into: outputs of an earlier dispatch in expert layout, by a plan with as many rows; this call writes its
+                rows into them. For backends that are composed of other backends.
 
-        ``into`` (expert layout): outputs of an earlier dispatch by a plan of as many rows, to which this one adds its
-        own. It is for backends that are made of others.
+        Returns:
+            The received rows. Padding rows of the expert layout are zero. With ``Wire.E4M3`` scales are
+            [N or M, H / 128] fp32, with strides chosen by the backend.
         """
         ...
 
@@ -324,24 +347,33 @@ class Backend(Protocol):
         bias: tuple[Tensor, ...] = (),
         backward: Backward = Backward.NONE,
     ) -> Tokens:
-        """Transpose of :meth:`dispatch`: sum the rows of each token, in fp32 and in a fixed order, at its source.
+        """Transpose of :meth:`dispatch`: sum the rows of each token at its source rank.
 
-        ``x`` is ``[N, H]`` (rank layout) or ``[M, H]`` (expert layout). ``weights`` (``[N, K]`` or ``[M]`` fp32) are
-        carried back and summed into ``[T, K]``, or, with ``apply_weights`` (expert layout only), multiplied into
-        the rows before summing and not returned. ``bias``: up to two ``[T, H]`` tensors added to the result.
-        Rows of other dtypes than the fp32 accumulator are rounded once per hop: one partial sum per (token, rank).
+        Sums are in fp32 and in a fixed order. The partial sum of one (token, rank) is rounded to the dtype of ``x``
+        before it is sent.
+
+        Args:
+            plan: from :meth:`plan` of this backend.
+            x: [N, H] in rank layout, [M, H] in expert layout; bf16, fp16 or fp32.
+            layout: order of the rows of ``x``.
+            weights: [N, K] in rank layout, [M] in expert layout; fp32. Summed at the source rank and returned, unless
+                ``apply_weights``.
+            apply_weights: multiply the rows by ``weights`` before the sum (expert layout only); weights are not
+                returned.
+            bias: up to two [T, H] tensors of the dtype of ``x``, added to the result.
+            backward: what the backward of this call will send.
         """
         ...
 
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
-        """Take this rank's place in an operation that it refuses: its peers raise too instead of waiting for it.
+        """Raise ``error``, after telling the peers, which then raise PeerError instead of waiting for this rank.
 
-        For callers that check more than the backend does. Raises ``error``.
+        For callers that check more than the backend does. ``phase`` is the call that the peers are in.
         """
         ...
 
     def check(self) -> None:
-        """Raise what went wrong in work already enqueued (timeouts, overflow). Local, does not wait for the device."""
+        """Raise errors of work that is already enqueued (timeouts, overflow). Local; does not wait for the device."""
         ...
 
     def close(self) -> None:

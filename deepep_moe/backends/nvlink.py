@@ -1,16 +1,16 @@
-"""One NVLink domain, our kernels: peers write each other's memory, the host only launches.
+"""The backend for one NVLink domain: CUDA kernels write into the memory of peer GPUs.
 
-How one batch travels (csrc/throughput has the device side of each step):
+The steps of one batch (device code in csrc/throughput):
 
-* :meth:`NVLinkBackend.plan` counts tokens, exchanges the counts through peer memory and places every row. The host
-  waits once, for the numbers that size the outputs, and only where it makes these (nvlink_plan.py); with ``max_recv``
-  it does not wait and can be captured.
-* :meth:`NVLinkBackend.dispatch` and :meth:`NVLinkBackend.combine` are one kernel each. Rows in flight lie in
-  staging, double-buffered by epoch, so no barrier separates calls.
+* :meth:`NVLinkBackend.plan` counts tokens, exchanges the counts through peer memory and computes the place of every
+  row. The host waits once, when it allocates outputs, for the two numbers that size them (nvlink_plan.py). With
+  ``max_recv`` it does not wait, and the call can be captured in a CUDA graph.
+* :meth:`NVLinkBackend.dispatch` and :meth:`NVLinkBackend.combine` are one kernel each. Rows in flight are in staging
+  memory, which is double-buffered by epoch, so calls need no barrier between them.
 
-Kernels never wait longer than ``timeout_seconds``. What goes wrong while the host is elsewhere is in pinned memory and
-raised by the next call; until then the outputs concerned are NaN. A rank that refuses a call takes its place in it all
-the same, so that its peers raise instead of waiting.
+Kernels wait for at most ``timeout_seconds``. Errors found by kernels are written to pinned memory and raised by the
+next call; until then the affected outputs are NaN. A rank that refuses a call still enters it, marked as refused, so
+that its peers raise instead of waiting.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from deepep_moe.shared import Shared
 _log = logging.getLogger(__name__)
 
 _CHANNELS_PER_SCALE = 128
-_MOST_EARLY_WORDS = 2 << 20  # int32 words of a plan that are allocated before it is known how many are needed
+_MOST_EARLY_WORDS = 2 << 20  # most int32 words of a plan to allocate before its sizes are known
 
 _FORMATS = (
     {}
@@ -68,10 +68,10 @@ _FORMATS = (
 
 
 class NVLinkBackend(Shared):
-    """:class:`~deepep_moe.backends.base.Backend` for GPUs that reach each other's memory.
+    """:class:`~deepep_moe.backends.base.Backend` for GPUs that can access each other's memory.
 
     Args:
-        group: the expert-parallel process group, of any kind and any members; it is used only to set up.
+        group: the expert-parallel process group, of any backend and with any members; used during set-up only.
         device: this rank's GPU.
         config: ``num_sms``, ``max_tokens_per_rank``, ``timeout_seconds`` and ``debug_waits`` apply.
     """
@@ -90,8 +90,8 @@ class NVLinkBackend(Shared):
         self._control: PeerMemory | None = PeerMemory(group, device, _C.ThroughputEngine.control_bytes())
         self._engine.set_control(self._control.addresses)
         self._staging = Staging(self.domain, self._engine)
-        self._unfinished: DevicePlan | None = None  # the host has not waited for its numbers yet
-        self._broken: DeepEPMoEError | None = None  # for a reason that the domain does not know
+        self._unfinished: DevicePlan | None = None  # the plan whose sizes the host has not read yet
+        self._broken: DeepEPMoEError | None = None  # a permanent error that the domain does not record
 
     @staticmethod
     def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
@@ -159,7 +159,7 @@ class NVLinkBackend(Shared):
             assert is_token_in_rank is not None
             tokens, topk = is_token_in_rank.shape[0], 0
             topk_idx = torch.empty((tokens, 0), dtype=torch.int64, device=self.device)
-        # Late kernels read these, so the plan keeps them.
+        # Kernels that run later read these, so the plan keeps them alive.
         inputs = [None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)]
         membership, expert_counts = (0 if t is None else t.data_ptr() for t in inputs)
         stream = self._enter_stream()
@@ -181,7 +181,7 @@ class NVLinkBackend(Shared):
 
         if max_recv is not None:
             if not self._staging.serves(1, topk, 0):
-                # Nothing says yet how much staging the ranks need: they ask each other, this once, with the host.
+                # The staging size is not known before the first exchange of counts, so the host waits this once.
                 begin(wait=True)
                 _, _, max_tokens = self._wait_plan(0)
                 self._reserve(max(self.config.max_tokens_per_rank, max_tokens), topk, 0)
@@ -195,7 +195,7 @@ class NVLinkBackend(Shared):
             num_experts, alignment, identity, topk_idx, self.world_size, inputs=inputs, finish=self._finish_plan
         )
         self._unfinished = plan
-        # The device knows the sizes long before the host: everything else is enqueued by now, with room for the most.
+        # Enqueue the next kernel before the host knows the sizes, with memory for the largest possible ones.
         most_recv = self.world_size * self._staging.tokens
         most_rows = most_recv * topk + num_experts // self.world_size * (alignment - 1) if topk else 0
         if self._staging.serves(1, topk, 0) and most_recv * (1 + 2 * topk) + most_rows <= _MOST_EARLY_WORDS:
@@ -203,11 +203,11 @@ class NVLinkBackend(Shared):
         return plan
 
     def _place(self, plan: DevicePlan, max_recv: int, max_rows: int, stream: int) -> None:
-        """Enqueue what follows the counts. It leaves the plan empty if a rank has more tokens than staging holds."""
+        """Enqueue the kernel that places rows. The plan stays empty if a rank has more tokens than staging holds."""
         try:
             plan.allocate(max_recv, max_rows, stream)
         except torch.OutOfMemoryError:
-            self.domain.give_up()  # the peers wait for this rank's places
+            self.domain.give_up()  # the peers are waiting for this rank
             raise
         send_slot, counted, received, row_recv = plan.addresses()
         self._open().place_plan(
@@ -222,7 +222,7 @@ class NVLinkBackend(Shared):
         )
 
     def _finish_plan(self, plan: DevicePlan) -> tuple[int, int]:
-        """Wait for N and M of the plan, the last one begun."""
+        """Wait for N and M of ``plan``, which must be the plan begun last."""
         self._unfinished = None
         num_recv, num_rows, max_tokens = self._wait_plan(plan.counts_address)
         if max_tokens > self._staging.tokens or not plan.is_placed:
@@ -231,10 +231,10 @@ class NVLinkBackend(Shared):
         return num_recv, num_rows
 
     def _wait_plan(self, counts_address: int) -> tuple[int, int, int]:
-        """N, M and the most tokens of any rank, of the plan begun last; raises what it failed of."""
+        """Wait for the plan begun last: N, M, and the most tokens of any rank. Raises the error of a failed plan."""
         numbers = self._open().wait_plan(counts_address)
         if numbers is None:
-            self.domain.give_up()  # once the GPU comes to it
+            self.domain.give_up()  # takes effect when the GPU reaches it
             self._broken = PeerTimeoutError(
                 f"rank {self.rank}: the plan kernel did not run within {self.config.timeout_seconds:g} s; something "
                 "before it on this GPU does not end. Destroy this buffer or dispatcher."
@@ -248,13 +248,13 @@ class NVLinkBackend(Shared):
         return num_recv, num_rows, max_tokens
 
     def _refuse_plan(self, error: Exception) -> NoReturn:
-        """Tell the peers, who are on their way into the exchange, not to wait for this rank."""
-        if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
+        """Raise ``error`` after telling the peers, which enter the same plan, not to wait for this rank."""
+        if not torch.cuda.is_current_stream_capturing():  # during capture no kernel runs, so no peer waits
             engine = self._open()
             engine.refuse_plan(self._enter_stream())
             engine.wait_plan(0)
             if self.domain.usable:
-                self.domain.resume()  # what it says of the peers follows from this rank's mistake
+                self.domain.resume()  # clears the report about the peers, which is a consequence of this error
         try:
             raise error
         finally:
@@ -344,7 +344,7 @@ class NVLinkBackend(Shared):
     ) -> Tokens:
         engine = self._enter()
         if is_plan(plan):
-            plan.known_sizes()  # a plan that failed did so on all ranks
+            plan.known_sizes()  # raises on all ranks if the plan failed
         try:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             row_bytes = self._row_bytes("x", x, x.dtype)
@@ -395,8 +395,8 @@ class NVLinkBackend(Shared):
         self._refuse_plan(error)
 
     def _refuse_operation(self, error: Exception, plan: Plan | None) -> NoReturn:
-        if not torch.cuda.is_current_stream_capturing():  # else nothing runs: nobody waits
-            # Where the plan itself is not one of ours, this rank cannot know whether it moves anything: it does.
+        if not torch.cuda.is_current_stream_capturing():  # during capture no kernel runs, so no peer waits
+            # A plan that failed moves no rows and enters no operation. Without a valid plan, assume a good one (0).
             counted = plan.counted.data_ptr() if is_plan(plan) and plan.owner == self.number else 0
             self._open().refuse_operation(counted, self._enter_stream())
         try:
@@ -407,18 +407,19 @@ class NVLinkBackend(Shared):
     # -- memory --------------------------------------------------------------------------------------------------
 
     def _reserve(self, tokens: int, topk: int, pitch: int) -> None:
-        """Make staging hold ``tokens`` per rank, ``topk`` places and rows of ``pitch`` bytes. Collective if it grows.
+        """Make staging hold ``tokens`` per rank, ``topk`` places each and rows of ``pitch`` bytes.
 
-        All ranks come to the same answer: the numbers are exchanged by the plan, or compared when the ranks meet.
+        Collective if staging grows. Ranks decide alike, because the numbers were exchanged by the plan or are compared
+        by the growth operation.
         """
         if self._staging.serves(tokens, topk, pitch):
             return
         if self._unfinished is not None:
-            self._unfinished.known_sizes()  # it may need what is replaced here
+            self._unfinished.known_sizes()  # its kernels may use the memory that is replaced here
         self._staging.grow(tokens, topk, pitch, self._enter_stream())
 
     def _check_capture(self, num_experts: int, topk_idx: Tensor | None, max_recv: int | None) -> None:
-        """That a plan can be captured in a CUDA graph: nothing waits for the host, and nothing grows."""
+        """Raise CapacityError unless a plan can be captured in a CUDA graph: no host wait, no memory to allocate."""
         how = "set capacity_factor (num_worst_tokens of Buffer) and max_tokens_per_rank, and run once before capturing"
         if max_recv is None:
             raise CapacityError(f"the host waits for the sizes of this plan, which a CUDA graph cannot capture: {how}")
@@ -429,18 +430,18 @@ class NVLinkBackend(Shared):
             )
 
     def _blocks(self) -> int:
-        """Grid size of kernels that have one block per SM."""
+        """Grid size for kernels with one block per SM."""
         return self.config.num_sms or self.num_sms
 
     def _empty(self, dtype: torch.dtype, rows: int, columns: int | None = None) -> Tensor:
-        """torch.empty in half its host time, which counts."""
+        """``torch.empty``, with about half its host time."""
         if columns is None:
             return torch.empty_strided((rows,), (1,), dtype=dtype, device=self.device)
         return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=self.device)
 
     def _empty_scales(self, rows: int, num_scales: int, given: Tensor | None) -> Tensor:
-        """Column-major, as block-scaled GEMMs load them (the scales of one channel block lie together), unless the
-        given ones are row-major."""
+        """Memory for received scales: row-major if the ``given`` ones are, else column-major, which is how
+        block-scaled GEMMs load them."""
         dtype = torch.float32 if given is None else given.dtype
         if given is not None and given.stride(1) == 1:
             return self._empty(dtype, rows, num_scales)
@@ -461,7 +462,7 @@ class NVLinkBackend(Shared):
         self._staging.free()
 
     def print_waits(self) -> None:
-        """Print how long this rank's warps waited for each rank, in milliseconds (``config.debug_waits``)."""
+        """Print how long the warps of this rank waited for each rank, in milliseconds (``config.debug_waits``)."""
         seconds = self.domain.runtime.wait_seconds()
         waits = ", ".join(f"rank {r}: {s * 1e3:.3f} ms" for r, s in enumerate(seconds))
         print(f"deepep_moe: rank {self.rank} waited (summed over warps) for {waits}", flush=True)
@@ -474,20 +475,20 @@ class NVLinkBackend(Shared):
         return self._engine
 
     def _enter(self) -> _C.ThroughputEngine:
-        """The engine, for a dispatch or combine: raises what went wrong in calls that were enqueued before.
+        """The engine, for a dispatch or combine. Raises the error of an earlier call, if there is one.
 
-        Without taking part in this one: kernels do nothing from the call that went wrong on, on all ranks, until its
-        error is raised. So it does not matter which call that is.
+        This rank then does not enter the new call. That is safe: after a failed call, the kernels of all ranks do
+        nothing until the error is raised, whichever call raises it.
         """
         engine = self._open()
         self.domain.raise_failure()
         return engine
 
     def _enter_plan(self) -> _C.ThroughputEngine:
-        """The same for a plan, which gets its number. Refused ones too: it is equal on all ranks."""
+        """:meth:`_enter` for a plan, which also counts it. Refused plans count too, so ranks agree on the number."""
         engine = self._open()
         if self._unfinished is not None:
-            with suppress(DeepEPMoEError):  # of a plan that nobody came back to
+            with suppress(DeepEPMoEError):  # the error of a plan that was never used
                 self._unfinished.known_sizes()
         self.domain.raise_failure()
         self._plans += 1
@@ -517,7 +518,7 @@ class NVLinkBackend(Shared):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: dense, from an address that 16-byte loads can start at (views may start anywhere)."""
+    """``x`` as kernels read it: contiguous, and starting at a multiple of 16 bytes (a view may start anywhere)."""
     x = x.contiguous()
     return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
 
@@ -527,12 +528,13 @@ def _pitch(num_bytes: int) -> int:
 
 
 def _dispatch_send_blocks(blocks: int, ranks: int) -> int:
-    """Blocks that send first. A third fills the link with few blocks, 24 do with many; then they help to receive."""
+    """Blocks that send before they receive: a third of a small grid, at most 24, which saturate the link."""
     return 0 if ranks == 1 else max(1, min(24, blocks // 3))
 
 
 def _combine_send_blocks(blocks: int, ranks: int, grouped: bool) -> int:
-    """Blocks that send first. Sending sums rows too, in expert layout several: that takes more to fill the link."""
+    """Blocks that send before they receive. A sender also sums rows (several per token in expert layout), so
+    saturating the link takes more blocks than in a dispatch."""
     if ranks == 1:
         return 0
     most, enough = (blocks * 7 // 12, 28) if grouped else (blocks // 2, 24)

@@ -1,6 +1,6 @@
-"""What ranks of the nvlink backend compare in every dispatch and combine, as numbers and in words.
+"""Codes that ranks of the nvlink backend compare in every dispatch and combine, and their description in errors.
 
-The device compares the numbers (``Operation`` in csrc/throughput/args.h); words are for the error when they differ.
+Kernels compare the codes (``Operation`` in csrc/throughput/args.h). The descriptions are for the error if they differ.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _WIRE_SHIFT, _SCALES_SHIFT, _BACKWARD_SHIFT, _NUM_SCALES_SHIFT = 4, 6, 8, 10
 
 
 def format_code(dtype: torch.dtype, wire: Wire, scales: Tensor | None, num_scales: int, backward: Backward) -> int:
+    """One integer for everything about the rows of a call that must be equal on all ranks."""
     kind = 0 if scales is None else 1 if scales.dtype.is_floating_point else 2
     return (
         _DTYPE_INDEX[dtype]
@@ -29,7 +30,7 @@ def format_code(dtype: torch.dtype, wire: Wire, scales: Tensor | None, num_scale
 
 
 def describe_format(code: int) -> str:
-    """Inverse of :func:`_format_code`, in words."""
+    """The result of :func:`format_code` in words."""
     two_bits = 3
     words = [str(SENT_DTYPES[code & 15]), f"sent {_WIRES[code >> _WIRE_SHIFT & two_bits].value}"]
     kind = code >> _SCALES_SHIFT & two_bits
@@ -41,6 +42,7 @@ def describe_format(code: int) -> str:
 
 
 def describe_operation(code: int) -> str:
+    """``Operation::kind`` in words."""
     kind = _C.OperationKind(code & 0xFF).name
     if kind == "GROW":
         return "a call whose rows need more staging memory"

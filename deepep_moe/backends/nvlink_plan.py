@@ -1,4 +1,4 @@
-"""The plan of the nvlink backend: made by the device, in memory of its own, while the host goes on."""
+"""The plan of the nvlink backend: kernels fill it in while the host continues."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from deepep_moe.backends.tensor_plan import PlanBase
 from deepep_moe.errors import HandleError
 from deepep_moe.extension import _C
 
-_WORD = 4  # bytes of an int32, of which everything below is made
+_WORD = 4  # bytes of an int32, the unit of all sizes below
 
 
 class DevicePlan(PlanBase):
-    """A :class:`Plan` whose tensors are cut from one or two allocations when somebody looks at them.
+    """A :class:`Plan` whose tensors are views of one or two allocations, created on first access.
 
-    Kernels take addresses, and every tensor costs the host as much as a launch. Only N and M have to reach the host,
-    which sizes outputs by them: whatever needs them first waits for them (``finish``), and until then the host has had
-    time for everything else.
+    Kernels take addresses, and creating a tensor takes as much host time as a launch. The host needs only N and M, to
+    allocate outputs. It waits for them (``finish``) on first use, so it can enqueue other work until then.
 
     Args:
         topk_idx: [T, K] int64.
-        inputs: what else the kernels that make the plan read; kept until they have.
-        finish: waits for N and M and returns them; None where ``sizes`` gives them.
-        sizes: N and M.
+        inputs: other tensors that the kernels read; kept alive with the plan.
+        finish: waits for N and M and returns them; None if ``sizes`` is given.
+        sizes: N and M, if they are known in advance.
     """
 
     def __init__(
@@ -48,19 +47,19 @@ class DevicePlan(PlanBase):
         self._tokens, self._topk = topk_idx.shape
         self._counted_size = num_ranks * num_ranks + 2 * (num_experts // num_ranks) + 1
         self._received_words = 1 + 2 * self._topk
-        self._memory: Tensor | None = None  # counted and send_slot ...
-        self._room: Tensor | None = None  # ... received and row_recv; often the same
+        self._memory: Tensor | None = None  # holds counted and send_slot
+        self._room: Tensor | None = None  # holds received and row_recv; usually the same allocation
         self._room_starts = self._room_recv = 0
         self._counts: Tensor | None = None
         if finish is not None:
             self._counts = torch.empty(num_experts // num_ranks, dtype=torch.int64, device="cpu")
         self._routes: dict[Layout, _C.Route] = {}
-        self._streams: set[int] = set()  # that the allocator knows to use the memory
+        self._streams: set[int] = set()  # streams recorded with the allocator as users of the memory
 
     # -- memory --------------------------------------------------------------------------------------------------
 
     def allocate(self, max_recv: int, max_rows: int, stream: int) -> None:
-        """Make room for N and M up to these, in memory that belongs to ``stream`` (the current one)."""
+        """Allocate memory for at most ``max_recv`` and ``max_rows`` rows on ``stream``, which must be current."""
         fixed, room = 0, max_recv * self._received_words + max_rows
         if self._memory is None:
             fixed = 2 * self._counted_size + self._tokens * self._ranks
@@ -73,11 +72,11 @@ class DevicePlan(PlanBase):
 
     @property
     def is_placed(self) -> bool:
-        """Whether there is room for N and M."""
+        """Whether memory for the rows has been allocated."""
         return self._room is not None
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Of send_slot, counted, received and row_recv."""
+        """Addresses of send_slot, counted, received and row_recv."""
         assert self._memory is not None and self._room is not None
         counted = self._memory.data_ptr()
         received = self._room.data_ptr() + _WORD * self._room_starts
@@ -85,12 +84,12 @@ class DevicePlan(PlanBase):
         return counted + 2 * _WORD * self._counted_size, counted, received, row_recv
 
     def route(self, layout: Layout, stream: int) -> _C.Route:
-        """The plan as kernels take it, for one that is about to run on ``stream`` (the current one)."""
+        """The plan as a kernel argument, for a kernel that runs on ``stream``, which must be current."""
         route = self._routes.get(layout)
         if route is None:
             self.known_sizes()
             route = self._routes[layout] = _route(self, layout, self.addresses())
-        if stream not in self._streams:  # whoever drops the plan cannot know which memory is behind it
+        if stream not in self._streams:  # callers cannot record the memory, because they do not see it
             self._streams.add(stream)
             for memory in (self._memory, self._room):
                 assert memory is not None
@@ -99,11 +98,11 @@ class DevicePlan(PlanBase):
 
     @property
     def counts_address(self) -> int:
-        """Of ``expert_counts_host``."""
+        """Address of ``expert_counts_host``."""
         assert self._counts is not None
         return self._counts.data_ptr()
 
-    # -- what a Plan has -----------------------------------------------------------------------------------------
+    # -- the Plan protocol ---------------------------------------------------------------------------------------
 
     def known_sizes(self) -> tuple[int, int]:
         if self._sizes is None:
@@ -167,11 +166,11 @@ class DevicePlan(PlanBase):
 
 
 def route_of(plan: Plan, layout: Layout, stream: int) -> _C.Route:
-    """The plan as kernels take it, for one that is about to run on ``stream`` (the current one)."""
+    """The plan as a kernel argument, for a kernel that runs on ``stream``, which must be current."""
     if isinstance(plan, DevicePlan):
         return plan.route(layout, stream)
     parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
-    assert all(part.is_contiguous() for part in parts)  # kernels take them by address
+    assert all(part.is_contiguous() for part in parts)  # kernels take addresses, not strides
     return _route(plan, layout, tuple(part.data_ptr() for part in parts))
 
 

@@ -1,4 +1,4 @@
-"""Staging of the nvlink backend: symmetric memory for rows in flight, which grows when a batch needs more."""
+"""Staging memory of the nvlink backend: symmetric memory for rows in flight, grown on demand."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ _log = logging.getLogger(__name__)
 
 
 class Staging:
-    """Holds ``tokens`` of each rank, ``topk`` places for each, rows of ``pitch`` bytes; the same on all ranks."""
+    """Symmetric memory for ``tokens`` tokens of each rank, with ``topk`` places and a row of ``pitch`` bytes each.
+
+    The three sizes are equal on all ranks, and 0 before the first :meth:`grow`.
+    """
 
     def __init__(self, domain: Domain, engine: _C.ThroughputEngine) -> None:
         self._domain, self._engine = domain, engine
         self._memory: PeerMemory | None = None
-        self._captured: list[PeerMemory] = []  # outgrown, but captured graphs use it
+        self._captured: list[PeerMemory] = []  # replaced, but still used by captured graphs
         self.tokens = self.topk = self.pitch = 0
 
     def serves(self, tokens: int, topk: int, pitch: int) -> bool:
-        """Whether it need not grow for this."""
+        """Whether staging is large enough."""
         return tokens <= self.tokens and topk <= self.topk and pitch <= self.pitch
 
     def grow(self, tokens: int, topk: int, pitch: int, stream: int) -> None:
-        """Hold at least this. Collective: all ranks call with the same numbers, or all raise."""
+        """Make staging at least this large. Collective: if ranks pass different sizes, all raise RankMismatchError."""
         domain, engine = self._domain, self._engine
         tokens, topk, pitch = max(tokens, self.tokens, 1), max(topk, self.topk), max(pitch, self.pitch)
         num_bytes = _C.ThroughputEngine.staging_bytes(domain.size, tokens, topk, pitch)
@@ -43,11 +46,11 @@ class Staging:
                 engine.meet_to_grow(tokens, topk, pitch, stream)
             else:
                 engine.refuse_operation(0, stream)
-            torch.cuda.synchronize(domain.device)  # also: kernels have done with the old memory
+            torch.cuda.synchronize(domain.device)  # also ends the use of the old memory by kernels
             if refused is None:
                 domain.raise_failure()
 
-        # The old one stays until the new one is there: should that fail, calls that the old one serves can go on.
+        # Keep the old memory until the new memory exists: if that fails, calls that fit the old one still work.
         memory = PeerMemory(domain.group, domain.device, num_bytes, meet)
         if domain.captured and self._memory is not None:
             self._captured.append(self._memory)
@@ -59,6 +62,6 @@ class Staging:
         )
 
     def free(self) -> None:
-        """Give all memory back; no kernel may use it any more."""
+        """Free all memory. No kernel that uses it may be running."""
         self._memory = None
         self._captured.clear()

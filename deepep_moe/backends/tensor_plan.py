@@ -1,4 +1,4 @@
-"""A plan whose tensors all exist, and what plans of every backend derive from their tensors."""
+"""A plan that holds its tensors, and the members that plans of all backends derive from their tensors."""
 
 from __future__ import annotations
 

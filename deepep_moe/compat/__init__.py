@@ -1,10 +1,10 @@
-"""``import deep_ep`` for programs written against DeepEP, served by this library.
+"""Makes ``import deep_ep`` resolve to this library, for programs written for DeepEP.
 
     import deepep_moe.compat
     deepep_moe.compat.install()
-    from deep_ep import Buffer, Config, EventOverlap      # ours, in this process
+    from deep_ep import Buffer, Config, EventOverlap      # from deepep_moe, in this process
 
-Nothing is written to disk and nothing happens without the call.
+Without the call nothing changes, and no file is written.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ _NAME = "deep_ep"
 
 
 def install(shadow: bool = False) -> ModuleType:
-    """Make ``deep_ep`` and ``deep_ep.utils`` importable in this process. Idempotent; returns the module.
+    """Make ``deep_ep`` and ``deep_ep.utils`` importable in this process. Idempotent.
 
     Args:
-        shadow: take the name also where a real deep_ep is installed or already imported.
+        shadow: replace DeepEP's own ``deep_ep`` if that is installed or already imported.
+
+    Returns:
+        The module ``deep_ep``.
 
     Raises:
-        UnsupportedError: there is a real deep_ep and ``shadow`` is false.
+        UnsupportedError: DeepEP's own ``deep_ep`` is installed and ``shadow`` is false.
     """
     import deepep_moe
 

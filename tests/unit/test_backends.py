@@ -80,7 +80,7 @@ def test_a_slower_backend_than_necessary_is_one_warning_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(backends, "gather", lambda phase, group, device, timeout, mine: [mine])
     monkeypatch.setattr(NVLinkBackend, "supports", staticmethod(lambda *_: nvlink))
     monkeypatch.setattr(HierarchicalBackend, "supports", staticmethod(lambda *_: hierarchical))
