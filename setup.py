@@ -1,4 +1,5 @@
-"""Build deepep_moe: the Python package always, the CUDA extension ``deepep_moe._C`` where nvcc is found.
+"""Build deepep_moe: the Python package always, the CUDA extension ``deepep_moe._C`` where nvcc is found, and
+``deepep_moe._nvshmem`` (transfers between nodes) where NVSHMEM is found as well.
 
     pip install --no-build-isolation .                    # package, and extension if possible
     python setup.py build_ext --inplace                   # only (re)compile the extension
@@ -13,13 +14,17 @@ Environment variables:
 ``DISABLE_AGGRESSIVE_PTX_INSTRS``
     ``1`` avoids load/store instructions whose cache hints are undocumented for this use.
 ``NVSHMEM_DIR``
-    NVSHMEM installation. Default: the nvidia-nvshmem wheel of this Python, if there.
+    NVSHMEM installation, version 3. Default: the nvidia-nvshmem wheel of this Python, if there.
+``DEEPEP_MOE_NVSHMEM``
+    ``0`` skips ``_nvshmem``, ``1`` fails when it cannot be built. Default: build it when NVSHMEM is there.
+``DEEPEP_MOE_DELAY_PUTS``
+    ``1`` makes a debug build of ``_nvshmem`` that waits a random time before each transfer.
 ``DEEPEP_MOE_CUDA``
     ``0`` skips the extension, ``1`` fails when it cannot be built. Default: build it when nvcc is there.
 ``CUDA_HOME``, ``CXX``, ``MAX_JOBS``
     CUDA toolkit, host compiler, number of parallel compilations.
 
-The extension links no libtorch and carries its own CUDA runtime, so one build serves every torch version.
+The extensions link no libtorch and carry their own CUDA runtime, so one build serves every torch version.
 """
 
 from __future__ import annotations
@@ -97,6 +102,17 @@ def find_nvshmem() -> tuple[Path | None, str]:
     return (wheel, "nvidia-nvshmem wheel") if wheel else (None, "")
 
 
+def nvshmem_libraries(home: Path) -> tuple[Path, Path] | None:
+    """NVSHMEM's device archive and host library in ``home``, or None."""
+    for directory in (home / "lib", home / "lib64"):
+        # a wheel has no libnvshmem_host.so
+        host = [directory / "libnvshmem_host.so.3", *sorted(directory.glob("libnvshmem_host.so"))]
+        found = [path for path in host if path.exists()]
+        if found and (directory / "libnvshmem_device.a").exists():
+            return directory / "libnvshmem_device.a", found[0]
+    return None
+
+
 def split_archs(text: str) -> list[str]:
     """Architectures of a TORCH_CUDA_ARCH_LIST."""
     archs = [arch for arch in re.split(r"[;,\s]+", text) if arch]
@@ -171,6 +187,10 @@ class Toolchain:
         self.why_not = self._why_not()
         if self.why_not and self.wanted:
             sys.exit(f"DEEPEP_MOE_CUDA=1, but the extension cannot be built: {self.why_not}")
+        self.delay_puts = bool(switch("DEEPEP_MOE_DELAY_PUTS"))
+        self.why_not_nvshmem = self.why_not or self._why_not_nvshmem()
+        if self.why_not_nvshmem and switch("DEEPEP_MOE_NVSHMEM"):
+            sys.exit(f"DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: {self.why_not_nvshmem}")
 
     def _archs(self) -> tuple[list[str], str]:
         """Architectures to build for, and who says so."""
@@ -197,6 +217,43 @@ class Toolchain:
             return "pybind11 is not installed for this Python (pip install pybind11)"
         return ""
 
+    def _why_not_nvshmem(self) -> str:
+        if switch("DEEPEP_MOE_NVSHMEM") is False:
+            return "DEEPEP_MOE_NVSHMEM=0"
+        if self.nvshmem is None:
+            return "NVSHMEM not found (pip install nvidia-nvshmem-cu13, or set NVSHMEM_DIR)"
+        if nvshmem_libraries(self.nvshmem) is None:
+            return f"no libnvshmem_device.a with libnvshmem_host.so.3 in {self.nvshmem}/lib"
+        return ""
+
+    def modules(self) -> list[Module]:
+        """What can be built here."""
+        sources = [path for pattern in ("*.cpp", "*/*.cpp", "*/*.cu") for path in CSRC.glob(pattern)]
+        of_nvshmem = [path for path in sources if path.parent.name == "nvshmem"]
+
+        def relative(paths: list[Path]) -> list[str]:
+            return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+        modules = []
+        if not self.why_not:
+            modules.append(Module("deepep_moe._C", relative([path for path in sources if path not in of_nvshmem])))
+        if not self.why_not_nvshmem:
+            assert self.cuda_home is not None and self.nvshmem is not None
+            includes = [self.nvshmem / "include", self.cuda_home / "include", self.cuda_home / "include" / "cccl"]
+            libraries = nvshmem_libraries(self.nvshmem)
+            assert libraries is not None
+            modules.append(
+                Module(
+                    "deepep_moe._nvshmem",
+                    relative(of_nvshmem),
+                    device_link=True,
+                    include_dirs=[str(path) for path in includes],
+                    extra_objects=[str(path) for path in libraries],
+                    define_macros=[("DEEPEP_MOE_DELAY_PUTS", None)] if self.delay_puts else [],
+                )
+            )
+        return modules
+
     def nvcc(self) -> list[str]:
         assert self.cuda_home is not None
         return [str(self.cuda_home / "bin" / "nvcc"), "-ccbin", self.cxx[0], *gencode_flags(self.archs)]
@@ -205,7 +262,9 @@ class Toolchain:
         """Compiler call for one source of ``module``, without its output."""
         assert self.cuda_home is not None
         assert self.pybind11 is not None
-        common = ["-c", str(source), "-O3", "-std=c++17", f"-I{CSRC}", *(f"-I{path}" for path in module.include_dirs)]
+        common = ["-c", str(source), "-O3", "-std=c++17", f"-I{CSRC}"]
+        common += [word for path in module.include_dirs for word in ("-isystem", path)]
+        common += [f"-D{name}" for name, _ in module.define_macros]
         common += [] if self.aggressive_ptx else ["-DDISABLE_AGGRESSIVE_PTX_INSTRS"]
         if source.suffix == ".cu":
             device = ["-lineinfo", *(["-rdc=true"] if module.device_link else [])]
@@ -241,14 +300,18 @@ class Toolchain:
                 ("architectures", f"{';'.join(self.archs)} ({self.archs_source})"),
                 ("aggressive PTX", on_off[self.aggressive_ptx]),
             ]
-        found = f"found by {self.nvshmem_source}: {self.nvshmem}" if self.nvshmem else "not found"
-        rows.append(("NVSHMEM", f"{found} (no kernel uses it yet)"))
+        if self.why_not_nvshmem:
+            rows.append(("NVSHMEM", f"not built: {self.why_not_nvshmem}"))
+        else:
+            delays = ", DEBUG BUILD with delays before puts" if self.delay_puts else ""
+            rows.append(("NVSHMEM", f"{self.nvshmem} ({self.nvshmem_source}){delays}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(["deepep_moe build:", *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
 class Module(Extension):
-    """An extension module; of what setuptools has for one, sources, include_dirs and extra_objects count.
+    """An extension module; of what setuptools has for one, sources, include_dirs, extra_objects and the names of
+    define_macros count.
 
     Args:
         device_link: kernels call functions of other sources or of archives in extra_objects (relocatable device code).
@@ -307,8 +370,7 @@ class BuildExtension(build_ext):
 
 def main() -> None:
     toolchain = BuildExtension.toolchain = Toolchain()
-    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*/*.cpp"), *CSRC.glob("*/*.cu")]
-    modules = [Module("deepep_moe._C", sorted(str(path.relative_to(ROOT)) for path in sources))]
+    modules = toolchain.modules()
     if {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"} & set(sys.argv):
         print(toolchain.summary(modules), flush=True)
     # integrations/ stands beside deepep_moe/ in the tree and is imported as deepep_moe.integrations
@@ -316,8 +378,8 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["deepep_moe", "deepep_moe.*"]), "deepep_moe.integrations", *integrations],
         package_dir={"deepep_moe": "deepep_moe", "deepep_moe.integrations": "integrations"},
-        package_data={"deepep_moe": ["py.typed", "_C.pyi"]},
-        ext_modules=[] if toolchain.why_not else modules,
+        package_data={"deepep_moe": ["py.typed", "_C.pyi", "_nvshmem.pyi"]},
+        ext_modules=modules,
         cmdclass={"build_ext": BuildExtension},
     )
 

@@ -22,9 +22,10 @@ from deepep_moe.errors import ConfigError
 ENV_PREFIX = "DEEPEP_MOE_"
 ENV_CONFIG_FILE = ENV_PREFIX + "CONFIG"
 # Variables with our prefix that are no settings: the file above, and what setup.py and environment.sh read.
-_OTHER_VARIABLES = (ENV_CONFIG_FILE, ENV_PREFIX + "CUDA", ENV_PREFIX + "PYTHON")
+_OTHER_VARIABLES = (ENV_CONFIG_FILE, *(ENV_PREFIX + name for name in ("CUDA", "PYTHON", "NVSHMEM", "DELAY_PUTS")))
 
 BackendName = Literal["auto", "collective", "hierarchical", "nvlink"]
+RailName = Literal["nccl", "nvshmem"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class DispatcherConfig:
     rail_chunk_bytes: int = 0
     """Rows between nodes cross in chunks of about this many bytes of a rank, so that one chunk moves inside the nodes
     while the next crosses; 0: 16 MiB on GPUs, all at once on CPUs."""
+    rail: RailName = "nccl"
+    """Who moves rows between nodes. ``nccl``: torch.distributed, which runs on every network. ``nvshmem``: puts from
+    kernels, where deepep_moe was built with NVSHMEM; no host waits for counts, so a layer can be captured in a CUDA
+    graph."""
+    nvshmem_bytes: int = 1 << 30
+    """Symmetric memory per GPU that ``rail=nvshmem`` takes, for all groups of a process together."""
     ranks_per_node: int = 0
     """For tests: cut the group into nodes of this many ranks; 0: a host is a node."""
     timeout_seconds: float = 100.0
@@ -131,6 +138,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "capacity_factor": (lambda v: 0 <= v <= 1e6, "a number from 0 (exact sizes) to 1000000"),
     "num_chunks": (lambda v: 1 <= v <= 2**16, "an integer from 1 to 65536"),
     "rail_chunk_bytes": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (automatic) to {_MOST}"),
+    "rail": (lambda v: v in get_args(RailName), "one of " + ", ".join(get_args(RailName))),
+    "nvshmem_bytes": (lambda v: 1 << 20 <= v <= 1 << 40, "an integer from 1048576 (1 MiB) to 1099511627776 (1 TiB)"),
     "ranks_per_node": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (hosts are nodes) to {_MOST}"),
     "timeout_seconds": (lambda v: 1e-3 <= v <= _MOST_SECONDS, f"a number from 0.001 to {_MOST_SECONDS:g}"),
     "check_agreement": (lambda v: True, "true or false"),

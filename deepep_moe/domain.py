@@ -126,17 +126,8 @@ class Domain:
 
     def enter_stream(self) -> int:
         """The address of the current stream, after making it wait for all earlier calls. Call before each launch."""
-        address: int = torch._C._cuda_getCurrentRawStream(self._index)
-        capturing = torch.cuda.is_current_stream_capturing()
-        self.captured = self.captured or capturing
-        last = _last_streams.get(self._index)
-        if last is None or last[0] != address:
-            stream = torch.cuda.current_stream(self.device)
-            # A stream under capture cannot wait for one that is not, nor the other way round.
-            if last is not None and _is_capturing(last[1]) == capturing:
-                stream.wait_stream(last[1])
-            _last_streams[self._index] = (address, stream)
-        return address
+        self.captured = self.captured or torch.cuda.is_current_stream_capturing()
+        return enter_stream(self._index)
 
     def raise_failure(self) -> None:
         """Raise the error of work that is already enqueued, if there is one. Local; does not wait for the device.
@@ -217,6 +208,19 @@ class Domain:
             f"{seen / max(expected, 1):.3g} or more (num_worst_tokens: at least {seen}). Nothing was sent by this "
             "plan, its outputs are NaN."
         )
+
+
+def enter_stream(index: int) -> int:
+    """The address of the current stream of GPU ``index``, after making it wait for all earlier calls on that GPU."""
+    address: int = torch._C._cuda_getCurrentRawStream(index)
+    last = _last_streams.get(index)
+    if last is None or last[0] != address:
+        stream = torch.cuda.current_stream(index)
+        # A stream under capture cannot wait for one that is not, nor the other way round.
+        if last is not None and _is_capturing(last[1]) == torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(last[1])
+        _last_streams[index] = (address, stream)
+    return address
 
 
 def _is_capturing(stream: torch.cuda.Stream) -> bool:

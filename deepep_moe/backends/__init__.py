@@ -139,7 +139,7 @@ def _warn_slower(name: str, ranks: int, fixable: dict[str, str]) -> None:
 
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:
     """Whether all ranks found a cached backend. Raises RankMismatchError if their settings differ."""
-    settings = {"backend": config.backend, **config.shared()}
+    settings = {"backend": config.backend, "rail": config.rail, **config.shared()}
     answers = gather("set-up", group, device, config.timeout_seconds, [found, settings])
     compare({name: [str(others[name]) for _, others in answers] for name in settings})
     return all(one_found for one_found, _ in answers)

@@ -106,6 +106,8 @@ class HierarchicalBackend(Shared):
     def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
         if (reason := given_up(group, device)) is not None:
             return reason
+        if config is not None and config.rail == "nvshmem":
+            return "rail=nvshmem is not there yet, rail=nccl is"
         nodes = find_nodes(group, device, config or DispatcherConfig())
         if (reason := nodes.why_unequal() or nodes.groups_apart) is not None:
             return f"hierarchical needs nodes of equal size: {reason}"

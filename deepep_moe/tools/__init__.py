@@ -8,5 +8,6 @@ from __future__ import annotations
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("deepep_moe.tools.doctor", "what is installed here, which backend would run and why, and does it work"),
+    "nvshmem": ("deepep_moe.tools.nvshmem", "does NVSHMEM move rows between these GPUs, and how fast"),
 }
 """Name: (module, one line of help)."""

@@ -25,10 +25,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension
+from deepep_moe import DispatcherConfig, TokenDispatcher, __version__, extension, nvshmem
 from deepep_moe.backends import BACKENDS, why_not
+from deepep_moe.backends.exchange import gather
+from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.rail import TorchRail
 from deepep_moe.errors import DeepEPMoEError
+from deepep_moe.nvshmem_transports import NodeFacts, look, summary
 from deepep_moe.tools.world import World, ranks_of_this_run
 from deepep_moe.topology import find_nodes
 
@@ -109,9 +112,10 @@ def look_at_framework(package: str, plugin: str) -> Finding:
 
 def look_at_extras() -> list[Finding]:
     """Optional packages: NVSHMEM, Apex."""
-    nvshmem = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvshmem")
-    text = "wheel found (no kernel uses it yet)" if nvshmem else "not found (no kernel uses it yet)"
-    found = [Finding(GOOD if nvshmem else NOTE, "NVSHMEM", text)]
+    missing = nvshmem.why_missing()
+    version = "" if missing else ".".join(map(str, nvshmem.module().loaded_version()))
+    text = f"not there: {missing}; needed for rail=nvshmem alone" if missing else f"{version}, for rail=nvshmem"
+    found = [Finding(NOTE if missing else GOOD, "NVSHMEM", text)]
     if importlib.util.find_spec("apex") is None:
         found.append(Finding(NOTE, "Apex", "not installed: recipes use torch's fused AdamW"))
     else:
@@ -211,12 +215,15 @@ def look_at_nodes(dispatcher: TokenDispatcher) -> list[Finding]:
         return [*found, Finding(NOTE, "rails", f"none: {reason}")]
     rails = "; ".join(f"ranks {', '.join(map(str, nodes.rail(place)))}" for place in range(nodes.size))
     found.append(Finding(GOOD, "rails", f"{nodes.size}; {rails}"))
-    transport = TorchRail.name_on(backend.device)
-    if backend.name == "hierarchical":
-        text = f"{transport}: torch.distributed's all-to-all over each rail, the one transport there is"
+    if isinstance(backend, HierarchicalBackend):
+        text = f"{backend.rail.name}, over each rail"
     else:
+        transport = TorchRail.name_on(backend.device) if backend.config.rail == "nccl" else backend.config.rail
         text = f"none: backend {backend.name} sends over the whole group; hierarchical would use {transport}"
-    return [*found, Finding(GOOD, "between nodes", text)]
+    facts = gather("doctor", backend.group, backend.device, backend.config.timeout_seconds, look().as_dict())
+    between, missing = summary([NodeFacts(**facts[ranks[0]]) for ranks in nodes.members])
+    by_nvshmem = Finding(NOTE, "NVSHMEM would use", "; ".join([between, *missing]))
+    return [*found, Finding(GOOD, "between nodes", text), by_nvshmem]
 
 
 def round_trip(dispatcher: TokenDispatcher, device: torch.device) -> Finding:

@@ -68,12 +68,6 @@ def test_impossible_variables_are_named(tmp_path: Path, environment: dict[str, s
     assert message in result.stderr
 
 
-def test_nvshmem_directory_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "nvshmem/include").mkdir(parents=True)
-    result = build(tmp_path, NVSHMEM_DIR=str(tmp_path / "nvshmem"), **NO_TOOLKIT)
-    assert f"found by NVSHMEM_DIR: {tmp_path / 'nvshmem'}" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("gpus", "nvcc", "archs"),
     [
@@ -105,9 +99,45 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program(tmp_path / "bin/nvidia-smi", "printf '9.0\\n8.0\\n9.0\\n'")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name in ("TORCH_CUDA_ARCH_LIST", "DISABLE_SM90_FEATURES", "DEEPEP_MOE_CUDA", "NVSHMEM_DIR"):
+    names = ("TORCH_CUDA_ARCH_LIST", "DISABLE_SM90_FEATURES", "DEEPEP_MOE_CUDA", "NVSHMEM_DIR")
+    for name in (*names, "DEEPEP_MOE_NVSHMEM", "DEEPEP_MOE_DELAY_PUTS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+def test_nvshmem_is_a_module_of_its_own_where_it_is_found(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = machine / "nvshmem"
+    (home / "include").mkdir(parents=True)
+    monkeypatch.setenv("NVSHMEM_DIR", str(home))
+    toolchain = SETUP.Toolchain()
+    assert [module.name for module in toolchain.modules()] == ["deepep_moe._C"]
+    assert f"no libnvshmem_device.a with libnvshmem_host.so.3 in {home}/lib" in toolchain.summary([])
+    (home / "lib").mkdir()
+    for library in ("libnvshmem_device.a", "libnvshmem_host.so.3"):
+        (home / "lib" / library).touch()
+    toolchain = SETUP.Toolchain()
+    base, module = toolchain.modules()
+    assert f"{home} (NVSHMEM_DIR)" in toolchain.summary([base, module])
+    assert (base.name, base.device_link) == ("deepep_moe._C", False)
+    assert (module.name, module.device_link) == ("deepep_moe._nvshmem", True)
+    assert not [source for source in base.sources if "nvshmem" in source]
+    assert module.sources and all(source.startswith("csrc/nvshmem/") for source in module.sources)
+    assert not {str(home / "include"), "-rdc=true"} & set(toolchain.compile(base, Path("csrc/x.cu")))
+    assert {str(home / "include"), "-rdc=true"} <= set(toolchain.compile(module, Path("csrc/nvshmem/rail.cu")))
+    assert "-DDEEPEP_MOE_DELAY_PUTS" not in toolchain.compile(module, Path("csrc/nvshmem/rail.cu"))
+
+    monkeypatch.setenv("DEEPEP_MOE_DELAY_PUTS", "1")
+    delayed = SETUP.Toolchain()
+    assert "DEBUG BUILD" in delayed.summary([])
+    assert "-DDEEPEP_MOE_DELAY_PUTS" in delayed.compile(delayed.modules()[1], Path("csrc/nvshmem/rail.cu"))
+    assert "-DDEEPEP_MOE_DELAY_PUTS" not in delayed.compile(delayed.modules()[0], Path("csrc/x.cu"))
+
+    monkeypatch.setenv("DEEPEP_MOE_NVSHMEM", "0")
+    assert [module.name for module in SETUP.Toolchain().modules()] == ["deepep_moe._C"]
+    monkeypatch.setenv("DEEPEP_MOE_NVSHMEM", "1")
+    (home / "lib/libnvshmem_device.a").unlink()
+    with pytest.raises(SystemExit, match=r"DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: no libnvshmem_device.a"):
+        SETUP.Toolchain()
 
 
 def test_architectures_are_those_of_the_gpus_unless_the_caller_says_otherwise(

@@ -42,10 +42,16 @@ def test_help_and_version_do_not_import_torch(tmp_path: Path) -> None:
 def test_a_wrong_name_is_an_error() -> None:
     wrong = tool("docter")
     assert wrong.returncode == 2
-    assert "no tool 'docter'; there is doctor\n" in wrong.stderr
+    assert "no tool 'docter'; there is doctor, nvshmem\n" in wrong.stderr
     moved = tool("bench", "ops")
     assert moved.returncode == 2
     assert "python -m benchmarks --help" in moved.stderr
+
+
+def test_the_self_test_of_nvshmem_says_why_it_cannot_run() -> None:
+    result = tool("nvshmem", "--timeout", "20")
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.startswith("expected: one node\nfailed: rank 0: ")
 
 
 def test_every_public_name_is_imported_on_first_use() -> None:

@@ -1,0 +1,77 @@
+"""Types of the module for transfers between nodes (csrc/nvshmem). Addresses and streams are as in ``_C.pyi``."""
+
+import enum
+
+ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
+
+def new_unique_id() -> bytes: ...
+def is_started() -> bool: ...
+def start(rank: int, num_ranks: int, id: bytes, device: int) -> None: ...
+def finish() -> None: ...
+def this_pe() -> int: ...
+def num_pes() -> int: ...
+def allocate(num_bytes: int) -> int: ...
+def is_mapped(address: int, pe: int) -> bool: ...
+def remote_transport() -> str: ...
+def built_version() -> list[int]: ...
+def loaded_version() -> list[int]: ...
+def probe(
+    *,
+    record: int,
+    failed: int,
+    timeout_seconds: float,
+    rank: int,
+    to: int,
+    from_: int,
+    to_pe: int,
+    from_pe: int,
+    sent: int,
+    received: int,
+    arrived: int,
+    taken: int,
+    first_round: int,
+    rounds: int,
+    chunks: int,
+    chunk_bytes: int,
+    check: bool,
+    wrong: int,
+    stream: int,
+) -> None: ...
+
+# -- the rail ---------------------------------------------------------------------------------------------------------
+
+MAX_CHUNKS: int  # of an operation
+RAIL_REGIONS: int
+RAIL_STATE_BYTES: int  # device memory of a rank, zeroed
+RAIL_FAILURE_WORDS: int  # pinned memory of int64: failed, phase, peer, expected, seen
+
+class RailPhase(enum.IntEnum):
+    START = ...
+    ROWS = ...
+    GIVEN_UP = ...
+
+def rail_signal_bytes(num_ranks: int) -> int: ...
+
+class RailArgs:
+    def __init__(
+        self,
+        *,
+        record: int,
+        state: int,
+        signals: int,
+        pes: int,
+        rank: int,
+        num_ranks: int,
+        region: int,
+        timeout_seconds: float,
+    ) -> None: ...
+
+class RailChunk:
+    def __init__(
+        self, *, chunk: int, last: bool, block_rows: int, row_bytes: int, used: int, sent: int, received: int
+    ) -> None: ...
+
+def rail_begin(args: RailArgs, stream: int) -> None: ...
+def rail_put(args: RailArgs, chunk: RailChunk, stream: int) -> None: ...
+def rail_wait(args: RailArgs, chunk: RailChunk, stream: int) -> None: ...
+def rail_give_up(args: RailArgs, stream: int) -> None: ...

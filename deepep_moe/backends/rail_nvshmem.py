@@ -1,0 +1,253 @@
+"""The rail transport ``nvshmem``: kernels put rows and signals into the memory of the other nodes' GPUs.
+
+No host stands between the network and NVLink: counts stay on the device (:attr:`Blocks.used`), and a layer over several
+nodes can be captured in a CUDA graph once it has run. csrc/nvshmem/rail.cu has the protocol.
+
+Memory is symmetric and grows with the largest batch (never while a graph captures, nor while anything is on its way).
+Of the four regions two serve gathers and two dispatches and combines: operations of a kind alternate between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe import nvshmem
+from deepep_moe.backends.base import Phase
+from deepep_moe.backends.rail import Blocks
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.domain import enter_stream
+from deepep_moe.errors import CapacityError, HandleError, PeerError, PeerTimeoutError
+
+_LEAST_BYTES = 1 << 20  # of memory that is taken at once
+_GATHER, _MOVE = 0, 2  # the first region of each kind of operation
+_WORD_BYTES = 8
+
+
+@dataclass
+class _Region:
+    """Memory of one operation at a time."""
+
+    parts: list[nvshmem.Part] = field(default_factory=list)
+    cursor: list[int] = field(default_factory=list)
+    """Bytes of each part that the operation uses."""
+    kept: bool = False
+    """A CUDA graph holds addresses in it."""
+
+
+class NvshmemRail:
+    """:class:`~deepep_moe.backends.rail.Rail` by NVSHMEM. Collective to create, over ``group``.
+
+    Args:
+        rail: the ranks of the rail.
+        device: this rank's GPU.
+        config: ``nvshmem_bytes`` and ``timeout_seconds`` apply.
+        group: all ranks of the backend, over which NVSHMEM is started if it does not run.
+    """
+
+    name = "nvshmem"
+    moves_unused_rows = False
+
+    def __init__(
+        self, rail: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, group: dist.ProcessGroup
+    ) -> None:
+        self.device = device
+        self._module = nvshmem.module()
+        self._timeout_seconds = config.timeout_seconds
+        self._peers = nvshmem.initialize(group, device, config).of(rail)
+        self._rank, self._ranks = dist.get_rank(rail), dist.get_world_size(rail)
+        self._names = [dist.get_group_rank(group, dist.get_global_rank(rail, one)) for one in range(self._ranks)]
+        """[N] numbers of the ranks in ``group``, for errors."""
+        self._failure: Exception | None = None
+        self._closed = False
+        self._regions = [_Region() for _ in range(self._module.RAIL_REGIONS)]
+        self._turn = {_GATHER: 0, _MOVE: 0}
+        self._region = 0
+        if self._ranks == 1:
+            return
+        self._signals = self._peers.take(self._module.rail_signal_bytes(self._ranks))
+        self._record = torch.zeros(self._module.RAIL_FAILURE_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._state = torch.zeros(self._module.RAIL_STATE_BYTES // _WORD_BYTES, dtype=torch.int64, device=device)
+        self._pes = torch.tensor(self._peers.pes, dtype=torch.int32, device="cpu").to(device)
+        self._args = [
+            self._module.RailArgs(
+                record=self._record.data_ptr(),
+                state=self._state.data_ptr(),
+                signals=self._signals.address,
+                pes=self._pes.data_ptr(),
+                rank=self._rank,
+                num_ranks=self._ranks,
+                region=region,
+                timeout_seconds=config.timeout_seconds,
+            )
+            for region in range(self._module.RAIL_REGIONS)
+        ]
+        torch.cuda.synchronize(device)
+
+    @staticmethod
+    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
+        """The reason why ``device`` cannot be used, or None. Local."""
+        return nvshmem.why_not_on(device)
+
+    @property
+    def usable(self) -> bool:
+        return self._failure is None and not self._closed
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def gather(self, phase: Phase, block: Tensor) -> Tensor:
+        rows = block.contiguous().view(block.shape[0], -1)
+        row_bytes = rows.shape[1] * rows.element_size()
+        peers, count = self._ranks - 1, rows.shape[0]
+        out = torch.empty((self._ranks, *block.shape), dtype=block.dtype, device=self.device)
+        out[self._rank] = block
+        if peers == 0 or rows.numel() == 0:
+            return out
+        sizes = tuple(count * (rank != self._rank) for rank in range(self._ranks))
+        sent = self._buffer(_GATHER, peers * count, row_bytes, 0)
+        sent.view(peers, count, row_bytes).copy_(rows.view(torch.uint8).unsqueeze(0))
+        came = self.start(phase, sent, Blocks(sizes), Blocks(sizes), 0, 1)().view(peers, count * row_bytes)
+        by_rank = out.view(self._ranks, -1).view(torch.uint8)
+        by_rank[: self._rank] = came[: self._rank]
+        by_rank[self._rank + 1 :] = came[self._rank :]
+        return out
+
+    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
+        return self._buffer(_MOVE, num_rows, row_bytes, chunk)
+
+    def _buffer(self, kind: int, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
+        """Where rows of a chunk are sent from; the first chunk begins an operation."""
+        self._check_open()
+        if self._ranks == 1:
+            return torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=self.device)
+        num_bytes = num_rows * row_bytes
+        if chunk == 0:
+            self._turn[kind] ^= 1
+            self._region = kind + self._turn[kind]
+            region = self._regions[self._region]
+            region.cursor = [0] * len(region.parts)
+        self._place = self._find_room(self._regions[self._region], num_bytes)
+        if chunk == 0:
+            self._module.rail_begin(self._args[self._region], enter_stream(self._index))
+        return self._at(self._place, num_bytes).view(num_rows, row_bytes)
+
+    def start(
+        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], Tensor]:
+        self._check_open()
+        if self._ranks == 1:
+            return lambda: rows
+        if num_chunks > self._module.MAX_CHUNKS:
+            raise ValueError(f"num_chunks = {num_chunks}: at most {self._module.MAX_CHUNKS}")
+        num_rows, row_bytes = rows.shape
+        num_bytes = num_rows * row_bytes
+        part, first = self._place
+        expected = self._at(self._place, num_bytes)
+        assert rows.data_ptr() == expected.data_ptr(), "rows are not in send_buffer"
+        region, received = self._region, self._at((part, first + num_bytes), num_bytes)
+        described = self._module.RailChunk(
+            chunk=chunk,
+            last=chunk == num_chunks - 1,
+            block_rows=num_rows // (self._ranks - 1),
+            row_bytes=row_bytes,
+            used=0 if send.used is None else send.used.data_ptr(),
+            sent=rows.data_ptr(),
+            received=received.data_ptr(),
+        )
+        self._module.rail_put(self._args[region], described, enter_stream(self._index))
+
+        def finish() -> Tensor:
+            self._module.rail_wait(self._args[region], described, enter_stream(self._index))
+            return received.view(num_rows, row_bytes)
+
+        return finish
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    @property
+    def _index(self) -> int:
+        index: int = self.device.index
+        return index
+
+    def _find_room(self, region: _Region, num_bytes: int) -> tuple[nvshmem.Part, int]:
+        """Room to send ``num_bytes`` from and to receive as many after it; equal on all ranks, as all sizes are."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        region.kept = region.kept or capturing
+        half = -(-num_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT
+        for number, part in enumerate(region.parts):
+            first = region.cursor[number]
+            if first + num_bytes + half <= part.num_bytes:
+                region.cursor[number] = first + num_bytes + half
+                return part, first
+        if capturing:
+            raise CapacityError(
+                f"{2 * num_bytes} bytes of symmetric memory are needed, and memory cannot be taken while a CUDA graph "
+                "is captured: run the layer once before the capture, with as many tokens"
+            )
+        if not region.kept and not any(region.cursor):  # nothing uses it: one larger part instead of several
+            torch.cuda.synchronize(self.device)
+            for part in region.parts:
+                part.free()
+            region.parts, region.cursor = [], []
+        part = self._peers.take(max(_LEAST_BYTES, (num_bytes + half) * 5 // 4))
+        region.parts.append(part)
+        region.cursor.append(num_bytes + half)
+        return part, 0
+
+    @staticmethod
+    def _at(place: tuple[nvshmem.Part, int], num_bytes: int) -> Tensor:
+        part, first = place
+        return part.memory[first : first + num_bytes]
+
+    # -- failure and end -----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        if self._failure is None and self._ranks > 1 and int(self._record[0]):
+            _, phase, peer, expected, seen = self._record.tolist()
+            self._fail(self._error(phase, self._names[peer], expected, seen))
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+
+    def _error(self, phase: int, peer: int, expected: int, seen: int) -> PeerError:
+        own, kind = self._names[self._rank], self._module.RailPhase
+        if phase == kind.GIVEN_UP:
+            return PeerError(
+                f"rank {peer} gave up between nodes while rank {own} waited for it; its own error says why. "
+                "Destroy this buffer or dispatcher."
+            )
+        what = "to begin the next operation" if phase == kind.START else "for its rows"
+        return PeerTimeoutError(
+            f"rank {own} waited {self._timeout_seconds:g} s for rank {peer} {what} between nodes (nvshmem): "
+            f"it is at operation {seen}, {expected} was expected. Destroy this buffer or dispatcher."
+        )
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        nvshmem.leave_open()
+
+    def break_off(self, phase: Phase, reason: str) -> None:
+        if self._failure is None and not self._closed and self._ranks > 1:
+            self._fail(PeerError(f"{phase}: this rank broke off: {reason}"))
+            if not torch.cuda.is_current_stream_capturing():
+                self._module.rail_give_up(self._args[0], enter_stream(self._index))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HandleError("this backend was closed; make a new dispatcher or Buffer")
+        self.check()
+
+    def close(self) -> None:
+        if self._closed or self._ranks == 1:
+            self._closed = True
+            return
+        self._closed = True
+        if self._failure is not None:
+            return  # something may still be on its way: the memory stays taken
+        torch.cuda.synchronize(self.device)
+        for region in self._regions:
+            for part in region.parts:
+                part.free()  # the signals stay taken: one of the last may arrive later than the rows

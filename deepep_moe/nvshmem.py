@@ -1,0 +1,426 @@
+"""NVSHMEM in this process: load it, start it, and share its symmetric memory between groups.
+
+NVSHMEM numbers the processes it was started over, its *PEs*, once per process. A process group may be all of them or
+some, in another order, and another library (torch has one) may have started NVSHMEM first. So every group keeps a table
+from its ranks to PEs (:class:`Peers`).
+
+Symmetric memory is allocated once, by all PEs together; groups take parts of it (:meth:`Peers.take`), each at the same
+place on all of their ranks.
+
+Programs with several groups, of which none has all the processes, call :func:`initialize` first with a group that has.
+
+Nothing here is imported unless a setting asks for NVSHMEM (``rail="nvshmem"``), and the package works without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib.util
+import os
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe.backends.exchange import compare, gather
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import CapacityError, PeerError, PeerTimeoutError, UnsupportedError
+from deepep_moe.extension import runs_on
+
+PART_ALIGNMENT = 256
+_FINISH_SECONDS = 10.0  # at exit, for NVSHMEM's own goodbye
+
+
+def _library_directory() -> Path | None:
+    """Where libnvshmem_host.so.3 is: $NVSHMEM_DIR, else the nvidia-nvshmem wheel. None leaves it to the loader."""
+    places = []
+    if home := os.environ.get("NVSHMEM_DIR"):
+        places += [Path(home) / "lib", Path(home) / "lib64"]
+    try:
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is not None:
+        places += [Path(place) / "lib" for place in spec.submodule_search_locations or []]
+    return next((place for place in places if (place / "libnvshmem_host.so.3").exists()), None)
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension module ``deepep_moe._nvshmem``, or the reason why it is not there."""
+    if importlib.util.find_spec("deepep_moe._nvshmem") is None:
+        return None, (
+            "deepep_moe was built without NVSHMEM; install nvidia-nvshmem-cu13 (or set NVSHMEM_DIR) and build again"
+        )
+    directory = _library_directory()
+    try:
+        if directory is not None:  # then the module's own need for the library is met, wherever it is
+            ctypes.CDLL(str(directory / "libnvshmem_host.so.3"))
+        from deepep_moe import _nvshmem
+    except (ImportError, OSError) as error:
+        return None, f"deepep_moe._nvshmem cannot be loaded ({error}); install nvidia-nvshmem-cu13, or set NVSHMEM_DIR"
+    return _nvshmem, ""
+
+
+def why_missing() -> str | None:
+    """The reason why NVSHMEM cannot be used in this process, or None. Loads it, starts nothing."""
+    return _load()[1] or None
+
+
+def module() -> Any:
+    """``deepep_moe._nvshmem``.
+
+    Raises:
+        UnsupportedError: it is not there; the message says why.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise UnsupportedError(reason)
+    return loaded
+
+
+@cache
+def why_not_on(device: torch.device) -> str | None:
+    """The reason why NVSHMEM cannot serve ``device``, or None. The answer is remembered."""
+    if (reason := why_missing()) is not None:
+        return reason
+    if device.type != "cuda":
+        return f"NVSHMEM needs a CUDA device, not {device}"
+    capability = torch.cuda.get_device_capability(device)
+    built = module().ARCHITECTURES.split(";")
+    if any(runs_on(architecture, capability) for architecture in built):
+        return None
+    return f"deepep_moe._nvshmem was built for {', '.join(built)}, {device} is {capability[0]}.{capability[1]}"
+
+
+@dataclass
+class _World:
+    """NVSHMEM as it was started in this process."""
+
+    pe: int
+    num_pes: int
+    identity: str
+    """Equal in all processes of one start, and no others."""
+    arena: int = 0
+    """Address of the symmetric memory that groups share."""
+    arena_bytes: int = 0
+    holes: list[tuple[int, int]] = field(default_factory=list)
+    """Free parts of it: first byte and size, ascending."""
+
+
+_world: _World | None = None
+_stuck: str | None = None
+"""The call of NVSHMEM that never returned, after which no other can be made in this process."""
+_peers_lost = False
+
+
+def leave_open() -> None:
+    """Do not end NVSHMEM at exit: a peer may be lost, and NVSHMEM would wait for it."""
+    global _peers_lost
+    _peers_lost = True
+
+
+class Part:
+    """Symmetric memory of a group, at the same place on all of its ranks. Zeroed when taken.
+
+    Attributes:
+        address: on this GPU. NVSHMEM translates it to that of a peer.
+        num_bytes: size.
+        memory: [num_bytes] uint8.
+    """
+
+    def __init__(self, first: int, num_bytes: int, device: torch.device) -> None:
+        assert _world is not None
+        self.first, self.num_bytes = first, num_bytes
+        self.address = _world.arena + first
+        self.memory = tensor_at(self.address, num_bytes, device)
+        self.memory.zero_()
+
+    def free(self) -> None:
+        """Give the memory back; nothing may be on its way to it any more. Local, idempotent."""
+        if self.num_bytes and _world is not None:
+            _world.holes = _merged([*_world.holes, (self.first, self.num_bytes)])
+        self.num_bytes = 0
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of a group as PEs."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+    timeout_seconds: float
+    pes: tuple[int, ...]
+    """[R] PE of each rank."""
+
+    def of(self, part: dist.ProcessGroup) -> Peers:
+        """The same for a group of some of these ranks. Local."""
+        ranks = [dist.get_group_rank(self.group, one) for one in dist.get_process_group_ranks(part)]
+        return Peers(part, self.device, self.timeout_seconds, tuple(self.pes[rank] for rank in ranks))
+
+    def take(self, num_bytes: int) -> Part:
+        """A part of the symmetric memory. Collective over the group.
+
+        Raises:
+            CapacityError: on every rank, where there is too little left.
+        """
+        assert _world is not None
+        num_bytes = -(-num_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
+        told = gather("set-up", self.group, self.device, self.timeout_seconds, [num_bytes, _world.holes])
+        if len({wanted for wanted, _ in told}) > 1:
+            raise PeerError(f"ranks ask for different amounts of symmetric memory: {[wanted for wanted, _ in told]}")
+        common = _common_holes([[(first, size) for first, size in holes] for _, holes in told])
+        fitting = [first for first, size in common if size >= num_bytes]
+        if not fitting:
+            raise CapacityError(
+                f"{num_bytes} bytes of symmetric memory are needed, and of {_world.arena_bytes} at most "
+                f"{max((size for _, size in common), default=0)} are free in one piece on all ranks: set nvshmem_bytes "
+                f"to {_world.arena_bytes + num_bytes} or more (DEEPEP_MOE_NVSHMEM_BYTES, or num_rdma_bytes of Buffer), "
+                "or send fewer tokens or fewer bytes at once"
+            )
+        first = fitting[0]
+        _world.holes = _without(_world.holes, first, num_bytes)
+        part = Part(first, num_bytes, self.device)
+        torch.cuda.synchronize(self.device)
+        # No rank puts before all have zeroed theirs.
+        gather("set-up", self.group, self.device, self.timeout_seconds, 0)
+        return part
+
+
+def initialize(
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+    config: DispatcherConfig | None = None,
+) -> Peers:
+    """Start NVSHMEM over ``group``, or find how its ranks are numbered where it runs. Collective over the group.
+
+    A dispatcher or Buffer with ``rail="nvshmem"`` does this for its own group. Call it before where a process is in
+    several such groups, over a group that has all of their processes.
+
+    Args:
+        group: default: all processes of torch.distributed.
+        device: this rank's GPU; default: the current one.
+        config: ``nvshmem_bytes`` of symmetric memory per GPU and ``timeout_seconds``; default: from the environment.
+
+    Raises:
+        UnsupportedError: on every rank: NVSHMEM is not there on some rank, or runs over other processes than these.
+        CapacityError: on every rank: the symmetric memory could not be allocated.
+        PeerTimeoutError: another process did not come.
+    """
+    config = config or DispatcherConfig.load()
+    chosen = group if group is not None else dist.group.WORLD
+    assert chosen is not None
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    timeout = config.timeout_seconds
+
+    def everyone(mine: object) -> list[Any]:
+        return gather("set-up", chosen, device, timeout, mine)
+
+    rank, ranks = dist.get_rank(chosen), dist.get_world_size(chosen)
+    _raise_for_all(everyone(_stuck or why_not_on(device)))
+    nvshmem = module()
+    started = everyone([nvshmem.is_started(), nvshmem.loaded_version(), "" if _world is None else _world.identity])
+    _compare_versions([version for _, version, _ in started])
+    outside = [str(one) for one, (runs, _, _) in enumerate(started) if not runs]
+    if 0 < len(outside) < ranks:
+        raise UnsupportedError(
+            f"NVSHMEM already runs over processes of which rank {', '.join(outside)} of this group is none: call "
+            "deepep_moe.nvshmem.initialize() on all processes before any other library or group starts NVSHMEM"
+        )
+    identity = everyone(nvshmem.new_unique_id().hex() if rank == 0 else None)[0]
+    _start(nvshmem, rank, ranks, identity, device, config, everyone, alone=not outside)
+    assert _world is not None
+    told = everyone([_world.pe, _world.identity])
+    pes = [pe for pe, _ in told]
+    if len({one for _, one in told}) > 1 or len(set(pes)) < ranks:
+        raise UnsupportedError(
+            f"the ranks of this group are in different NVSHMEM jobs (their PEs are {pes}): call "
+            "deepep_moe.nvshmem.initialize() on all processes before any other library or group starts NVSHMEM"
+        )
+    return Peers(chosen, device, timeout, tuple(pes))
+
+
+def _start(
+    nvshmem: Any,
+    rank: int,
+    ranks: int,
+    identity: str,
+    device: torch.device,
+    config: DispatcherConfig,
+    everyone: Callable[[object], list[Any]],
+    alone: bool,
+) -> None:
+    """Start NVSHMEM, or only our module's part of it (``alone``: it runs everywhere), and allocate the arena."""
+    global _world
+    if _world is None:
+        # What NVSHMEM itself needs comes on top.
+        os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(config.nvshmem_bytes + (256 << 20)))
+        index = 0 if device.index is None else device.index
+        problem = _caller().problem_of(
+            lambda: nvshmem.start(rank, ranks, bytes.fromhex(identity), index),
+            "starting NVSHMEM",
+            config.timeout_seconds,
+        )
+        _raise_for_all(everyone(problem))
+        _world = _World(nvshmem.this_pe(), nvshmem.num_pes(), "" if alone else identity)
+        atexit.register(_finish)
+    size = -(-config.nvshmem_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
+    arenas = everyone([_world.arena != 0, _world.num_pes, size])
+    there = [arena for arena, _, _ in arenas]
+    if all(there):
+        return
+    if any(there) or any(pes != ranks for _, pes, _ in arenas):
+        raise UnsupportedError(
+            f"another library started NVSHMEM over {_world.num_pes} processes, this group has {ranks}: call "
+            "deepep_moe.nvshmem.initialize() on all of those processes first"
+        )
+    compare({"nvshmem_bytes": [str(one) for _, _, one in arenas]})
+    addresses: list[int] = []
+    problem = _caller().problem_of(
+        lambda: addresses.append(nvshmem.allocate(size)), "allocating symmetric memory", config.timeout_seconds
+    )
+    _raise_for_all(everyone(problem))
+    if any(everyone(addresses[0] == 0)):
+        raise CapacityError(
+            f"NVSHMEM could not allocate {size} bytes of symmetric memory on every GPU: set nvshmem_bytes lower, or "
+            f"NVSHMEM_SYMMETRIC_SIZE (now {os.environ.get('NVSHMEM_SYMMETRIC_SIZE')}) higher"
+        )
+    _world.identity = _world.identity or identity
+    _world.arena, _world.arena_bytes, _world.holes = addresses[0], size, [(0, size)]
+
+
+class _Caller:
+    """A thread that makes the calls that may wait for lost processes for ever, so that nobody else has to.
+
+    It lives from the first such call on: at exit no thread can be started any more.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="deepep_moe NVSHMEM", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self._calls.get()()
+
+    def problem_of(self, call: Callable[[], object], what: str, timeout_seconds: float) -> str | None:
+        """Make a call. Returns what went wrong, or None.
+
+        Raises:
+            PeerTimeoutError: it did not return in time; it is left behind, and NVSHMEM with it.
+        """
+        problems: list[str] = []
+        returned = threading.Event()
+
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:
+                problems.append(f"{what}: {error}")
+            returned.set()
+
+        self._calls.put(run)
+        if not returned.wait(timeout_seconds):
+            global _stuck
+            _stuck = f"{what} did not end within {timeout_seconds:g} s: another process did not come"
+            raise PeerTimeoutError(_stuck)
+        return problems[0] if problems else None
+
+
+@cache
+def _caller() -> _Caller:
+    return _Caller()
+
+
+def _raise_for_all(reasons: list[str | None]) -> None:
+    """Raise on every rank what keeps some of them from going on."""
+    told: dict[str, list[str]] = {}
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            told.setdefault(reason, []).append(str(rank))
+    if told:
+        raise UnsupportedError("; ".join(f"rank {', '.join(ranks)}: {reason}" for reason, ranks in told.items()))
+
+
+def _compare_versions(versions: list[list[int]]) -> None:
+    if len({tuple(version) for version in versions}) > 1:
+        told = "; ".join(f"rank {rank}: {'.'.join(map(str, one))}" for rank, one in enumerate(versions))
+        raise UnsupportedError(f"ranks have different versions of NVSHMEM: {told}")
+
+
+def _finish() -> None:
+    """At exit. Other processes may end later or not at all, so it is tried for a while only."""
+    if _world is not None and _stuck is None and not _peers_lost:
+        with suppress(PeerTimeoutError):
+            _caller().problem_of(module().finish, "ending NVSHMEM", _FINISH_SECONDS)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """What ``torch.as_tensor`` reads to see memory that torch has not allocated."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def tensor_at(address: int, num_bytes: int, device: torch.device) -> Tensor:
+    """``[num_bytes]`` uint8 on ``device`` at ``address``, which stays the caller's to keep allocated."""
+    return torch.as_tensor(_Memory(address, num_bytes), dtype=torch.uint8, device=device)
+
+
+Holes = list[tuple[int, int]]
+
+
+def _merged(holes: Holes) -> Holes:
+    """Free parts in order, neighbours joined."""
+    out: Holes = []
+    for first, size in sorted(holes):
+        if out and sum(out[-1]) == first:
+            out[-1] = (out[-1][0], out[-1][1] + size)
+        else:
+            out.append((first, size))
+    return out
+
+
+def _without(holes: Holes, first: int, num_bytes: int) -> Holes:
+    """``holes`` after a part of one of them was taken."""
+    out: Holes = []
+    end = first + num_bytes
+    for start, size in holes:
+        if start <= first and end <= start + size:
+            out += [(start, first - start), (end, start + size - end)]
+        else:
+            out.append((start, size))
+    return [(start, size) for start, size in out if size]
+
+
+def _common_holes(holes_of_ranks: list[Holes]) -> Holes:
+    """What is free on all ranks."""
+    common = holes_of_ranks[0]
+    for holes in holes_of_ranks[1:]:
+        both: Holes = []
+        for first, size in common:
+            for other, other_size in holes:
+                start, end = max(first, other), min(first + size, other + other_size)
+                if start < end:
+                    both.append((start, end - start))
+        common = _merged(both)
+    return common

@@ -1,0 +1,14 @@
+"""NVSHMEM's start over groups of two and three processes, with a library that only counts PEs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.launch import all_cases, check_case
+
+CASES = "tests.distributed.cases_nvshmem"
+
+
+@pytest.mark.parametrize(("ranks", "name"), all_cases(CASES, ranks=(2, 3)))
+def test_nvshmem(ranks: int, name: str) -> None:
+    check_case(CASES, ranks, name)
