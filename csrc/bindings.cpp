@@ -1,7 +1,6 @@
-// deepep_moe._C: the runtime as Python sees it. Typed in deepep_moe/_C.pyi.
+// Python bindings: the module deepep_moe._C. Its types are in deepep_moe/_C.pyi.
 //
-// This file holds the domain, the enumerations that Python reads, and the kernels of one rank alone; each engine binds
-// itself.
+// This file binds the domain, the enumerations and the local kernels; each engine has its own bindings file.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// What the parts of deepep_moe._C add to the module.
+// Functions that add the bindings of each part to deepep_moe._C.
 #pragma once
 
 #include <pybind11/pybind11.h>

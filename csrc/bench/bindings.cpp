@@ -1,4 +1,4 @@
-// What the benchmark calls, as Python sees it.
+// Python bindings for the benchmarks.
 #include "bindings.h"
 
 #include <pybind11/stl.h>

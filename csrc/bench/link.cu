@@ -1,7 +1,6 @@
-// Stores to all peers at once and nothing else: what a kernel that sends rows could reach if rows cost nothing.
+// Stores to all peers at once: the bandwidth of the links, which is the upper limit for kernels that send rows.
 //
-// A thread stores sixteen bytes to each peer in turn, so that every link is busy all the time. It reads nothing, waits
-// for nobody and raises no flags.
+// A thread stores sixteen bytes to each peer in turn, so that all links are busy. There are no loads, waits or flags.
 #include "bench/link.h"
 #include "device/ptx.cuh"
 

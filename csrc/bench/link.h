@@ -1,4 +1,4 @@
-// What the benchmark measures the link with.
+// The kernel with which the benchmarks measure link bandwidth.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 namespace deepep_moe {
 
 struct FillPeersArgs {
-    int4* target[kMaxRanks];  // in memory of peers, [num_vectors] each
+    int4* target[kMaxRanks];  // memory of peers, [num_vectors] each
     int num_targets;
     int64_t num_vectors;
 };

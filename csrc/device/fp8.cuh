@@ -1,4 +1,4 @@
-// BF16 -> FP8 e4m3 with one fp32 scale per 128 channels, and back. To the last bit what deepep_moe/fp8.py computes.
+// BF16 -> FP8 e4m3 with one fp32 scale per 128 channels, and back. Bit-identical to deepep_moe/fp8.py.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,13 +13,13 @@ constexpr int kScaleChannels = 128;
 constexpr int kScaleVectors = kScaleChannels / 8;  // lanes that hold one block, eight channels each
 constexpr float kFp8Max = 448.0f;                  // largest e4m3 value
 
-// The least scale is the smallest normal number. A scale and its inverse are normal then, and since e4m3 reaches down
-// to 2^-9, blocks of smaller numbers lose nothing: every BF16 number stays within a sixteenth of itself.
+// The smallest scale is the smallest normal number, so that a scale and its inverse are normal. Since e4m3 reaches down
+// to 2^-9, blocks of smaller numbers lose no precision: the relative error of every BF16 number is at most 1/16.
 constexpr float kAmaxFloor = kFp8Max * 0x1p-126f;
 
-// amax / 448 and 448 / amax, rounded as division rounds, without its branches for numbers that a block's largest cannot
-// be. Both hold for every BF16 number from kAmaxFloor on (tests/gpu/test_fp8.py tries them all) and for a reciprocal
-// that is off by one in the last place; an infinity gives NaN.
+// amax / 448 and 448 / amax, correctly rounded, without the branches of a division for values that amax cannot have.
+// Exact for every BF16 number from kAmaxFloor up (tests/gpu/test_fp8.py tests all of them), even if the approximate
+// reciprocal is off by one unit in the last place. An infinity gives NaN.
 __device__ __forceinline__ float scale_of(float amax) {
     constexpr float kInverse = 1.0f / kFp8Max;
     const float q = amax * kInverse;
@@ -27,18 +27,18 @@ __device__ __forceinline__ float scale_of(float amax) {
 }
 
 __device__ __forceinline__ float inverse_scale_of(float amax) {
-    // reciprocal_approximate flushes subnormal numbers, so t and its reciprocal stay normal for the least amax and for
-    // the largest: t is in [2^-121.2, 2^124).
+    // reciprocal_approximate flushes subnormal numbers. t and its reciprocal are normal for the smallest and the
+    // largest amax: t is in [2^-121.2, 2^124).
     constexpr float kShift = 1.0f / 16;
     const float t = amax * kShift, reciprocal = reciprocal_approximate(t);
     const float q = kFp8Max * kShift * reciprocal;
     return fmaf(fmaf(-t, q, kFp8Max * kShift), reciprocal, q);
 }
 
-// Quantise eight consecutive channels. The sixteen lanes that hold one block of 128 channels must call together
-// and lane 0 of the sixteen holds the first eight channels. Returns e4m3 bytes; `scale` is what to multiply them by.
-// A block whose largest absolute value is below `amax_floor` (at least kAmaxFloor) is scaled as if it were that.
-// A NaN or an infinity makes its whole block NaN.
+// Quantise eight consecutive channels. The sixteen lanes that hold one block of 128 channels must call together; lane 0
+// of the sixteen holds the first eight channels. Returns e4m3 bytes, and in `scale` the factor that restores the
+// values. If the largest absolute value of a block is below `amax_floor` (at least kAmaxFloor), the floor is used in
+// its place. A NaN or an infinity makes its whole block NaN.
 __device__ __forceinline__ int2 quantise_block(int4 bf16, float amax_floor, float& scale) {
     const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&bf16);
     __nv_bfloat162 largest = __habs2(pairs[0]);
@@ -56,14 +56,14 @@ __device__ __forceinline__ int2 quantise_block(int4 bf16, float amax_floor, floa
     __nv_fp8x2_storage_t* out = reinterpret_cast<__nv_fp8x2_storage_t*>(&bytes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        // what __bfloat1622float2 gives, in one instruction less
+        // equal to __bfloat1622float2, with one instruction less
         const float low = __int_as_float(words[i] << 16), high = __int_as_float(words[i] & 0xffff0000);
         out[i] = __nv_cvt_float2_to_fp8x2(make_float2(low * inverse, high * inverse), __NV_SATFINITE, __NV_E4M3);
     }
     return bytes;
 }
 
-// The inverse, up to rounding: eight channels, multiplied in fp32 and rounded once.
+// Convert eight channels back: multiplied by the scale in fp32 and rounded once.
 __device__ __forceinline__ int4 dequantise(int2 bytes, float scale) {
     const __nv_fp8x2_storage_t* pairs = reinterpret_cast<const __nv_fp8x2_storage_t*>(&bytes);
     int4 bf16;

@@ -1,4 +1,4 @@
-// Single instructions that CUDA C++ has no spelling for, and the two memory orders that ranks talk with.
+// PTX instructions without a CUDA C++ equivalent, and loads and stores with the memory orders used between ranks.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace deepep_moe {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 
-// Rows are streamed: read once and written once, so neither side should evict what L1 holds.
+// Rows are read once and written once, so these accesses do not allocate in L1.
 __device__ __forceinline__ int4 load_streaming(const int4* p) {
     int4 v;
 #ifdef DISABLE_AGGRESSIVE_PTX_INSTRS
@@ -51,7 +51,7 @@ __device__ __forceinline__ int2 load_streaming(const int2* p) {
     return v;
 }
 
-// Acquire / release at system scope: what a rank wrote before the release is seen by whoever acquires the value.
+// Acquire and release at system scope: writes before the release are visible after an acquire of the value.
 __device__ __forceinline__ int load_acquire_system(const int* p) {
     int v;
     asm volatile("ld.acquire.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
@@ -83,14 +83,14 @@ __device__ __forceinline__ Tagged load_tagged_system(const Tagged* p) {
     return {static_cast<int>(static_cast<uint32_t>(both)), static_cast<int>(both >> 32)};
 }
 
-// 1 / x, off by one in the last place at most; subnormal numbers, given or resulting, are zero.
+// 1 / x with an error of at most one unit in the last place; subnormal inputs and results are flushed to zero.
 __device__ __forceinline__ float reciprocal_approximate(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Nanoseconds of a clock that all multiprocessors share.
+// Nanoseconds of the clock shared by all SMs.
 __device__ __forceinline__ uint64_t global_nanoseconds() {
     uint64_t t;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));

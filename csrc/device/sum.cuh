@@ -8,7 +8,7 @@
 
 namespace deepep_moe {
 
-// The channels of one 16-byte vector, as floats and back.
+// The channels of one 16-byte vector as floats.
 template <typename T>
 struct Vector {
     static constexpr int kChannels = sizeof(int4) / sizeof(T);

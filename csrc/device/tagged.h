@@ -1,5 +1,5 @@
-// A number and the epoch (or ticket) it belongs to, in eight bytes that are written and read at once: whoever sees the
-// tag has the number, and nobody has to order one write before another.
+// A value and its epoch (or ticket), in eight bytes that are written and read at once. A reader that sees the tag has
+// the value too, so the two writes need no ordering.
 #pragma once
 
 namespace deepep_moe {

@@ -1,4 +1,4 @@
-// Waiting for a peer, with a bound; the record of the first failure; epochs.
+// Bounded waits for a peer; error reports; epochs.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -8,19 +8,19 @@ namespace deepep_moe {
 
 // -- epochs: numbers of calls, which wrap around ------------------------------------------------------------
 
-// 0 is what memory holds before any call, so no call has it. What follows the last odd number is even: two calls in a
-// row never use the same half of a double buffer.
+// No call has epoch 0, the initial value of memory. The epoch after 2^32 - 1 is 2, which is even, so that consecutive
+// calls never use the same half of a double buffer.
 __device__ __forceinline__ int next_epoch(int epoch) {
     const unsigned next = static_cast<unsigned>(epoch) + 1u;
     return static_cast<int>(next == 0u ? 2u : next);
 }
 
-// Whether a counter that only moves forward has come to `expected` (or further), by distance.
+// Whether a counter that only increases, modulo 2^32, is at `expected` or past it.
 __device__ __forceinline__ bool reached(int seen, int expected) {
     return static_cast<unsigned>(seen) - static_cast<unsigned>(expected) < 0x80000000u;
 }
 
-// -- failures ------------------------------------------------------------
+// -- error reports -------------------------------------------------------
 
 __device__ __forceinline__ void write_report(volatile FailureReport* record, const FailureReport& report) {
     record->phase = report.phase;
@@ -32,17 +32,17 @@ __device__ __forceinline__ void write_report(volatile FailureReport* record, con
     record->failure = report.failure;
 }
 
-// Something is wrong that ranks can go on after. The first report stays until the host takes it.
+// Report a temporary error. The first report is kept until the host has read it.
 __device__ __forceinline__ void report_problem(const Domain& domain, const FailureReport& report) {
     if (atomicCAS(&domain.state->reported, 0, 1) == 0) write_report(&domain.record->problem, report);
 }
 
-// Something was wrong that this call could leave out. No rank stops for it, and other ranks need not know.
+// Report an error that does not stop the call, which leaves out the invalid part. Other ranks are not told.
 __device__ __forceinline__ void report_notice(const Domain& domain, const FailureReport& report) {
     if (atomicCAS(&domain.state->noticed, 0, 1) == 0) write_report(&domain.record->notice, report);
 }
 
-// Nothing after this can be trusted: say so to the host and to every peer, so that none of them waits in vain.
+// Report a permanent failure, to the host and to every peer, so that none of them waits for this rank.
 __device__ __forceinline__ void report_failure(const Domain& domain, const FailureReport& report) {
     if (atomicExch(&domain.state->failed, 1) != 0) return;
     write_report(&domain.record->failure, report);
@@ -50,14 +50,13 @@ __device__ __forceinline__ void report_failure(const Domain& domain, const Failu
         store_release_system(&domain.mailbox[r]->failed[domain.rank], report.failure);
 }
 
-// Kernels do nothing any more, or until the host has raised what went wrong. That way it does not matter how far a host
-// has run ahead: calls are skipped from the same one on, on every rank, and work again from the first that follows the
-// error.
+// Whether kernels do nothing: for good after a permanent failure, else until the host has raised the error. All ranks
+// skip calls from the same one on, however far their hosts have run ahead, and execute calls made after the error.
 __device__ __forceinline__ bool is_stopped(const Domain& domain) {
     return domain.state->failed != 0 || domain.state->frozen != 0;
 }
 
-// A peer, or another warp of this rank, has given up.
+// Whether a peer, or another warp of this rank, has failed.
 __device__ __forceinline__ bool any_rank_failed(const Domain& domain, int phase, int expected) {
     const Mailbox* own = domain.mailbox[domain.rank];
     for (int r = 0; r < domain.num_ranks; ++r) {
@@ -71,9 +70,9 @@ __device__ __forceinline__ bool any_rank_failed(const Domain& domain, int phase,
 
 // -- waits ------------------------------------------------------------
 
-// Spin until arrived(value of the flag). False after the timeout, once any rank has failed, or once disturbed() says
-// that what is waited for will not come and has reported it: the caller then goes on without, its kernel ends, the host
-// raises.
+// Spin until arrived(value of the flag). Returns false after the timeout, after a failure of any rank, or if
+// disturbed() returns true, having reported why the wait cannot end. The caller then continues without the data, the
+// kernel ends, and the host raises.
 template <typename Arrived, typename Disturbed>
 __device__ __forceinline__ bool wait_for(const Domain& domain, const int* flag, int expected, int phase, int peer,
                                          const Arrived& arrived, const Disturbed& disturbed) {
@@ -99,8 +98,8 @@ __device__ __forceinline__ bool wait_for(const Domain& domain, const int* flag, 
 
 // -- the end of a kernel ------------------------------------------------------------
 
-// True in all threads of the last block to arrive, which leaves the counter as it was: what the others have written in
-// this rank's memory is then complete, with kPeers also what they have written in peers' memory.
+// Returns true in all threads of the last block to arrive, and resets the counter. The writes of the other blocks to
+// this rank's memory are then visible, with kPeers also their writes to the memory of peers.
 template <bool kPeers>
 __device__ __forceinline__ bool last_block_done(int* blocks_done) {
     __shared__ bool last;
@@ -118,8 +117,8 @@ __device__ __forceinline__ bool last_block_done(int* blocks_done) {
     return last;
 }
 
-// Outputs of a call that failed, which must not pass for results: a byte of 0xff makes NaN in fp32, bf16, fp16, e4m3
-// and e8m0. All threads of the block call.
+// Fill the outputs of a failed call with 0xff, which is NaN in fp32, bf16, fp16, e4m3 and e8m0. Call with all threads
+// of the block.
 __device__ __forceinline__ void poison(void* memory, int64_t bytes) {
     for (int64_t i = threadIdx.x; i < bytes; i += blockDim.x) static_cast<signed char*>(memory)[i] = -1;
 }

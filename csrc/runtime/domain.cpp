@@ -22,7 +22,7 @@ DomainRuntime::DomainRuntime(int rank, int num_ranks, int device, double timeout
 }
 
 DomainRuntime::~DomainRuntime() {
-    // At interpreter exit the driver may be gone already; there is nobody left to tell.
+    // Errors are ignored: at interpreter exit the driver may have shut down already.
     cudaFree(domain_.state);
     cudaFreeHost(domain_.record);
 }

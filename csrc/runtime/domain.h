@@ -1,8 +1,8 @@
-// A domain: ranks that map each other's memory, and what every engine on it shares. Who the peers are, the record of
-// the first failure, how long a wait may take.
+// A domain: ranks that map each other's memory, with the state that all engines on it share: the peers, the error
+// reports, the limit of waits.
 //
-// Nothing here knows an engine. An engine keeps its own symmetric memory, its own epochs and its own argument structs,
-// and puts a Domain into each of these.
+// Nothing here depends on an engine. An engine has its own symmetric memory, epochs and argument structs, each of which
+// contains a Domain.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +15,10 @@
 
 namespace deepep_moe {
 
-using Address = std::uintptr_t;  // of device memory, as tensor.data_ptr() gives it
+using Address = std::uintptr_t;  // of device memory, as returned by tensor.data_ptr()
 
-// Ranks of one domain. Kernels give each rank a lane of a warp and a bit of a RankMask; a larger domain needs a wider
-// mask and loops over lanes, and no other place.
+// Most ranks of a domain. Kernels use one lane of a warp and one bit of a RankMask per rank; a larger domain would need
+// a wider mask and loops over lanes, and no other change.
 constexpr int kMaxRanks = 32;
 using RankMask = unsigned;
 static_assert(8 * sizeof(RankMask) >= kMaxRanks, "a bit per rank");
@@ -26,18 +26,18 @@ static_assert(8 * sizeof(RankMask) >= kMaxRanks, "a bit per rank");
 enum Failure : int {
     kNoFailure,
     kTimeout,         // peer, phase; expected and seen epoch
-    kPeerFailed,      // peer: it gave up; seen = its Failure; phase is where this rank was
-    kMismatch,        // peer, field; expected = own value, seen = the peer's
+    kPeerFailed,      // peer: the rank that failed; seen = its Failure; phase: of this rank
+    kMismatch,        // peer, field; expected = own value, seen = the peer's value
     kBadExpert,       // expected = number of experts, seen = the index
-    kRecvOverflow,    // peer: whose; expected = rows there is room for, seen = rows that came (by source)
-    kRowsOverflow,    // the same by expert
+    kRecvOverflow,    // peer: the rank without room; expected = its room for received rows, seen = rows it needs
+    kRowsOverflow,    // the same for expert rows
     kStaging,         // expected = tokens per rank that staging holds, seen = tokens of a rank
-    kBadPeerInput,    // peer: it refused its input; its own error says why
+    kBadPeerInput,    // peer: the rank that refused its input
     kRepeatedExpert,  // expected = the token, seen = the expert it chose twice
-    kChangedRoute,    // peer: whose; expected = its token, seen = the route that went elsewhere in the dispatch
+    kChangedRoute,    // peer: the token's rank; expected = the token, seen = the route that differs from the dispatch
 };
 
-// Where a rank was. One list, so that the record of a failure means the same whichever engine wrote it.
+// What a rank was doing. One list for all engines.
 enum Phase : int {
     kPlanCounts,
     kPlanPlaces,
@@ -51,7 +51,7 @@ enum Phase : int {
     kLowLatencyCombine
 };
 
-// What ranks compare. Like phases, one list.
+// Values that ranks compare. One list for all engines.
 enum Field : int {
     kNumExperts,
     kNumTopk,
@@ -71,38 +71,39 @@ struct FailureReport {
     int failure, phase, peer, field, expected, seen;
 };
 
-// Pinned host memory, written by the device, of each report `failure` last.
+// Pinned host memory, written by the device. The field `failure` of each report is written last. Each holds the first
+// error of its kind.
 struct FailureRecord {
-    FailureReport problem;  // the first that the ranks can go on after, once the host has taken it
-    FailureReport notice;   // the first that stops nothing: its call was carried out without what was wrong
-    FailureReport failure;  // the first after which no call on this domain can work
+    FailureReport problem;  // temporary: calls work again once the host has read it
+    FailureReport notice;   // did not stop its call, which left out the invalid part
+    FailureReport failure;  // permanent: no later call on this domain can work
 };
 
 // Symmetric memory: written by peers, read by its owner.
 struct Mailbox {
-    int failed[kMaxRanks];  // [source] why that rank gave up (Failure), or 0
+    int failed[kMaxRanks];  // [source] the Failure of that rank, or 0
 };
 
-// Device memory of this rank alone. `frozen` and `reported` lie together: resume() clears both at once.
+// Device memory that only this rank accesses. `frozen` and `reported` are adjacent, because resume() clears both.
 struct DomainState {
-    int failed;    // this rank gave up
-    int frozen;    // a call ended with a problem, on all ranks alike: kernels do nothing until the host has taken it
+    int failed;    // a permanent failure was reported
+    int frozen;    // a call ended with a problem, on all ranks: kernels do nothing until the host has read it
     int reported;  // FailureRecord::problem is in use
     int noticed;   // FailureRecord::notice is in use
     unsigned long long wait_nanoseconds[kMaxRanks];  // [source] total time that warps spent waiting
 };
 
-// What a kernel knows of its ranks.
+// The part of a kernel's arguments that describes its ranks.
 struct Domain {
     int rank, num_ranks;
-    Mailbox* mailbox[kMaxRanks];  // [rank] as mapped here
+    Mailbox* mailbox[kMaxRanks];  // [rank] address in this process
     DomainState* state;
     FailureRecord* record;
     uint64_t timeout_nanoseconds;
     bool record_waits;
 };
 
-// The host's side of one rank's domain.
+// The host side of the domain on one rank.
 class DomainRuntime {
   public:
     DomainRuntime(int rank, int num_ranks, int device, double timeout_seconds, bool record_waits);
@@ -111,20 +112,20 @@ class DomainRuntime {
     DomainRuntime& operator=(const DomainRuntime&) = delete;
 
     static int64_t mailbox_bytes() { return sizeof(Mailbox); }
-    // Symmetric memory as mapped by this rank, one address per rank, zeroed before any rank uses it.
+    // Symmetric memory: the address of each rank's part in this process. Must be zeroed before any rank uses it.
     void set_mailboxes(const std::vector<Address>& addresses);
 
     const Domain& view() const { return domain_; }
 
-    // What went wrong, if anything: a failure that lasts, else a problem.
+    // The permanent failure if there is one, else the problem if there is one.
     std::optional<FailureReport> failure() const;
-    bool broken() const;  // by a failure that lasts
+    bool broken() const;  // whether there is a permanent failure
     std::optional<FailureReport> notice() const;
-    // The host knows of the problem: from this place of `stream` on kernels work again.
+    // Clear the problem: kernels enqueued on `stream` after this work again.
     void resume(Address stream);
-    // The host knows of the notice: from this place of `stream` on there is room for another.
+    // Clear the notice, so that kernels enqueued on `stream` after this can report another.
     void take_notice(Address stream);
-    // This rank cannot take part in what its peers wait for.
+    // Fail permanently and tell the peers.
     void give_up(Address stream);
     std::vector<double> wait_seconds() const;
 
@@ -134,7 +135,7 @@ class DomainRuntime {
 
 cudaError_t launch_give_up(const Domain& domain, cudaStream_t stream);
 
-// -- what the host code of every engine needs ------------------------------------------------------------------------
+// -- helpers for the host code of engines ----------------------------------------------------------------------------
 
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));

@@ -1,4 +1,4 @@
-// Give up: a rank that cannot go on, for a reason that only its host knows, tells its peers.
+// Give up: a host that cannot continue marks its rank as failed and tells the peers.
 #include "device/wait.cuh"
 
 namespace deepep_moe {

@@ -1,4 +1,4 @@
-// What kernels of the throughput engine take: one struct each, plain pointers and sizes, filled by name in engine.cpp.
+// Arguments of the kernels of the throughput engine: one struct each, with plain pointers and sizes.
 //
 // Symbols in shapes are those of deepep_moe/backends/base.py: T tokens, K top-k, R ranks, E experts, L local
 // experts, N received rows, M expert rows. All arrays are row-major and contiguous unless a stride is given.
@@ -12,20 +12,20 @@ namespace deepep_moe {
 
 constexpr int kMaxTopk = 32;  // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;
-constexpr int kTileEntries = 512;  // routes that one block of the plan kernels orders
-constexpr int kTileTokens = 64;    // and tokens at most
-constexpr int kMaxBiases = 2;      // rows added to what combine gives
-constexpr int kFlagsPerRow = 4;    // combine sends long rows in pieces
+constexpr int kTileEntries = 512;  // most routes that one block of the plan kernels orders
+constexpr int kTileTokens = 64;    // most tokens of one block
+constexpr int kMaxBiases = 2;      // tensors added to the result of combine
+constexpr int kFlagsPerRow = 4;    // combine sends long rows in pieces, with a flag each
 
-// Tokens of one tile: blocks of the plan kernels cut the batch alike.
+// Tokens of one tile. All plan kernels cut the batch into the same tiles.
 inline __host__ __device__ int tile_tokens(int num_topk) {
     const int fit = kTileEntries / (num_topk > 0 ? num_topk : 1);
     return fit < kTileTokens ? fit : kTileTokens;
 }
 
-// What ranks tell each other about one batch before any row moves.
+// The counts of one batch that ranks exchange before any row moves.
 struct PeerCounts {
-    // What ranks must agree on, then what they may differ in.
+    // First the values that must be equal on all ranks, then the others.
     enum Word : int {
         kExperts,
         kTopk,
@@ -33,11 +33,11 @@ struct PeerCounts {
         kNumAgreed,
         kTokens = kNumAgreed,
         kInput,    // enum Input
-        kMaxRecv,  // room for rows in source order and in expert order; INT_MAX: as much as it takes
+        kMaxRecv,  // room for rows in rank layout, and in expert layout; INT_MAX: allocated as needed
         kMaxRows,
         kNumWords
     };
-    enum Input : int { kGood, kBadRoutes, kRefusedInput };  // kBadRoutes: routes that no expert has, taken as dropped
+    enum Input : int { kGood, kBadRoutes, kRefusedInput };  // kBadRoutes: indices out of range, treated as dropped
 
     int header[kNumWords];
     int tokens_to_rank[kMaxRanks];
@@ -46,79 +46,79 @@ struct PeerCounts {
     static constexpr int kHeadWords = kNumWords + kMaxRanks;
 };
 
-// What ranks must agree on in every dispatch and combine. Written at once: 16 bytes.
+// The values that must be equal on all ranks in every dispatch and combine. Written by one 16-byte store.
 struct alignas(16) Operation {
     enum Kind : int { kDispatch, kCombine, kGrow, kRefuse, kPlan };
     enum Flag : int { kByExpert = 1 << 8, kWithWeights = 1 << 9 };
 
     int kind;    // Kind, with flags
-    int plan;    // number of the plan that rows move by; of kGrow the tokens per rank
-    int format;  // dtype, form, scales, backward, encoded by Python and only compared here; of kGrow top-k
+    int plan;    // number of the plan; for kGrow tokens per rank
+    int format;  // dtype, wire format, scales and backward, encoded by Python; for kGrow top-k
     int pitch;   // bytes of a staged row
 };
 
-// Symmetric memory that never grows: written by peers, read by its owner.
+// Symmetric memory of fixed size: written by peers, read by its owner.
 struct Control {
     int entered[kMaxRanks];             // [source] epoch of the last operation that the peer has started
-    int placed[kMaxRanks];              // [source] epoch of the last plan whose places in staging are complete
+    int placed[kMaxRanks];              // [source] epoch of the last plan whose places the source has written
     Operation operation[2][kMaxRanks];  // [data epoch % 2][source]
     // [plan epoch % 2][source] words of PeerCounts, tagged with the plan epoch
     Tagged counts[2][kMaxRanks][sizeof(PeerCounts) / sizeof(int)];
 };
 
-// Where the last plan stands, the same on every rank.
+// State of the last plan, equal on every rank.
 enum PlanState : int {
     kPlaceable,
-    kNeedsRoom,  // a rank has more tokens than staging holds: the host makes it grow and places rows then
-    kInvalid,    // refused, or without a host to mend what kNeedsRoom asks for: nothing moves by this plan
+    kNeedsRoom,  // a rank has more tokens than staging holds: the host grows staging, then places rows
+    kInvalid,    // refused, or kNeedsRoom without a host that waits: no rows move by this plan
 };
 
-// Device memory of this rank alone. Counters live here, not in launch arguments, so that a captured graph can be
-// replayed; the last block of a kernel advances them.
+// Device memory that only this rank accesses. Counters are here and not in launch arguments, so that a captured graph
+// can be replayed; the last block of a kernel advances them.
 struct LocalState {
     int plan_epoch;
     int data_epoch;  // of dispatches, combines and growths
     int blocks_done;
-    int next_item;  // work that the receiving warps of the running kernel take one by one
+    int next_item;  // next work item for the receiving warps of the running kernel
     int bad_routes;
-    int spoiled;     // rows of the running operation will not come
+    int spoiled;     // some rows of the running operation will not arrive
     int plan_state;  // enum PlanState
 };
 
-// Pinned host memory, written by the device: numbers of the last plan that the host waits for, tagged with its ticket.
+// Pinned host memory, written by the device: the sizes of the last plan, tagged with its ticket. The host waits for
+// them.
 struct HostCounts {
     Tagged num_recv;    // N
     Tagged num_rows;    // M
-    Tagged max_tokens;  // most tokens of any rank, or kPlanFailed; comes last
+    Tagged max_tokens;  // most tokens of any rank, or kPlanFailed; written last
 
     static constexpr int kPlanFailed = -1;
     Tagged expert_counts[kMaxExperts];  // [L]
 };
 
-// Symmetric memory for rows in flight, grown when a batch needs more (collectively).
-//   arrived [2][R][max_tokens][kFlagsPerRow] int: epoch of the row that lies in the slot, or of each of its pieces;
-//           rows that come whole use the first
-//   places  [R][max_tokens][received_words] int: what the destination is told about each row
+// Symmetric memory for rows in flight; grown collectively when a batch needs more.
+//   arrived [2][R][max_tokens][kFlagsPerRow] int: epoch of the row in the slot, or of each of its pieces; a row that is
+//           sent whole uses the first
+//   places  [R][max_tokens][received_words] int: token, experts and expert rows of each row
 //   data    [2][R - 1][max_tokens] rows of `pitch` bytes: the row, its scales, its weights
 struct Staging {
-    char* base[kMaxRanks];  // [rank] as mapped here
+    char* base[kMaxRanks];  // [rank] address in this process
     int max_tokens;
     int64_t places_offset;
     int64_t data_offset;
     int64_t data_bytes;  // of one of the two halves
 };
 
-// What every kernel of the engine knows.
+// The arguments that all kernels of the engine share.
 struct Runtime {
     Domain domain;
-    Control* control[kMaxRanks];  // [rank] as mapped here
+    Control* control[kMaxRanks];  // [rank] address in this process
     LocalState* local;
     HostCounts* host;
 };
 
-// The part of a plan that follows from the counts alone, in one array: rank prefix [R, R], rows of each local expert
-// [L], first row of each local expert and the end of the last [L + 1]. A plan that nothing may move by has -1 in its
-// prefix, and no rows.
+// The part of a plan that follows from the counts, in one array: rank prefix [R, R], rows of each local expert [L],
+// first row of each local expert and the end of the last [L + 1]. An invalid plan has -1 in its prefix, and no rows.
 struct Counted {
     int64_t* data;
     int num_ranks, local_experts;
@@ -132,11 +132,11 @@ struct Counted {
     }
 };
 
-// What a rank knows about each row it receives: its token at the source, the local expert of each route, the expert
-// row of each route; -1 for none.
+// Words per received row: its token at the source, the local expert of each route, the expert row of each route; -1 for
+// none.
 inline __host__ __device__ int received_words(int num_topk) { return 1 + 2 * num_topk; }
 
-// Where tokens go, counted on this rank.
+// Counts of this rank's tokens for each rank and expert.
 struct DestinationsArgs {
     Runtime runtime;
     const int64_t* topk_idx;  // [T, K]
@@ -150,19 +150,19 @@ struct PlanArgs {
     Runtime runtime;
     Staging staging;
     const int64_t* topk_idx;         // [T, K]
-    const bool* given_membership;    // [T, R] or null: overrides what topk_idx says
+    const bool* given_membership;    // [T, R] or null: overrides the ranks that follow from topk_idx
     const int* given_expert_counts;  // [E] or null: used when K = 0
     int num_tokens, num_topk, num_experts, alignment;
-    int ticket;            // not 0: publish the counts to the host under this number
-    bool refused;          // this rank's input is bad: it takes part only to say so
+    int ticket;            // if not 0, publish the sizes to the host, tagged with this number
+    bool refused;          // this rank's input is bad: it takes part only to tell the others
     int* tile_ranks;       // [tiles, R]
     int* tile_experts;     // [tiles, E]
     int* rank_totals;      // [R], zero between plans
     int* expert_totals;    // [E], zero between plans
     int* row_base;         // [E] expert row at its owner of this rank's first route to the expert
-    Counted counted;       // what follows from the counts, until it is copied to out_counted
-    int max_recv;          // room in the outputs below; without a ticket all of it is used
-    int max_rows;          // the same; kNoExpertRows: expert rows are not asked for
+    Counted counted;       // memory of the engine; copied to out_counted
+    int max_recv;          // room in the outputs below; without a ticket, the size of the outputs
+    int max_rows;          // the same; kNoExpertRows: the expert layout is not needed
     int* send_slot;        // [T, R]
     int64_t* out_counted;  // as Counted
     int* received;         // [max_recv, received_words]
@@ -171,7 +171,7 @@ struct PlanArgs {
     static constexpr int kNoExpertRows = -1;
 };
 
-// The part of a plan that moving rows needs.
+// The part of a plan that dispatch and combine need.
 struct Route {
     int plan;  // its number
     int num_tokens, num_topk;
@@ -182,10 +182,10 @@ struct Route {
     const int* row_recv;         // [M]
     bool grouped;                // expert layout, else rank layout
 
-    // Rows in the layout.
+    // Number of rows in the layout.
     __host__ __device__ __forceinline__ int num_out() const { return grouped ? max_rows : max_recv; }
 
-    // Of received row n and its route k.
+    // Of received row n, and its route k.
     __device__ __forceinline__ int source_token(int n) const { return entry(n, 0); }
     __device__ __forceinline__ int local_expert(int n, int k) const { return entry(n, 1 + k); }
     __device__ __forceinline__ int expert_row(int n, int k) const { return entry(n, 1 + num_topk + k); }
@@ -195,17 +195,17 @@ struct Route {
     }
 };
 
-// 4-byte scales beside rows, with any strides (in elements).
+// 4-byte scales of rows, with any strides (in elements).
 struct Scales {
     int* data;  // null: none
     int64_t row_stride, channel_stride;
 };
 
-// What becomes of rows on their way (Wire of deepep_moe/backends/base.py).
+// Conversion of rows (Wire of deepep_moe/backends/base.py).
 enum class Format : int {
-    kAsGiven,     // nothing; with scales, if there are any
-    kToFp8,       // BF16 comes, FP8 and its scales cross and are delivered
-    kThroughFp8,  // BF16 comes, FP8 and its scales cross, BF16 is delivered
+    kAsGiven,     // none; scales are sent too, if there are any
+    kToFp8,       // BF16 input; FP8 with scales is sent and returned
+    kThroughFp8,  // BF16 input; FP8 with scales is sent, BF16 is returned
 };
 
 struct DispatchArgs {
@@ -213,12 +213,12 @@ struct DispatchArgs {
     Staging staging;
     Route route;
     int format_code;       // Operation::format
-    int row_bytes;         // as sent; BF16 that crosses as FP8 has twice as many
+    int row_bytes;         // as sent; BF16 that is sent as FP8 has twice as many in x
     int num_scales;        // per row, as sent
     int pitch;             // bytes of a staged row: row, scales, weights, rounded up to 16
     const char* x;         // [T] rows
-    Scales scales;         // given with them
-    bool with_weights;     // they travel; a rank without tokens has none to point to
+    Scales scales;         // of x
+    bool with_weights;     // whether weights are sent; a rank without tokens has no pointer to them
     const float* weights;  // [T, K]
     char* out;             // [N or M] rows
     Scales out_scales;     // one of the strides is 1
@@ -235,8 +235,8 @@ struct CombineArgs {
     int pitch;                     // bytes of a staged row: row, weights, rounded up to 16
     const char* x;                 // [N or M] rows
     const float* weights;          // [N, K] or [M], or null
-    bool apply_weights;            // multiply them into the rows (expert layout) ...
-    bool carry_weights;            // ... or send them home beside the rows; neither without weights
+    bool apply_weights;            // multiply the rows by them (expert layout) ...
+    bool carry_weights;            // ... or send them beside the rows; neither without weights
     const char* bias[kMaxBiases];  // [T] rows each
     int num_biases;
     char* out;           // [T] rows
@@ -244,19 +244,19 @@ struct CombineArgs {
     int num_send_blocks;
 };
 
-// Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
+// Launches on `stream`. Each is defined in the file of its kernel and returns the status of the launch.
 cudaError_t launch_destinations(const DestinationsArgs& args, cudaStream_t stream);
 cudaError_t launch_exchange_counts(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_place_rows(const PlanArgs& args, cudaStream_t stream);
-// At most num_blocks: they wait for the peers, whose kernels may need room on the same GPU.
+// Uses at most num_blocks blocks: they wait for the peers, whose kernels may need SMs of the same GPU.
 cudaError_t launch_collect_places(const PlanArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, Format format, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, DataType dtype, int num_blocks, cudaStream_t stream);
-// An operation that moves nothing: its ranks meet, and learn whether all are in it. It takes the place of one by the
-// plan that `rank_prefix` is of (null: of one that every rank can use).
+// An operation without rows, in which ranks find out whether all of them are in it. It replaces a dispatch or combine
+// by the plan of `rank_prefix` (null: by a valid plan).
 cudaError_t launch_meet(const Runtime& runtime, const Operation& operation, const int64_t* rank_prefix,
                         cudaStream_t stream);
-// For tests: the next plan and operation get the numbers after these.
+// For tests: set the epochs, so that the next plan and operation get the numbers after these.
 cudaError_t launch_set_epochs(const Runtime& runtime, int plan_epoch, int data_epoch, cudaStream_t stream);
 
 }  // namespace deepep_moe

@@ -1,4 +1,4 @@
-// The throughput engine as Python sees it. Arguments go by name: there are many, of few types.
+// Python bindings of the throughput engine. Arguments are keyword-only, because there are many of the same type.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -40,7 +40,7 @@ void bind_route(py::module_& m) {
                  route.max_recv = max_recv;
                  route.max_rows = max_rows;
                  route.send_slot = at<int>(send_slot);
-                 route.rank_prefix = at<int64_t>(counted);  // which comes first
+                 route.rank_prefix = at<int64_t>(counted);  // its first part
                  route.received = at<int>(received);
                  route.row_recv = at<int>(row_recv);
                  route.grouped = grouped;

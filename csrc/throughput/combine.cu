@@ -1,13 +1,14 @@
-// Combine: each rank sums a token's rows and sends one row home, where the ranks' rows are summed.
+// Combine: each rank sums the rows of a token and sends the sum to the token's source rank, which adds the sums of all
+// ranks.
 //
-//   send      a warp per received row of a peer: sum its expert rows (expert layout) or take the row itself (rank
-//             layout), store into the staging of the token's home, raise the flag
-//   gather    a warp per own token: once the flags of its ranks are up, sum their rows in rank order; the rows of
-//             this rank are summed on the spot and never staged
+//   send      a warp per row received from a peer: sum its expert rows (expert layout) or take the row itself (rank
+//             layout), store the sum into the staging of the source rank, set its flag
+//   gather    a warp per token of this rank: once the flags of its ranks are set, add their sums in rank order; rows of
+//             this rank are added directly, without staging
 //
-// Long rows of the expert layout are sent and gathered in pieces, each with a flag and a warp of its own.
+// Long rows of the expert layout are sent and gathered in pieces, each with its own flag and warp.
 //
-// Sums are fp32 in a fixed order; only what crosses between ranks is rounded to the rows' type.
+// Sums are fp32 in a fixed order; a sum that is sent to another rank is rounded to the dtype of the rows.
 #include "device/sum.cuh"
 #include "throughput/operation.cuh"
 #include "throughput/staging.cuh"
@@ -18,18 +19,18 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPieceVectors = 448;  // of rows of the expert layout
+constexpr int kPieceVectors = 448;  // smallest piece of a row of the expert layout
 
-// The rows that make up one result, in the order they are added: rows of lower ranks, then the parts on this rank,
-// then rows of higher ranks, then biases. One list per warp, in shared memory.
+// The rows that are added to one result, in order: rows of lower ranks, then the rows on this rank (parts), then rows
+// of higher ranks, then biases. One list per warp, in shared memory.
 struct RowList {
     const char* row[kMaxTopk + kMaxRanks + kMaxBiases];
     float factor[kMaxTopk + kMaxRanks + kMaxBiases];
-    int before, parts, arrived;  // of lower ranks, on this rank, all of these and of higher ranks
+    int before, parts, arrived;  // rows of lower ranks; rows on this rank; rows of all ranks
     int count;
 };
 
-// Lane k knows the k-th row, if its bit is in the mask.
+// Lane k holds the k-th row, if its bit is in the mask.
 struct LaneRows {
     const char* row;
     float factor;
@@ -46,15 +47,15 @@ __device__ __forceinline__ void append(RowList& list, int& count, const LaneRows
     count += __popc(mask);
 }
 
-// The vectors of a row from first up to end.
+// The vectors [first, end) of a row.
 struct Span {
     int first, end;
 };
 
-// How rows are cut, in vectors. Summing the expert rows behind a long row holds a warp for tens of microseconds, a good
-// part of the whole kernel: pieces spread the work more evenly, and the home starts on the first while the next is on
-// its way. Smaller pieces, and pieces of rows that are only copied, cost more than they bring (docs/benchmarks.md).
-// Ranks agree on it: it follows from what an Operation says, which they compare.
+// The pieces of a row, in vectors. Summing the expert rows of one long row takes a warp tens of microseconds, a large
+// part of the kernel's time. Pieces distribute the work more evenly, and the receiver can add the first piece while the
+// next is in flight. Smaller pieces, and pieces of rows that are only copied, are slower (docs/benchmarks.md). All
+// ranks use the same pieces, because these follow from values of Operation, which ranks compare.
 template <bool kGrouped>
 struct Pieces {
     int vectors, size, count;
@@ -67,7 +68,7 @@ struct Pieces {
     __device__ __forceinline__ Span span(int piece) const { return {piece * size, min(vectors, (piece + 1) * size)}; }
 };
 
-// Sum the vectors number `first + u * 32` of exactly kRows rows; all of them exist.
+// Sum the vectors `first + u * 32` of exactly kRows rows; all of them must exist.
 template <typename T, int kRows, int kVectors>
 __device__ __forceinline__ void sum_vectors(const RowList& list, int first, char* out) {
     int4 v[kRows][kVectors];
@@ -87,7 +88,7 @@ __device__ __forceinline__ void sum_vectors(const RowList& list, int first, char
     }
 }
 
-// Sum exactly kRows rows, about eight loads at a time.
+// Sum exactly kRows rows, with about eight loads in flight.
 template <typename T, int kRows>
 __device__ __forceinline__ void sum_few(const RowList& list, Span span, char* out) {
     constexpr int kVectors = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
@@ -119,7 +120,7 @@ __device__ __forceinline__ void sum_many(const RowList& list, Span span, char* o
     }
 }
 
-// Sum the rows of the list over the span, in order. The whole warp calls.
+// Sum the rows of the list over the span, in order. Call with the whole warp.
 template <typename T>
 __device__ __forceinline__ void sum_rows(const RowList& list, Span span, char* out) {
     switch (list.count) {
@@ -135,8 +136,8 @@ __device__ __forceinline__ void sum_rows(const RowList& list, Span span, char* o
     }
 }
 
-// The rows on this rank that make up received row n, and the weight of route `lane`. Nothing where n is out of range:
-// rows that did not fit were not kept (the host raises), but their home still waits for them.
+// The rows on this rank that belong to received row n, and the weight of route `lane`. Empty if n is out of range: such
+// rows did not fit into the plan (the host raises), but their source rank still waits for them.
 template <bool kGrouped>
 __device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, bool exists, float& weight) {
     const int lane = threadIdx.x % kWarpSize, topk = args.route.num_topk;
@@ -169,7 +170,7 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         if (row.index < 0) continue;
         float weight;
         const LaneRows parts = parts_of<kGrouped>(args, row.index, true, weight);
-        __syncwarp();  // all lanes are done with the last list
+        __syncwarp();  // all lanes have finished with the previous list
         int count = 0;
         append(list, count, parts, parts.mask);
         list.before = 0;
@@ -180,7 +181,7 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
         sum_rows<T>(list, pieces.span(piece), staged);
         if (args.carry_weights && piece == 0 && lane < args.route.num_topk)
             reinterpret_cast<float*>(staged + args.row_bytes)[lane] = weight;
-        __syncwarp();  // everything is written before lane 0 says so
+        __syncwarp();  // all lanes have written before lane 0 sets the flag
         if (lane == 0)
             store_release_system(arrived_flag(rt, args.staging, epoch, row.source, rt.domain.rank, row.slot, piece),
                                  epoch);
@@ -212,7 +213,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
             ranks.row = staged_row(rt, args.staging, epoch, rt.domain.rank, lane, slot, args.pitch);
         }
         const unsigned before = ranks.mask & ((1u << rt.domain.rank) - 1), after = ranks.mask & ~before;
-        __syncwarp();  // all lanes are done with the last list, and all flags are up
+        __syncwarp();  // all lanes have finished with the previous list, and all flags are set
         int count = 0;
         append(list, count, ranks, before);
         append(list, count, parts, parts.mask);
@@ -227,7 +228,7 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowLi
         __syncwarp();
 
         sum_rows<T>(list, pieces.span(piece), args.out + offset);
-        if (args.carry_weights && piece == 0 && lane < route.num_topk) {  // they came with the first piece
+        if (args.carry_weights && piece == 0 && lane < route.num_topk) {  // sent with the first piece
             const auto carried = [&](int i) {
                 return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
             };
@@ -246,7 +247,7 @@ __device__ __noinline__ void poison_outputs(const CombineArgs& args) {
     if (args.carry_weights) poison(args.out_weights, tokens * args.route.num_topk * sizeof(float));
 }
 
-// One kernel for each layout: what only one of them needs costs registers, and those hold the loads in flight.
+// One kernel for each layout, because registers limit the loads in flight.
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
     __shared__ RowList lists[kWarps];

@@ -1,5 +1,5 @@
-// Destinations: which rank and which expert gets which token, counted on this rank alone (get_dispatch_layout). An
-// index out of range counts as dropped; the plan that is made of it reports it, to all ranks.
+// Destinations: counts of this rank's tokens for each rank and expert, without communication (get_dispatch_layout). An
+// index out of range counts as dropped; the plan made from it reports the error on all ranks.
 #include "throughput/tile.cuh"
 
 namespace deepep_moe {

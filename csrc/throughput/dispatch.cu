@@ -1,13 +1,13 @@
-// Dispatch: every token crosses the link once per rank that wants it and lands in its final rows.
+// Dispatch: every token crosses the link once per destination rank, and is copied to its final rows there.
 //
-//   send      a warp per token: load the row once, store it into the staging of each destination, raise the flag
-//   receive   a warp per row: own rows straight from x, peers' rows from staging once their flag is up;
-//             load once, store to the row's place (rank layout) or to each of its experts' rows (expert layout)
+//   send      a warp per token: load the row once, store it into the staging of each destination, set its flag
+//   receive   a warp per row: own rows from x, peers' rows from staging once their flag is set; load once, store to the
+//             row's place (rank layout) or to the row of each of its experts (expert layout)
 //
-// Between load and store BF16 may become FP8 (send, own rows) and BF16 again (own rows, peers' rows).
+// Between load and store, BF16 may be converted to FP8 (send, own rows) and back to BF16 (own rows, peers' rows).
 //
-// The first blocks send and then help to receive; the others receive from the start, own rows first, so the link
-// and the memory work at the same time. Senders never wait, hence nobody waits for something that cannot come.
+// The first blocks send, then receive too. The others receive from the start, own rows first, so that link and memory
+// are busy at the same time. Senders never wait, so every wait of a receiver ends.
 #include "device/fp8.cuh"
 #include "throughput/operation.cuh"
 #include "throughput/staging.cuh"
@@ -17,24 +17,24 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kVectors = 4;         // of each row, that a lane keeps in flight
-constexpr int kTokensPerFence = 2;  // a fence waits for the link; one serves the flags of this many tokens
+constexpr int kVectors = 4;         // loads in flight per lane
+constexpr int kTokensPerFence = 2;  // a fence waits for the link, so this many tokens share one
 
-// Where a row comes from.
+// Source of a row.
 struct Source {
     const char* row;
-    const int* scales;  // of this row
+    const int* scales;  // of the row
     int64_t channel_stride;
 };
 
-// Where a lane's copy of the row goes; lanes outside the mask have none.
+// Destination of a lane's copy of the row; valid for lanes in the mask.
 struct Destination {
     char* row;
     int* scales;
     int64_t channel_stride;
 };
 
-// Whether BF16 rows become FP8 before they cross, and BF16 again where they are delivered.
+// Whether BF16 rows are converted to FP8 before they are sent, and back to BF16 by the receiver.
 template <Format kFormat>
 constexpr bool kQuantises = kFormat != Format::kAsGiven;
 template <Format kFormat>
@@ -45,7 +45,7 @@ __device__ __forceinline__ T* of_lane(T* pointer, int lane) {
     return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-// Store a lane's vectors number `first + u * 32` of a row, those below `vectors`, to all destinations.
+// Store a lane's vectors `first + u * 32` of a row, as far as they are below `vectors`, to all destinations.
 template <typename Vector>
 __device__ __forceinline__ void store_copies(const Vector (&v)[kVectors], int first, int vectors, char* to,
                                              unsigned mask) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_copies(const Vector (&v)[kVectors], int fi
     }
 }
 
-// Copy one row, and its scales, to the destinations of all lanes in `mask`. The whole warp calls.
+// Copy one row and its scales to the destinations of all lanes in `mask`. Call with the whole warp.
 __device__ __forceinline__ void copy_row(const Source& from, const Destination& to, unsigned mask, int row_bytes,
                                          int num_scales) {
     const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / static_cast<int>(sizeof(int4));
@@ -78,7 +78,7 @@ __device__ __forceinline__ void copy_row(const Source& from, const Destination& 
     }
 }
 
-// The same for a BF16 row, which becomes FP8 of `row_bytes` channels and, if kBack, BF16 again.
+// The same for a BF16 row, converted to FP8 of `row_bytes` channels and, if kBack, back to BF16.
 template <bool kBack>
 __device__ __forceinline__ void quantise_row(const char* from, const Destination& to, unsigned mask, int row_bytes) {
     const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void quantise_row(const char* from, const Destination
     }
 }
 
-// And for an FP8 row with its scales, which becomes BF16.
+// The same for an FP8 row with its scales, converted to BF16.
 __device__ __forceinline__ void dequantise_row(const Source& from, const Destination& to, unsigned mask,
                                                int row_bytes) {
     constexpr int kAtOnce = kVectors * kWarpSize, kScalesAtOnce = kAtOnce / kScaleVectors;
@@ -136,7 +136,7 @@ __device__ __forceinline__ void dequantise_row(const Source& from, const Destina
     }
 }
 
-// Copy a token of this rank, in the form in which it is delivered or, if it has yet to cross, sent.
+// Copy a token of this rank: in the format that is sent if kCrosses, else in the format of the output.
 template <Format kFormat, bool kCrosses>
 __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, const Destination& to, unsigned mask) {
     const char* row = args.x + token * (kQuantises<kFormat> ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
@@ -148,7 +148,7 @@ __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, 
     }
 }
 
-// Store one token into the staging of each rank that wants it. Returns the flag that this lane has to raise, if any.
+// Store one token into the staging of each destination rank. Returns the flag that this lane must set, if any.
 template <Format kFormat>
 __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, int token) {
     const Runtime& rt = args.runtime;
@@ -187,7 +187,7 @@ __device__ __forceinline__ void send(const DispatchArgs& args, int epoch) {
             flags[i] = send_token<kFormat>(args, epoch, token + i * warps);
             any |= flags[i] != nullptr;
         }
-        __syncwarp();  // whole rows are written before any lane says so
+        __syncwarp();  // all lanes have written their part of the rows before flags are set
         if (any) __threadfence_system();
 #pragma unroll
         for (int i = 0; i < kTokensPerFence; ++i)
@@ -208,7 +208,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
 
     WorkQueue queue(&rt.local->next_item);
     for (int item = queue.take(); item < arrivals.own_count + peer_items + padding_items; item = queue.take()) {
-        if (item >= arrivals.own_count + peer_items) {  // 32 expert rows: zero those that are padding
+        if (item >= arrivals.own_count + peer_items) {  // an item of 32 expert rows: zero the padding rows
             const int first = (item - arrivals.own_count - peer_items) * kWarpSize;
             const bool padding = first + lane < route.max_rows && route.row_recv[first + lane] < 0;
             if (padding && args.out_weights) args.out_weights[first + lane] = 0.0f;
@@ -272,7 +272,7 @@ template <Format kFormat>
 __device__ __noinline__ void poison_outputs(const DispatchArgs& args) {
     const int64_t rows = args.route.num_out();
     poison(args.out, rows * (kDequantises<kFormat> ? 2 : 1) * args.row_bytes);
-    if (args.out_scales.data)  // as far as its last element
+    if (args.out_scales.data)  // up to the last element
         poison(args.out_scales.data, rows == 0
                                          ? 0
                                          : sizeof(int) * ((rows - 1) * args.out_scales.row_stride +
@@ -281,8 +281,7 @@ __device__ __noinline__ void poison_outputs(const DispatchArgs& args) {
         poison(args.out_weights, sizeof(float) * rows * (args.route.grouped ? 1 : args.route.num_topk));
 }
 
-// One kernel for each format and layout: what only one of them needs costs registers, and those hold the loads in
-// flight.
+// One kernel for each format and layout, because registers limit the loads in flight.
 template <Format kFormat, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
     const Runtime& rt = args.runtime;

@@ -25,7 +25,7 @@ int64_t num_tiles(int num_tokens, int num_topk) {
     return std::max((num_tokens + per_tile - 1) / per_tile, 1);
 }
 
-// Both halves of a number that the device wrote at once.
+// Read value and tag at once, as the device wrote them.
 Tagged read_at_once(const Tagged& number) {
     const uint64_t both = *reinterpret_cast<const volatile uint64_t*>(&number);
     return {static_cast<int>(static_cast<uint32_t>(both)), static_cast<int>(both >> 32)};
@@ -44,7 +44,7 @@ ThroughputEngine::ThroughputEngine(std::shared_ptr<DomainRuntime> domain) : doma
 }
 
 ThroughputEngine::~ThroughputEngine() {
-    // At interpreter exit the driver may be gone already; there is nobody left to tell.
+    // Errors are ignored: at interpreter exit the driver may have shut down already.
     cudaFree(runtime_.local);
     cudaFree(counted_);
     cudaFree(scratch_);
@@ -88,7 +88,7 @@ void ThroughputEngine::set_staging(const std::vector<Address>& addresses, int ma
     staging_.places_offset = flag_bytes(ranks, max_tokens);
     staging_.data_offset = staging_.places_offset + place_bytes(ranks, max_tokens, num_topk);
     staging_.data_bytes = (bytes - staging_.data_offset) / 2 / 128 * 128;
-    // A plan that waited for more room (kNeedsRoom) has it now. Nobody makes staging grow for an invalid one.
+    // A plan in state kNeedsRoom now has room. Staging never grows for an invalid plan.
     const int state = kPlaceable;
     check(
         cudaMemcpyAsync(&runtime_.local->plan_state, &state, sizeof(state), cudaMemcpyHostToDevice, as_stream(stream)),
@@ -147,7 +147,7 @@ void ThroughputEngine::refuse_plan(Address stream) {
 }
 
 std::optional<PlanNumbers> ThroughputEngine::wait_plan(Address expert_counts) {
-    // The kernel gives up first and then publishes what it has; this bound is for a kernel that never runs.
+    // A kernel that times out publishes the failure. This longer limit is for a kernel that never runs.
     const auto bound = std::chrono::nanoseconds(runtime_.domain.timeout_nanoseconds) + std::chrono::seconds(10);
     const auto start = std::chrono::steady_clock::now();
     const auto await = [&](const Tagged& number) -> std::optional<int> {

@@ -1,7 +1,6 @@
-// The host side of the throughput engine on one rank: what its kernels need to know, kept between calls, and their
-// launches.
+// The host side of the throughput engine on one rank: the state kept between calls, and the launches.
 //
-// No libtorch: pointers, sizes and a stream come in. PyTorch allocates what users see and the symmetric memory.
+// Without libtorch: arguments are pointers, sizes and a stream. PyTorch allocates outputs and symmetric memory.
 #pragma once
 
 #include <memory>
@@ -13,15 +12,15 @@
 
 namespace deepep_moe {
 
-// What a plan is made from and in. Zero addresses: none.
+// Input of a plan. An address of 0 means that the array does not exist.
 struct PlanRequest {
     Address topk_idx, given_membership, given_expert_counts;
     int num_tokens, num_topk, num_experts, alignment;
-    bool wait;               // wait_plan() will be called; else max_recv and max_rows are fixed
-    int max_recv, max_rows;  // PlanArgs::kNoExpertRows: expert rows are not asked for
+    bool wait;               // whether wait_plan() will be called; else max_recv and max_rows are the sizes
+    int max_recv, max_rows;  // max_rows may be PlanArgs::kNoExpertRows: the expert layout is not needed
 };
 
-// Where place_plan() puts a plan. max_recv, max_rows: room in `received` and `row_recv`.
+// Output of place_plan(). max_recv, max_rows: room in `received` and `row_recv`.
 struct PlanMemory {
     Address send_slot, counted, received, row_recv;
     int max_recv, max_rows;
@@ -29,7 +28,7 @@ struct PlanMemory {
 
 struct PlanNumbers {
     int num_recv, num_rows, max_tokens;
-    bool failed;  // the domain's record says why
+    bool failed;  // the domain has the error report
 };
 
 struct DispatchRequest {
@@ -63,10 +62,10 @@ class ThroughputEngine {
     ThroughputEngine& operator=(const ThroughputEngine&) = delete;
 
     static int64_t control_bytes() { return sizeof(Control); }
-    // Bytes of staging for `max_tokens` per rank.
+    // Bytes of staging memory for `max_tokens` per rank.
     static int64_t staging_bytes(int num_ranks, int max_tokens, int num_topk, int64_t pitch);
 
-    // Symmetric memory, as mapped by this rank: one address per rank, zeroed before any rank uses it.
+    // Symmetric memory: the address of each rank's part in this process. Must be zeroed before any rank uses it.
     void set_control(const std::vector<Address>& addresses);
     void set_staging(const std::vector<Address>& addresses, int max_tokens, int num_topk, int64_t bytes,
                      Address stream);
@@ -74,28 +73,29 @@ class ThroughputEngine {
     void destinations(Address topk_idx, int num_tokens, int num_topk, int num_experts, Address num_tokens_per_rank,
                       Address num_tokens_per_expert, Address is_token_in_rank, Address stream);
 
-    // Count and exchange.
+    // Count tokens and exchange the counts.
     void begin_plan(const PlanRequest& request, Address stream) { begin_plan(request, false, stream); }
-    // Only tell the peers, who are on their way into the exchange, that this rank cannot go on; wait_plan() follows.
+    // In place of begin_plan(): tell the peers that this rank refuses. Call wait_plan() after it.
     void refuse_plan(Address stream);
-    // Spin until the counts of the last begin_plan() are here, and write the rows of each local expert to expert_counts
-    // [L] in host memory, unless it is null. Nothing when they did not come in time.
+    // Spin until the sizes of the last begin_plan() have arrived, and write the rows of each local expert to
+    // expert_counts [L] in host memory, unless it is null. Returns nothing after the timeout.
     std::optional<PlanNumbers> wait_plan(Address expert_counts);
-    // Tell the peers the places of this rank's rows and copy what they tell into the plan's own memory. Leaves an empty
-    // plan where staging is too small, which wait_plan() shows; then it is to be called again with larger staging.
+    // Send the places of this rank's rows to the peers, and copy the places they send into the plan's memory. If
+    // staging is too small (wait_plan() returns the tokens it needs), the plan is left empty: grow staging and call
+    // this again.
     void place_plan(const PlanMemory& memory, int num_blocks, Address stream);
 
     void dispatch(const Route& route, const DispatchRequest& request, Address stream);
     void combine(const Route& route, const CombineRequest& request, Address stream);
-    // In place of a dispatch or combine that this rank refused: its peers raise instead of waiting. `counted`: of its
-    // plan, or 0.
+    // In place of a dispatch or combine that this rank refuses: its peers raise instead of waiting. `counted`: address
+    // of the plan's counts, or 0.
     void refuse_operation(Address counted, Address stream);
-    // Before staging grows: fails on all ranks unless all of them are here, for the same size.
+    // Before staging grows: fails on all ranks unless all of them make this call with the same sizes.
     void meet_to_grow(int max_tokens, int num_topk, int pitch, Address stream);
 
-    // Scratch that a captured graph may use is never given back before the engine is.
+    // From now on keep replaced scratch memory, which a captured graph may use, until the engine is destroyed.
     void keep_scratch() { keep_scratch_ = true; }
-    // Whether a plan of this size does without more scratch, which cannot be had while a graph is captured.
+    // Whether the scratch memory is large enough for a plan of this size. It cannot grow while a graph is captured.
     bool scratch_serves(int num_tokens, int num_topk, int num_experts) const {
         return scratch_for(num_tokens, num_topk, num_experts) <= scratch_ints_;
     }

@@ -1,5 +1,6 @@
-// Meet: an operation that moves nothing. Ranks that are about to do something together on the host find out whether all
-// of them are; a rank that refused a dispatch or combine takes its place in it, so that the others do not wait.
+// Meet: an operation without rows. Before a collective step of the hosts (growth of staging), it checks that all ranks
+// are about to take that step. A rank that refuses a dispatch or combine runs it instead, so that its peers do not
+// wait.
 #include "throughput/operation.cuh"
 
 namespace deepep_moe {
@@ -13,7 +14,7 @@ __global__ void __launch_bounds__(kWarpSize)
     enter_operation(rt, epoch, operation);
     const Phase phase = operation.kind == Operation::kRefuse ? kRefused : kGrowStaging;
     leave_operation(rt, epoch, phase);
-    // Who has been here may have given up since, waiting for somebody else.
+    // A peer that entered this operation may have failed since, waiting for another rank.
     if (threadIdx.x == 0) any_rank_failed(rt.domain, phase, epoch);
 }
 
@@ -21,7 +22,7 @@ __global__ void set_epochs_kernel(const __grid_constant__ Runtime rt, int plan_e
     rt.local->plan_epoch = plan_epoch;
     rt.local->data_epoch = data_epoch;
     Control* own = rt.control[rt.domain.rank];
-    for (int r = 0; r < rt.domain.num_ranks; ++r) {  // as if all calls up to there had been made
+    for (int r = 0; r < rt.domain.num_ranks; ++r) {  // as if all calls up to these epochs had been made
         own->entered[r] = data_epoch;
         own->placed[r] = plan_epoch;
     }

@@ -1,4 +1,4 @@
-// The protocol of dispatch and combine: ranks enter each operation, find out whether all are in the same one, and
+// Begin and end of an operation (dispatch, combine, meet): ranks enter it, check that all are in the same one, and
 // leave.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace deepep_moe {
 
-// Tell the peers that this rank is in the operation.
+// Tell the peers that this rank has entered the operation.
 __device__ __forceinline__ void enter_operation(const Runtime& rt, int epoch, const Operation& operation) {
     if (blockIdx.x == 0 && threadIdx.x < rt.domain.num_ranks) {
         Control* peer = rt.control[threadIdx.x];
@@ -17,13 +17,12 @@ __device__ __forceinline__ void enter_operation(const Runtime& rt, int epoch, co
     }
 }
 
-// Whether a peer that has entered this epoch is in the same operation; reports it if not.
+// Whether a peer that has entered this epoch is in the same operation. Reports an error if not.
 __device__ __forceinline__ bool same_operation(const Runtime& rt, int epoch, const Operation& own, int peer,
                                                int phase) {
     const volatile Operation& theirs = rt.control[rt.domain.rank]->operation[epoch & 1][peer];
     const int kind = theirs.kind;
-    if (own.kind == Operation::kRefuse)
-        return true;  // this rank moves nothing: whatever the peer does is its own affair
+    if (own.kind == Operation::kRefuse) return true;  // this rank moves no rows, so it need not match
     if (kind == Operation::kRefuse) {
         rt.local->spoiled = 1;
         report_problem(rt.domain, {kBadPeerInput, kRefused, peer, 0, 0, 0});
@@ -43,42 +42,41 @@ __device__ __forceinline__ bool same_operation(const Runtime& rt, int epoch, con
     return false;
 }
 
-// The peer will not come to this operation, or came to another one: what this rank waits for does not exist. Called
-// while waiting, since ranks that are out of step would otherwise notice only when the time is up.
+// Whether the peer is in another operation or will not enter this one, so that what this rank waits for will not
+// arrive. Called while waiting, so that ranks in different calls find out before the timeout.
 __device__ __forceinline__ bool out_of_step(const Runtime& rt, int epoch, int peer, int phase) {
     const Control* own = rt.control[rt.domain.rank];
     if (load_acquire_system(&own->entered[rt.domain.rank]) != epoch)
-        return false;  // block 0 has yet to say what we are in
+        return false;  // block 0 has not published this rank's operation yet
     const Operation mine = own->operation[epoch & 1][rt.domain.rank];
     const auto has_entered = [&] { return reached(load_acquire_system(&own->entered[peer]), epoch); };
     if (has_entered()) return !same_operation(rt, epoch, mine, peer, phase);
-    // It exchanges the counts of a plan that comes after all of ours.
+    // The peer exchanges the counts of a plan that this rank has not begun.
     const int plan = next_epoch(rt.local->plan_epoch);
     if (load_tagged_system(&own->counts[plan & 1][peer][0]).tag != plan) return false;
-    if (has_entered()) return false;  // it has been here meanwhile
+    if (has_entered()) return false;  // it entered this operation in the meantime
     report_failure(rt.domain, {kMismatch, phase, peer, kOperation, mine.kind, Operation::kPlan});
     return true;
 }
 
-// Whether rows can move by the plan: all ranks find the same, so that none waits for another where they cannot.
+// Whether the plan is valid. All ranks get the same answer, so none of them waits in an operation that others skip.
 __device__ __forceinline__ bool is_usable(const int64_t* rank_prefix) { return rank_prefix[0] >= 0; }
 
-// The waits of an operation are functions of their own: what they do when something is not there yet is long, and would
-// take registers and instruction cache from the loops that move rows.
+// The waits are not inlined: their code is long, and would take registers and instruction cache from the loops that
+// move rows.
 inline __device__ __noinline__ void keep_waiting(const Runtime& rt, const int* flag, int epoch, int phase, int peer) {
     wait_for(
         rt.domain, flag, epoch, phase, peer, [&](int seen) { return seen == epoch; },
         [&] { return out_of_step(rt, epoch, peer, phase); });
 }
 
-// Wait for a row that a peer sends in this operation. Its flag holds just this epoch then: older ones never come back.
-// Should the row not come, the caller goes on without: leave_operation() sees to it that nobody takes the outputs for
-// good.
+// Wait for a row that a peer sends in this operation: its flag then equals this epoch. If the row does not arrive, the
+// caller continues without it, and leave_operation() marks the outputs as wrong.
 __device__ __forceinline__ void wait_row(const Runtime& rt, const int* flag, int epoch, Phase phase, int peer) {
     if (load_acquire_system(flag) != epoch) keep_waiting(rt, flag, epoch, phase, peer);
 }
 
-// Wait until the peer is in this operation too, and compare.
+// Wait until the peer has entered this operation, and compare.
 inline __device__ __noinline__ void meet_peer(const Runtime& rt, int epoch, int phase, int peer) {
     const bool entered = wait_for(
         rt.domain, &rt.control[rt.domain.rank]->entered[peer], epoch, phase, peer,
@@ -87,12 +85,12 @@ inline __device__ __noinline__ void meet_peer(const Runtime& rt, int epoch, int 
         same_operation(rt, epoch, rt.control[rt.domain.rank]->operation[epoch & 1][rt.domain.rank], peer, phase);
 }
 
-// The end of an operation: it waits for every peer to be in it, and compares. A peer that has entered this operation
-// has finished the one before, so the half of staging that the next operation writes is free: no other barrier is
-// needed. Returns true in all threads of one block if the outputs are wrong.
+// End of an operation: waits until every peer has entered it, and compares. A peer that has entered this operation has
+// finished the one before, so the half of staging that the next operation writes is free, without another barrier.
+// Returns true in all threads of one block if the outputs are wrong.
 __device__ __forceinline__ bool leave_operation(const Runtime& rt, int epoch, Phase phase) {
     if (blockIdx.x == 0) {
-        __syncthreads();  // what enter_operation() wrote is compared with what the peers wrote
+        __syncthreads();  // after enter_operation(), whose values are compared
         if (threadIdx.x < rt.domain.num_ranks) meet_peer(rt, epoch, phase, threadIdx.x);
     }
     if (!last_block_done<false>(&rt.local->blocks_done)) return false;

@@ -1,11 +1,11 @@
-// Plan: from routing to the final place of every row, in three kernels.
+// Plan: from the routing to the place of every row, in three kernels.
 //
-//   count_and_exchange  count every tile of tokens; the last block sends the totals to every peer and waits for theirs:
-//                       all ranks then know all counts, hence where everything lies
+//   count_and_exchange  count every tile of tokens; the last block sends the totals to every peer and waits for theirs,
+//                       so that all ranks have all counts and can compute all places
 //   place_rows          each source writes the places of its rows into the destination's staging
 //   collect_places      each destination copies them into the plan, which outlives staging
 //
-// Places depend on counts and positions only, so rows need no queue and their order is always the same.
+// Places depend on counts and positions only, so the order of rows is deterministic.
 #include <climits>
 
 #include "device/wait.cuh"
@@ -39,7 +39,7 @@ __device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
     return before + sum - value;
 }
 
-// The counts of one rank, as they arrived.
+// The received counts of one rank.
 struct ArrivedCounts {
     const Tagged* words;
     __device__ __forceinline__ int header(int word) const { return load_tagged_system(&words[word]).value; }
@@ -51,14 +51,14 @@ __device__ __forceinline__ ArrivedCounts counts_of(const Runtime& rt, int epoch,
     return {rt.control[rt.domain.rank]->counts[epoch & 1][source]};
 }
 
-// What the exchange comes to, for all threads of the block.
+// Result of the exchange, shared by the block.
 struct Verdict {
-    int failed;      // counts did not come, or cannot be compared: none of them may be used
-    int unusable;    // nothing may move by this plan
+    int failed;      // counts are missing or inconsistent: none of them may be used
+    int unusable;    // the plan is invalid: no rows move by it
     int max_tokens;  // of any rank
 };
 
-// 1. The totals that all blocks have added up; they are left as the next plan wants them.
+// 1. Read the totals of all blocks, and reset them for the next plan.
 __device__ __forceinline__ void take_totals(const PlanArgs& args, PeerCounts& own) {
     const int thread = threadIdx.x;
     if (thread < args.num_experts) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void take_totals(const PlanArgs& args, PeerCounts& ow
     __syncthreads();
 }
 
-// 2. Tell them to every rank, this one included.
+// 2. Send them to every rank, including this one.
 __device__ __forceinline__ void send_counts(const Runtime& rt, const PeerCounts& own, int epoch, int words) {
     for (int i = threadIdx.x; i < rt.domain.num_ranks * words; i += blockDim.x) {
         const int word = i % words;
@@ -95,8 +95,8 @@ __device__ __forceinline__ void send_counts(const Runtime& rt, const PeerCounts&
     }
 }
 
-// The peer is in a dispatch or combine that comes after all of ours, and its counts are still not here: it will send
-// none.
+// Whether the peer is in a dispatch or combine that this rank has not begun, without having sent its counts: then it
+// will not send them.
 __device__ __forceinline__ bool skipped_plan(const Runtime& rt, int peer, const Tagged& count, int plan_epoch) {
     const Control* own = rt.control[rt.domain.rank];
     const int epoch = next_epoch(rt.local->data_epoch);
@@ -107,7 +107,7 @@ __device__ __forceinline__ bool skipped_plan(const Runtime& rt, int peer, const 
     return true;
 }
 
-// 3. Wait for words `begin` to `end` of every rank. All threads call; false for all if some did not come.
+// 3. Wait for words `begin` to `end` of every rank. Call with all threads; returns false in all if some did not arrive.
 __device__ __forceinline__ bool await_counts(const Runtime& rt, int epoch, int begin, int end) {
     bool arrived = true;
     for (int i = threadIdx.x; i < rt.domain.num_ranks * (end - begin); i += blockDim.x) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ bool await_counts(const Runtime& rt, int epoch, int b
     return __syncthreads_and(arrived);
 }
 
-// 4. Compare what ranks must share. A thread per rank; the verdict is the same on all ranks.
+// 4. Compare the values that must be equal. A thread per rank; all ranks get the same verdict.
 __device__ __forceinline__ void compare_heads(const PlanArgs& args, const PeerCounts& own, int epoch,
                                               Verdict& verdict) {
     constexpr Field kFields[PeerCounts::kNumAgreed] = {kNumExperts, kNumTopk, kAlignment};
@@ -145,7 +145,7 @@ __device__ __forceinline__ void compare_heads(const PlanArgs& args, const PeerCo
             }
         }
         atomicMax(&verdict.max_tokens, counts.header(PeerCounts::kTokens));
-        // A peer whose counts are here may have given up since, waiting for someone else's.
+        // A peer that sent its counts may have failed since, waiting for another rank.
         const int failure = load_relaxed_system(&rt.domain.mailbox[rt.domain.rank]->failed[peer]);
         if (failure != kNoFailure) {
             verdict.failed = 1;
@@ -155,8 +155,7 @@ __device__ __forceinline__ void compare_heads(const PlanArgs& args, const PeerCo
     __syncthreads();
 }
 
-// 5. Source order: rows by the rank they come from. A thread per destination; every rank learns of an overflow
-// anywhere.
+// 5. Rank layout: the rank prefix. A thread per destination, so every rank detects an overflow of any rank.
 __device__ __forceinline__ void number_by_source(const PlanArgs& args, int epoch, Verdict& verdict) {
     const Runtime& rt = args.runtime;
     const int destination = threadIdx.x;
@@ -174,7 +173,7 @@ __device__ __forceinline__ void number_by_source(const PlanArgs& args, int epoch
     }
 }
 
-// 6. Expert order: groups are padded, and every owner's rows start at 0. A thread per expert, then one per owner.
+// 6. Expert layout: groups are padded, and the rows of each owner start at 0. A thread per expert, then one per owner.
 __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch, Verdict& verdict, int* group_start,
                                                  int* warp_sums) {
     const Runtime& rt = args.runtime;
@@ -199,7 +198,7 @@ __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch
         args.row_base[thread] = offset + before;
         if (owner == rt.domain.rank) {
             args.counted.rows(local) = rows;
-            args.counted.offset(local) = args.num_topk > 0 ? offset : 0;  // without routes there are no expert rows
+            args.counted.offset(local) = args.num_topk > 0 ? offset : 0;  // no expert rows without routes
             if (args.ticket) store_tagged_system(&rt.host->expert_counts[local], rows, args.ticket);
         }
     }
@@ -224,7 +223,8 @@ __device__ __forceinline__ void invalidate(const PlanArgs& args) {
         args.counted.data[i] = i < ranks * ranks ? -1 : 0;
 }
 
-// 7. What later kernels go by. Without a host that waits, what it would have mended ends the plan; all ranks do alike.
+// 7. Set the state for later kernels. Without a host that waits, staging cannot grow, and a plan that needs it is
+// invalid on all ranks.
 __device__ __forceinline__ void conclude(const PlanArgs& args, int epoch, const Verdict& verdict) {
     const Runtime& rt = args.runtime;
     const bool fits = verdict.max_tokens <= args.staging.max_tokens;
@@ -245,8 +245,8 @@ __device__ __forceinline__ void conclude(const PlanArgs& args, int epoch, const 
     invalidate(args);
 }
 
-// 8. The host that waits has the numbers from steps 5 and 6. It looks for failures after the last one, so that comes
-// last.
+// 8. Publish the verdict to the host that waits; steps 5 and 6 have published the sizes. The host looks for failures
+// once it has max_tokens, so that is written last.
 __device__ __forceinline__ void publish(const PlanArgs& args, const Verdict& verdict) {
     HostCounts* host = args.runtime.host;
     const int experts_per_rank = args.num_experts / args.runtime.domain.num_ranks;
@@ -259,13 +259,13 @@ __device__ __forceinline__ void publish(const PlanArgs& args, const Verdict& ver
         }
     }
     const bool failed = verdict.failed || verdict.unusable;
-    if (failed) __threadfence_system();  // the host looks for the reason next
+    if (failed) __threadfence_system();  // before max_tokens, after which the host reads the error report
     __syncthreads();
     if (threadIdx.x == 0)
         store_tagged_system(&host->max_tokens, failed ? HostCounts::kPlanFailed : verdict.max_tokens, args.ticket);
 }
 
-// Send the totals of this rank to every peer, wait for theirs, and work out where everything lies.
+// Send the totals of this rank to every peer, wait for theirs, and compute the offsets of all rows.
 __device__ __forceinline__ void exchange_counts(const PlanArgs& args, PeerCounts& own, int* group_start,
                                                 int* warp_sums) {
     __shared__ Verdict verdict;
@@ -275,7 +275,7 @@ __device__ __forceinline__ void exchange_counts(const PlanArgs& args, PeerCounts
     if (threadIdx.x == 0) verdict = Verdict{};
     take_totals(args, own);
     send_counts(rt, own, epoch, words);
-    // The heads first: ranks that disagree on the number of experts do not send the same number of words.
+    // Heads first: ranks that disagree on the number of experts send different numbers of words.
     if (await_counts(rt, epoch, 0, PeerCounts::kHeadWords))
         compare_heads(args, own, epoch, verdict);
     else
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
     }
     const int experts_per_rank = experts / ranks;
 
-    // Where this tile's rows begin: behind those of the tiles before it.
+    // The rows of this tile begin after those of the tiles before it.
     for (int c = threadIdx.x; c < experts + ranks; c += blockDim.x) {
         if (c < experts)
             next_row[c] = args.row_base[c] + sum_before(args.tile_experts + c, blockIdx.x, experts);
@@ -406,7 +406,7 @@ __global__ void __launch_bounds__(kTileEntries) place_rows(const __grid_constant
 
 constexpr int kCollectThreads = 1024;
 
-// A plan that nothing moves by, whoever looks at it: no rows, and marked (Counted).
+// Write an invalid plan: no rows, and -1 in its prefix (see Counted).
 __device__ __forceinline__ void empty_plan(const PlanArgs& args) {
     const int ranks = args.runtime.domain.num_ranks;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
 
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const Counted& counted = args.counted;
-    // Where sizes follow from the counts there is room for the most that fits into staging, and just this much is used.
+    // With a ticket, sizes follow from the counts, and the outputs may have room for more rows than are used.
     const int recv = args.ticket ? static_cast<int>(counted.prefix(ranks - 1, rt.domain.rank)) : args.max_recv;
     const int rows = topk == 0     ? 0
                      : args.ticket ? static_cast<int>(counted.offset(experts_per_rank))
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
         }
         args.received[i] = value;
     }
-    // Rows that nothing was copied to: the padding of each group, and what lies behind the last one.
+    // Rows that are not a copy: the padding of each group, and the rows after the last group.
     for (int l = blockIdx.x; l <= experts_per_rank; l += gridDim.x) {
         const int64_t begin = counted.offset(l) + (l < experts_per_rank ? counted.rows(l) : 0);
         const int64_t end = l < experts_per_rank ? counted.offset(l + 1) : rows;
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kCollectThreads) collect_places(const __grid_c
 
 }  // namespace
 
-static int num_tiles(const PlanArgs& args) {  // at least one: a rank without tokens has its say too
+static int num_tiles(const PlanArgs& args) {  // at least one: a rank without tokens takes part in the exchange
     const int per_tile = tile_tokens(args.num_topk);
     return max((args.num_tokens + per_tile - 1) / per_tile, 1);
 }

@@ -1,4 +1,4 @@
-// Where a row in flight lies in the memory of its destination.
+// Addresses of rows in the staging memory of their destination.
 #pragma once
 
 #include "device/ptx.cuh"
@@ -8,7 +8,7 @@ namespace deepep_moe {
 
 __device__ __forceinline__ char* staged_row(const Runtime& rt, const Staging& staging, int epoch, int owner, int source,
                                             int slot, int pitch) {
-    // A rank's own rows are never staged: the other R - 1 sources share the memory.
+    // A rank's own rows are not staged, so there are regions for the other R - 1 sources.
     int region = source - owner - 1;
     if (region < 0) region += rt.domain.num_ranks;
     return staging.base[owner] + staging.data_offset + (epoch & 1) * staging.data_bytes +
@@ -21,10 +21,10 @@ __device__ __forceinline__ int* arrived_flag(const Runtime& rt, const Staging& s
     return reinterpret_cast<int*>(staging.base[owner]) + row * kFlagsPerRow + piece;
 }
 
-// The rows that this rank received, by source; lane r of a warp knows about source r.
+// The rows that this rank receives, by source. Lane r of a warp holds the values of source r.
 struct PeerRows {
-    int start, count;  // of this lane's source
-    int most;          // rows of any peer, at most
+    int start, count;  // first received row and number of rows of this lane's source
+    int most;          // largest number of rows of a peer
     int own_start, own_count;
 
     __device__ __forceinline__ PeerRows(const Runtime& rt, const int64_t* rank_prefix) {
@@ -41,7 +41,7 @@ struct PeerRows {
         for (int d = kWarpSize / 2; d > 0; d /= 2) most = max(most, __shfl_xor_sync(kFullMask, most, d));
     }
 
-    // Items that enumerate the peers' rows, one of each peer in turn; some stand for no row.
+    // Number of work items: they enumerate the rows of all peers in round-robin order. Some items have no row.
     __device__ __forceinline__ int items(const Runtime& rt) const { return most * (rt.domain.num_ranks - 1); }
 
     struct Row {
@@ -59,7 +59,7 @@ struct PeerRows {
     }
 };
 
-// Warps take work one item at a time, each asking for the next item while it works on the current one.
+// Warps take work items from a counter. A warp fetches its next item while it works on the current one.
 struct WorkQueue {
     int* counter;
     int next;

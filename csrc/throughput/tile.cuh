@@ -1,4 +1,4 @@
-// One tile of tokens: which rank and expert gets which token, and how many of each.
+// One tile of tokens: the ranks and experts of each token, and their counts.
 #pragma once
 
 #include "device/wait.cuh"
@@ -12,7 +12,7 @@ struct Tile {
     RankMask member[kTileTokens];  // bit r: the token goes to rank r
     int expert[kTileEntries];      // [count, K] expert of each route, or -1
 
-    // All threads of the block call; a thread per route. Reports indices out of range, which count as dropped.
+    // Call with all threads of the block; a thread per route. Indices out of range are reported and count as dropped.
     __device__ __forceinline__ void read(const Runtime& rt, const int64_t* topk_idx, const bool* given_membership,
                                          int num_tokens, int num_topk, int num_experts, bool report) {
         const int ranks = rt.domain.num_ranks;
@@ -44,12 +44,12 @@ struct Tile {
         __syncthreads();
     }
 
-    // Which of the 32 tokens from `begin` on go to any rank in `ranks`, a bit each. The whole warp calls.
+    // A bit for each of the 32 tokens from `begin` that goes to any rank in `ranks`. Call with the whole warp.
     __device__ __forceinline__ unsigned tokens_to(RankMask ranks, int begin) const {
         const int t = begin + threadIdx.x % kWarpSize;
         return __ballot_sync(kFullMask, t < count && (member[t] & ranks) != 0);
     }
-    // How many tokens of the tile do. The whole warp calls.
+    // Number of tokens of the tile that go to any rank in `ranks`. Call with the whole warp.
     __device__ __forceinline__ int count_tokens_to(RankMask ranks) const {
         int tokens = 0;
         for (int begin = 0; begin < kTileTokens; begin += kWarpSize) tokens += __popc(tokens_to(ranks, begin));
