@@ -302,7 +302,8 @@ def autocast(group: dist.ProcessGroup) -> None:
                 assert got[name] is not None and got[name].dtype == value.dtype, what
                 if torch.equal(stock["counts"], exact["counts"]):  # else rounding sent a token elsewhere
                     errors = [(one[name].double() - exact[name].double()).norm() for one in (got, stock)]
-                    assert errors[0] <= 2 * errors[1] + 1e-6 * exact[name].double().norm(), f"{what}: {errors}"
+                    one_rounding = torch.finfo(dtype).eps / 2 * exact[name].double().norm()  # stock's may cancel out
+                    assert errors[0] <= 2 * errors[1] + one_rounding, f"{what}: {errors}"
                 near(got[name], value, 3e-2 if dtype == torch.bfloat16 else 4e-3, what)
 
 
