@@ -91,7 +91,7 @@ class LocalExperts(Experts):  # type: ignore[misc]
         """
         if together is not None:
             return together.compute(rows, groups, weights)
-        *parts, padding = groups.cut(rows)
+        *parts, padding = groups.split(rows)
         outputs = [_call(expert, part) for expert, part in zip(self.deepspeed_experts, parts, strict=True)]
         if len(padding):
             outputs.append(outputs[0].new_zeros(len(padding), outputs[0].shape[1]))

@@ -1,10 +1,9 @@
 """Experts in one module with two weights, for Megatron-Core without TransformerEngine or extra packages.
 
-The dispatcher's rows are already in expert order, so a linear layer of all local experts is one call of
-:func:`deepep_moe.grouped.grouped_linear`: a GEMM per expert where those are large, else one grouped GEMM. The
-activation runs once, over all rows.
+The computation is :func:`deepep_moe.grouped.grouped_mlp`, as in :class:`deepep_moe.nn.GroupedExperts`; this class adds
+Megatron-Core's options, initialisation and checkpoint format.
 
-Use the class in a layer specification, or let the plugin put it in place of Megatron-Core's own local experts::
+Use it in a layer specification, or let the plugin replace Megatron-Core's own local experts::
 
     submodules = MoESubmodules(experts=GroupedExperts, ...)
     deepep_moe.integrations.megatron.register(grouped_experts=True)       # or the launcher's --grouped-experts
@@ -28,11 +27,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from deepep_moe.errors import ConfigError, UnsupportedError
-from deepep_moe.grouped import Groups, autocast, grouped_linear, input_gradient, project, weight_gradients
+from deepep_moe.grouped import Groups, grouped_mlp
 from deepep_moe.weigh import weigh_rows
 
 _EXTRA_STATE = "_extra_state"
@@ -74,7 +72,7 @@ class GroupedExperts(MegatronModule):
         )
         hidden = config.moe_latent_size or config.hidden_size
         inner = config.moe_ffn_hidden_size // tp_size
-        # A slice of weight1 has a part of the gates and the same part of the values: two pieces of the whole.
+        # With tensor parallelism weight1 holds a slice of the gates and the same slice of the values.
         pieces = 2 if config.gated_linear_unit else 1
         self.weight1 = self._parameter(pieces * inner, hidden, sharded_dim=0, pieces=pieces)
         self.weight2 = self._parameter(hidden, inner, sharded_dim=1)
@@ -87,7 +85,7 @@ class GroupedExperts(MegatronModule):
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         shape = (self.num_local_experts, rows, columns)
         weight = Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
-        # What Megatron's gradient reduction and norm clipping ask expert weights for.
+        # Megatron's gradient reduction and norm clipping read this attribute of expert weights.
         expert_parallel = self.config.expert_model_parallel_size > 1
         weight.allreduce = not expert_parallel  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=sharded_dim + 1, stride=pieces)
@@ -122,17 +120,20 @@ class GroupedExperts(MegatronModule):
         if self.config.moe_apply_probs_on_input:
             rows = weigh_rows(rows, probs)
             probs = torch.ones_like(probs)
-        groups = Groups(tokens_per_expert)
-        hidden = grouped_linear(rows, self.weight1, groups)
-        if self.activation_recompute:
-            # Cast out here, where autograd casts the weight's gradient back.
-            weight2 = autocast(self.weight2)
-            output: Tensor = _ActivateAndProject.apply(self._activate, hidden, probs, weight2, groups)
-            return output, None
-        return grouped_linear(self._activate(hidden, probs), self.weight2, groups), None
+        output = grouped_mlp(
+            rows,
+            self.weight1,
+            self.weight2,
+            Groups(tokens_per_expert),
+            self._activate,
+            probs,
+            recompute_activation=self.activation_recompute,
+        )
+        return output, None
 
-    def _activate(self, hidden: Tensor, probs: Tensor) -> Tensor:
+    def _activate(self, hidden: Tensor, probs: Tensor | None) -> Tensor:
         """Activation, gate and routing probability."""
+        assert probs is not None
         config = self.config
         if config.bias_activation_fusion and config.gated_linear_unit and config.activation_func is F.silu:
             return weighted_bias_swiglu_impl(hidden, None, probs[:, None], config.activation_func_fp8_input_store)
@@ -141,7 +142,7 @@ class GroupedExperts(MegatronModule):
             if config.activation_func_clamp_value is not None:
                 gate = gate.clamp(max=config.activation_func_clamp_value)
                 value = value.clamp(-config.activation_func_clamp_value, config.activation_func_clamp_value)
-            if config.glu_linear_offset != 0:  # adding nothing is a pass over all of it, too
+            if config.glu_linear_offset != 0:  # adding 0 would still be a pass over all rows
                 value = value + config.glu_linear_offset
             activated = config.activation_func(gate) * value
         else:
@@ -149,7 +150,7 @@ class GroupedExperts(MegatronModule):
         return weigh_rows(activated, probs)
 
     def backward_dw(self) -> None:
-        """Nothing is delayed: weight gradients come with the backward (``delay_wgrad_compute`` is refused)."""
+        """Does nothing: weight gradients come with the backward pass (``delay_wgrad_compute`` is refused)."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -162,7 +163,7 @@ class GroupedExperts(MegatronModule):
             f"{prefix}weight1": self._factory(prefix, "linear_fc1", self.weight1, 0, gated, sharded_offsets, separate),
             f"{prefix}weight2": self._factory(prefix, "linear_fc2", self.weight2, 1, False, sharded_offsets, separate),
         }
-        # Megatron's linear layers store an empty object beside each weight, and want to find it again.
+        # Megatron's linear layers store an empty object beside each weight and expect it when they load.
         for index, layer in itertools.product(range(self.num_local_experts), ("linear_fc1", "linear_fc2")):
             key, offsets = self._expert_key(prefix, layer, index, sharded_offsets, separate)
             empty = make_sharded_tensors_for_checkpoint(
@@ -179,7 +180,7 @@ class GroupedExperts(MegatronModule):
     def _expert_key(
         self, prefix: str, layer: str, index: int, offsets: tuple[Any, ...], separate: bool
     ) -> tuple[str, tuple[Any, ...]]:
-        """Where a local expert is stored: under a key of its own, or at its place on the axis of all experts."""
+        """Key and offsets of a stored expert: a key of its own, or its index on the axis of all experts."""
         expert = self.ep_group.rank() * self.num_local_experts + index
         if separate:
             return f"{prefix}experts.{expert}.{layer}.", offsets
@@ -231,44 +232,8 @@ class GroupedExperts(MegatronModule):
         )
 
 
-class _ActivateAndProject(torch.autograd.Function):
-    """The activation and the second linear layer, of which ``hidden`` is kept and the activation computed twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, activate: Callable[..., Tensor], hidden: Tensor, probs: Tensor, weight: Tensor, groups: Groups
-    ) -> Tensor:
-        ctx.activate, ctx.groups = activate, groups
-        device = hidden.device.type
-        ctx.autocast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
-        ctx.save_for_backward(hidden, probs, weight)
-        return project(autocast(activate(hidden, probs)), (weight,), groups)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, probs, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        wanted = ctx.needs_input_grad[1:4]
-        with torch.enable_grad(), torch.autocast(hidden.device.type, **ctx.autocast):  # as in the forward
-            inputs = [tensor.detach().requires_grad_(want) for tensor, want in zip((hidden, probs), wanted)]
-            activated = autocast(ctx.activate(*inputs))
-        grad_weight = weight_gradients(gradient, activated.detach(), (weight,), ctx.groups)[0] if wanted[2] else None
-        grads: list[Tensor | None] = [None, None]
-        if wanted[0] or wanted[1]:
-            found = iter(
-                torch.autograd.grad(
-                    activated,
-                    [tensor for tensor in inputs if tensor.requires_grad],
-                    input_gradient(gradient, (weight,), ctx.groups),
-                )
-            )
-            grads = [next(found) if tensor.requires_grad else None for tensor in inputs]
-        return None, *grads, grad_weight, None
-
-
 def _drop_extra_states(module: torch.nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """These experts have none; checkpoints of Megatron's linear layers hold empty ones."""
+    """Drop the empty extra states that checkpoints of Megatron's linear layers hold; these experts have none."""
     for key in [key for key in state if key.startswith(prefix) and key.endswith(_EXTRA_STATE)]:
         del state[key]
 
