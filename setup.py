@@ -1,8 +1,11 @@
 """Build deepep_moe: the Python package always, the CUDA extension ``deepep_moe._C`` where nvcc is found, and
 ``deepep_moe._nvshmem`` (transfers between nodes) where NVSHMEM is found as well.
 
-    pip install --no-build-isolation .                    # package, and extension if possible
-    python setup.py build_ext --inplace                   # only (re)compile the extension
+    pip install .                          # package and extension; -v shows what was found
+    python setup.py build_ext --inplace    # only (re)compile the extension
+
+Where there is no nvcc the package is built without the extension. Where nvcc is there and the extension cannot be
+built, the build fails and says why.
 
 Environment variables:
 
@@ -20,7 +23,7 @@ Environment variables:
 ``DEEPEP_MOE_DELAY_PUTS``
     ``1`` makes a debug build of ``_nvshmem`` that waits a random time before each transfer.
 ``DEEPEP_MOE_CUDA``
-    ``0`` skips the extension, ``1`` fails when it cannot be built. Default: build it when nvcc is there.
+    ``0`` skips the extension, ``1`` fails where there is no nvcc either.
 ``CUDA_HOME``, ``CXX``, ``MAX_JOBS``
     CUDA toolkit, host compiler, number of parallel compilations.
 
@@ -99,6 +102,9 @@ def find_nvshmem() -> tuple[Path | None, str]:
             sys.exit(f"NVSHMEM_DIR={value}: no include directory there")
         return Path(value), "NVSHMEM_DIR"
     wheel = package_directory("nvidia.nvshmem")
+    if wheel is None:  # pip's isolated build hides installed packages: this Python's are still in their folder
+        installed = Path(sysconfig.get_paths()["purelib"], "nvidia", "nvshmem")
+        wheel = installed if installed.is_dir() else None
     return (wheel, "nvidia-nvshmem wheel") if wheel else (None, "")
 
 
@@ -185,12 +191,19 @@ class Toolchain:
         self.jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         self.archs, self.archs_source = self._archs()
         self.why_not = self._why_not()
-        if self.why_not and self.wanted:
-            sys.exit(f"DEEPEP_MOE_CUDA=1, but the extension cannot be built: {self.why_not}")
         self.delay_puts = bool(switch("DEEPEP_MOE_DELAY_PUTS"))
         self.why_not_nvshmem = self.why_not or self._why_not_nvshmem()
+
+    def failure(self) -> str:
+        """Why a build must not go on without the extension, and what to do; empty where it may."""
+        if self.wanted and self.why_not:
+            return f"DEEPEP_MOE_CUDA=1, but the CUDA extension cannot be built: {self.why_not}"
+        if self.wanted is None and self.cuda_home is not None and self.why_not:
+            remedy = "to install without the extension, set DEEPEP_MOE_CUDA=0"
+            return f"nvcc is in {self.cuda_home}, but the CUDA extension cannot be built: {self.why_not}; {remedy}"
         if self.why_not_nvshmem and switch("DEEPEP_MOE_NVSHMEM"):
-            sys.exit(f"DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: {self.why_not_nvshmem}")
+            return f"DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: {self.why_not_nvshmem}"
+        return ""
 
     def _archs(self) -> tuple[list[str], str]:
         """Architectures to build for, and who says so."""
@@ -214,7 +227,7 @@ class Toolchain:
         if not shutil.which(self.cxx[0]):
             return f"no host compiler ({self.cxx[0]}; set CXX)"
         if self.pybind11 is None:
-            return "pybind11 is not installed for this Python (pip install pybind11)"
+            return "pybind11 is not installed for this Python (pip install pybind11, or leave out --no-build-isolation)"
         return ""
 
     def _why_not_nvshmem(self) -> str:
@@ -373,6 +386,8 @@ def main() -> None:
     modules = toolchain.modules()
     if {"build", "build_ext", "install", "develop", "bdist_wheel", "editable_wheel"} & set(sys.argv):
         print(toolchain.summary(modules), flush=True)
+        if failure := toolchain.failure():
+            sys.exit(f"deepep_moe: {failure}")
     # integrations/ stands beside deepep_moe/ in the tree and is imported as deepep_moe.integrations
     integrations = [f"deepep_moe.integrations.{name}" for name in find_packages("integrations")]
     setup(

@@ -104,8 +104,7 @@ class Case:
         local_experts, ranks = self.layer.experts // self.world.size, range(self.world.size)
         owner = self.topk_idx.cpu() // local_experts
         counts = [int((owner == rank).any(1).sum()) for rank in ranks]
-        sent = torch.tensor(counts, dtype=torch.int64, device="cpu")
-        return Traffic(torch.stack(self.world.gather(sent)))
+        return Traffic(torch.tensor(self.world.gather(counts), dtype=torch.int64, device="cpu"))
 
 
 def measure_case(world: World, layer: Layer, tokens: int, repeats: int, done: Callable[[str], None]) -> Table:

@@ -91,8 +91,8 @@ class Traffic:
 
     @classmethod
     def of(cls, world: World, plan: Plan) -> Traffic:
-        sent = (plan.send_slot >= 0).sum(0).cpu()
-        return cls(torch.stack(world.gather(sent)))
+        sent = (plan.send_slot >= 0).sum(0).tolist()
+        return cls(torch.tensor(world.gather(sent), dtype=torch.int64, device="cpu"))
 
     @property
     def link(self) -> int:

@@ -5,7 +5,7 @@
 #   bash recipes/quickstart.sh --set train.steps=50         arguments go to recipes/train_megatron.py (--help)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source environment.sh
+DEEPEP_MOE_PACKAGES=recipes source environment.sh
 
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus == 1 ? 1 : 2))

@@ -174,7 +174,7 @@ def look_at_group(mine: list[Finding], config: DispatcherConfig) -> list[Finding
 def compare_ranks(world: World, mine: list[Finding]) -> list[Finding]:
     """How many ranks there are, and every finding of another rank that rank 0 does not have too. Collective."""
     started = "by torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "without torchrun"
-    everyone: list[list[Finding]] = world.gather(mine)
+    everyone = [[Finding(*finding) for finding in findings] for findings in world.gather(mine)]
     ranks_of: dict[Finding, list[str]] = {}
     for rank, findings in enumerate(everyone):
         for finding in findings:

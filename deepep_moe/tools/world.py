@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepep_moe.backends.exchange import gather
+
 _SPIN_CYCLES = 2_000_000  # about 1 ms
+_TIMEOUT_SECONDS = 300.0  # longest wait for another rank
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class World:
         self.synchronize()
         if busy:
             self.spin()
-        dist.all_reduce(torch.zeros(1, device=self.device if self.collectives == "nccl" else None))
+        meeting = self.device if self.collectives == "nccl" else torch.device("cpu")
+        dist.all_reduce(torch.zeros(1, dtype=torch.float32, device=meeting))
 
     def spin(self) -> None:
         """Keep this rank's GPU busy for about a millisecond, in which the host can enqueue more work."""
@@ -65,14 +69,14 @@ class World:
         return list(result.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, by rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        """Every rank's ``value``, by rank: what JSON can hold (torch's own gather of objects needs NumPy)."""
+        group = dist.group.WORLD
+        assert group is not None  # made by ranks_of_this_run
+        return gather("gather", group, self.device, _TIMEOUT_SECONDS, value)
 
 
 @contextmanager
-def ranks_of_this_run(timeout_seconds: float = 300) -> Iterator[World]:
+def ranks_of_this_run() -> Iterator[World]:
     """Join torchrun's ranks (without torchrun: one rank alone) on their GPUs, or on the CPU where there are none."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -81,7 +85,7 @@ def ranks_of_this_run(timeout_seconds: float = 300) -> Iterator[World]:
     # NCCL refuses two ranks on one GPU; gloo serves CPU tensors in any case.
     own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
     groups = "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=_TIMEOUT_SECONDS)
     if "RANK" in os.environ:
         dist.init_process_group(groups, timeout=timeout)
     else:

@@ -47,11 +47,31 @@ def test_without_toolkit_the_extension_is_left_out(tmp_path: Path) -> None:
 def test_the_extension_can_be_required_and_refused(tmp_path: Path) -> None:
     required = build(tmp_path, DEEPEP_MOE_CUDA="1", **NO_TOOLKIT)
     assert required.returncode != 0
-    assert "DEEPEP_MOE_CUDA=1, but the extension cannot be built: no CUDA toolkit found" in required.stderr
+    assert "DEEPEP_MOE_CUDA=1, but the CUDA extension cannot be built: no CUDA toolkit found" in required.stderr
 
     refused = build(tmp_path, DEEPEP_MOE_CUDA="0")
     assert refused.returncode == 0
     assert "not built: DEEPEP_MOE_CUDA=0" in refused.stdout
+
+
+def test_a_build_that_has_nvcc_fails_without_what_else_it_needs(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel without kernels on a machine that could compile them would be noticed at the first slow training run."""
+    result = build(tmp_path, CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert (
+        f"nvcc is in {machine}, but the CUDA extension cannot be built: no host compiler (no-such-compiler; set CXX); "
+        "to install without the extension, set DEEPEP_MOE_CUDA=0"
+    ) in result.stderr
+    assert build(tmp_path, CXX="no-such-compiler", DEEPEP_MOE_CUDA="0").returncode == 0
+
+    monkeypatch.setattr(SETUP, "package_directory", lambda name: None)
+    assert "pybind11 is not installed" in SETUP.Toolchain().failure()
+    program(machine / "bin/nvidia-smi", "echo 7.0")
+    assert "compiles for none of the GPUs found: 7.0" in SETUP.Toolchain().failure()
+    monkeypatch.setenv("DEEPEP_MOE_CUDA", "0")
+    assert SETUP.Toolchain().failure() == ""
 
 
 @pytest.mark.parametrize(
@@ -136,8 +156,18 @@ def test_nvshmem_is_a_module_of_its_own_where_it_is_found(machine: Path, monkeyp
     assert [module.name for module in SETUP.Toolchain().modules()] == ["deepep_moe._C"]
     monkeypatch.setenv("DEEPEP_MOE_NVSHMEM", "1")
     (home / "lib/libnvshmem_device.a").unlink()
-    with pytest.raises(SystemExit, match=r"DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: no libnvshmem_device.a"):
-        SETUP.Toolchain()
+    required = SETUP.Toolchain().failure()
+    assert required.startswith("DEEPEP_MOE_NVSHMEM=1, but _nvshmem cannot be built: no libnvshmem_device.a")
+
+
+def test_nvshmem_is_found_from_an_isolated_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip hides installed packages from a build; the wheel is in the folder of this Python's packages all the same."""
+    monkeypatch.delenv("NVSHMEM_DIR", raising=False)
+    monkeypatch.setattr(SETUP, "package_directory", lambda name: None)
+    monkeypatch.setattr(SETUP.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    assert SETUP.find_nvshmem() == (None, "")
+    (tmp_path / "nvidia/nvshmem").mkdir(parents=True)
+    assert SETUP.find_nvshmem() == (tmp_path / "nvidia/nvshmem", "nvidia-nvshmem wheel")
 
 
 def test_architectures_are_those_of_the_gpus_unless_the_caller_says_otherwise(

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from deepep_moe import DispatcherConfig
+from deepep_moe import DispatcherConfig, __version__
 from tests.launch import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +44,25 @@ def test_architecture_shows_no_file_that_is_gone() -> None:
 def test_readme_table_is_the_dispatcher_config() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", README, flags=re.MULTILINE))
     assert rows == {field.name: str(field.default) for field in fields(DispatcherConfig)}
+
+
+def test_changelog_is_ready_for_a_tag() -> None:
+    """A release renames ``Unreleased`` to the version and its date."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *others = re.findall(r"^## (.*)$", changelog, flags=re.MULTILINE)
+    releases = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+) \(\d{4}-\d\d-\d\d\)", heading) for heading in others]
+    assert all(releases), others
+    versions = [tuple(map(int, release.groups())) for release in releases if release]
+    assert versions == sorted(set(versions), reverse=True)
+    assert first == "Unreleased" or first.startswith(f"{__version__} (")
+
+
+def test_the_oldest_pytorch_is_the_same_everywhere() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    oldest = re.findall(r'"torch>=([\d.]+)"', project)
+    assert len(oldest) == 1
+    for page in ("README.md", "docs/install.md"):
+        assert f"PyTorch {oldest[0]} or newer" in (ROOT / page).read_text(encoding="utf-8"), page
 
 
 def test_readme_names_files_that_exist() -> None:
