@@ -3,8 +3,8 @@
 No host stands between the network and NVLink: counts stay on the device (:attr:`Blocks.used`), and a layer over several
 nodes can be captured in a CUDA graph once it has run. csrc/nvshmem/rail.cu has the protocol.
 
-Memory is symmetric and grows with the largest batch (never while a graph captures, nor while anything is on its way).
-Of the four regions two serve gathers and two dispatches and combines: operations of a kind alternate between them.
+Memory is symmetric and grows with the largest batch, but never while a graph is captured. Of the four regions two serve
+gathers and two serve dispatches and combines: operations of a kind alternate between them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _WORD_BYTES = 8
 class _Region:
     """Memory of one operation at a time."""
 
-    parts: list[nvshmem.Part] = field(default_factory=list)
-    cursor: list[int] = field(default_factory=list)
-    """Bytes of each part that the operation uses."""
-    kept: bool = False
-    """A CUDA graph holds addresses in it."""
+    part: nvshmem.Part | None = None
+    kept: list[nvshmem.Part] = field(default_factory=list)
+    """Former parts whose addresses a CUDA graph holds."""
+    captured: bool = False
+    """A CUDA graph holds addresses in ``part``."""
 
 
 class NvshmemRail:
@@ -66,7 +66,6 @@ class NvshmemRail:
         self._closed = False
         self._regions = [_Region() for _ in range(self._module.RAIL_REGIONS)]
         self._turn = {_GATHER: 0, _MOVE: 0}
-        self._region = 0
         if self._ranks == 1:
             return
         self._signals = self._peers.take(self._module.rail_signal_bytes(self._ranks))
@@ -100,71 +99,65 @@ class NvshmemRail:
     # -- operations ----------------------------------------------------------------------------------------------
 
     def gather(self, phase: Phase, block: Tensor) -> Tensor:
-        rows = block.contiguous().view(block.shape[0], -1)
-        row_bytes = rows.shape[1] * rows.element_size()
-        peers, count = self._ranks - 1, rows.shape[0]
+        peers, count = self._ranks - 1, block.shape[0]
         out = torch.empty((self._ranks, *block.shape), dtype=block.dtype, device=self.device)
         out[self._rank] = block
-        if peers == 0 or rows.numel() == 0:
+        if peers == 0 or block.numel() == 0:
             return out
-        sizes = tuple(count * (rank != self._rank) for rank in range(self._ranks))
-        sent = self._buffer(_GATHER, peers * count, row_bytes, 0)
+        rows = block.contiguous().view(count, -1)
+        row_bytes = rows.shape[1] * rows.element_size()
+        blocks = Blocks(tuple(count * (rank != self._rank) for rank in range(self._ranks)))
+        sent, received = self._begin(_GATHER, peers * count, peers * count, row_bytes)
         sent.view(peers, count, row_bytes).copy_(rows.view(torch.uint8).unsqueeze(0))
-        came = self.start(phase, sent, Blocks(sizes), Blocks(sizes), 0, 1)().view(peers, count * row_bytes)
-        by_rank = out.view(self._ranks, -1).view(torch.uint8)
+        self._start(_GATHER, sent, received, blocks, 0, 1)()
+        by_rank, came = out.view(self._ranks, -1).view(torch.uint8), received.view(peers, count * row_bytes)
         by_rank[: self._rank] = came[: self._rank]
         by_rank[self._rank + 1 :] = came[self._rank :]
         return out
 
-    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
-        return self._buffer(_MOVE, num_rows, row_bytes, chunk)
-
-    def _buffer(self, kind: int, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
-        """Where rows of a chunk are sent from; the first chunk begins an operation."""
-        self._check_open()
-        if self._ranks == 1:
-            return torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=self.device)
-        num_bytes = num_rows * row_bytes
-        if chunk == 0:
-            self._turn[kind] ^= 1
-            self._region = kind + self._turn[kind]
-            region = self._regions[self._region]
-            region.cursor = [0] * len(region.parts)
-        self._place = self._find_room(self._regions[self._region], num_bytes)
-        if chunk == 0:
-            self._module.rail_begin(self._args[self._region], enter_stream(self._index))
-        return self._at(self._place, num_bytes).view(num_rows, row_bytes)
+    def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+        return self._begin(_MOVE, send_rows, recv_rows, row_bytes)
 
     def start(
-        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
-    ) -> Callable[[], Tensor]:
+        self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], object]:
         self._check_open()
+        return self._start(_MOVE, sent, received, send, chunk, num_chunks)
+
+    def _begin(self, kind: int, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+        """Begin an operation: memory to send from and to receive in."""
+        self._check_open()
+        sent_bytes, received_bytes = send_rows * row_bytes, recv_rows * row_bytes
+        half = -(-sent_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT
         if self._ranks == 1:
-            return lambda: rows
+            memory = torch.empty(half + received_bytes, dtype=torch.uint8, device=self.device)
+        else:
+            self._turn[kind] ^= 1
+            memory = self._memory(kind + self._turn[kind], half + received_bytes)
+            self._module.rail_begin(self._args[kind + self._turn[kind]], enter_stream(self._index))
+        sent, received = memory[:sent_bytes], memory[half : half + received_bytes]
+        return sent.view(send_rows, row_bytes), received.view(recv_rows, row_bytes)
+
+    def _start(
+        self, kind: int, sent: Tensor, received: Tensor, send: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], object]:
+        """Put one chunk of the operation that :meth:`_begin` began. Returns what waits for the peers' rows of it."""
+        if self._ranks == 1:
+            return lambda: None
         if num_chunks > self._module.MAX_CHUNKS:
             raise ValueError(f"num_chunks = {num_chunks}: at most {self._module.MAX_CHUNKS}")
-        num_rows, row_bytes = rows.shape
-        num_bytes = num_rows * row_bytes
-        part, first = self._place
-        expected = self._at(self._place, num_bytes)
-        assert rows.data_ptr() == expected.data_ptr(), "rows are not in send_buffer"
-        region, received = self._region, self._at((part, first + num_bytes), num_bytes)
-        described = self._module.RailChunk(
+        args, module = self._args[kind + self._turn[kind]], self._module
+        described = module.RailChunk(
             chunk=chunk,
             last=chunk == num_chunks - 1,
-            block_rows=num_rows // (self._ranks - 1),
-            row_bytes=row_bytes,
+            block_rows=sent.shape[0] // (self._ranks - 1),
+            row_bytes=sent.shape[1],
             used=0 if send.used is None else send.used.data_ptr(),
-            sent=rows.data_ptr(),
+            sent=sent.data_ptr(),
             received=received.data_ptr(),
         )
-        self._module.rail_put(self._args[region], described, enter_stream(self._index))
-
-        def finish() -> Tensor:
-            self._module.rail_wait(self._args[region], described, enter_stream(self._index))
-            return received.view(num_rows, row_bytes)
-
-        return finish
+        module.rail_put(args, described, enter_stream(self._index))
+        return lambda: module.rail_wait(args, described, enter_stream(self._index))
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -173,35 +166,32 @@ class NvshmemRail:
         index: int = self.device.index
         return index
 
-    def _find_room(self, region: _Region, num_bytes: int) -> tuple[nvshmem.Part, int]:
-        """Room to send ``num_bytes`` from and to receive as many after it; equal on all ranks, as all sizes are."""
-        capturing = torch.cuda.is_current_stream_capturing()
-        region.kept = region.kept or capturing
-        half = -(-num_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT
-        for number, part in enumerate(region.parts):
-            first = region.cursor[number]
-            if first + num_bytes + half <= part.num_bytes:
-                region.cursor[number] = first + num_bytes + half
-                return part, first
-        if capturing:
-            raise CapacityError(
-                f"{2 * num_bytes} bytes of symmetric memory are needed, and memory cannot be taken while a CUDA graph "
-                "is captured: run the layer once before the capture, with as many tokens"
-            )
-        if not region.kept and not any(region.cursor):  # nothing uses it: one larger part instead of several
-            torch.cuda.synchronize(self.device)
-            for part in region.parts:
-                part.free()
-            region.parts, region.cursor = [], []
-        part = self._peers.take(max(_LEAST_BYTES, (num_bytes + half) * 5 // 4))
-        region.parts.append(part)
-        region.cursor.append(num_bytes + half)
-        return part, 0
+    def _memory(self, number: int, num_bytes: int) -> Tensor:
+        """The memory of a region, which grows where that is too little. Sizes are equal on all ranks."""
+        region, capturing = self._regions[number], torch.cuda.is_current_stream_capturing()
+        if region.part is None or region.part.num_bytes < num_bytes:
+            if capturing:
+                raise CapacityError(
+                    f"{num_bytes} bytes of symmetric memory are needed, and memory cannot be taken while a CUDA graph "
+                    "is captured: run the layer once before the capture, with as many tokens"
+                )
+            self._grow(number, num_bytes)
+        region.captured = region.captured or capturing
+        assert region.part is not None
+        return region.part.memory
 
-    @staticmethod
-    def _at(place: tuple[nvshmem.Part, int], num_bytes: int) -> Tensor:
-        part, first = place
-        return part.memory[first : first + num_bytes]
+    def _grow(self, number: int, num_bytes: int) -> None:
+        """Give a region, and the one it alternates with, at least ``num_bytes``. Between operations: both are idle."""
+        torch.cuda.synchronize(self.device)
+        pair = [self._regions[number], self._regions[number ^ 1]]
+        for region in pair:
+            if region.part is not None and region.captured:
+                region.kept.append(region.part)
+            elif region.part is not None:
+                region.part.free()
+            region.part, region.captured = None, False
+        for region in pair:
+            region.part = self._peers.take(max(_LEAST_BYTES, num_bytes * 5 // 4))
 
     # -- failure and end -----------------------------------------------------------------------------------------
 
@@ -249,5 +239,5 @@ class NvshmemRail:
             return  # something may still be on its way: the memory stays taken
         torch.cuda.synchronize(self.device)
         for region in self._regions:
-            for part in region.parts:
+            for part in [*region.kept, *([region.part] if region.part is not None else [])]:
                 part.free()  # the signals stay taken: one of the last may arrive later than the rows
