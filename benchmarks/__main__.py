@@ -183,10 +183,10 @@ def dispatcher(
     """Tokens to expert rows, back, and the backward of both: TokenDispatcher, and Megatron-Core's dispatchers."""
     with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
         shapes, budgets = parse_shapes(shape, run.world), parse_budgets(num_sms)
-        cases = [(one, bench_dispatcher.contenders(run.world, one, budgets)) for one in shapes]
-        done = run.steps(sum(len(contenders) for _, contenders in cases))
-        for one, contenders in cases:
-            run.report.add(bench_dispatcher.dispatcher_table(run.world, one, contenders, repeats, done))
+        cases = [(one, bench_dispatcher.candidates(run.world, one, budgets)) for one in shapes]
+        done = run.steps(sum(len(candidates) for _, candidates in cases))
+        for one, candidates in cases:
+            run.report.add(bench_dispatcher.dispatcher_table(run.world, one, candidates, repeats, done))
 
 
 MEGATRON_EXAMPLES = """[bold]Examples[/bold]
@@ -294,15 +294,15 @@ def overlap(
                 raise UnsupportedError("--timeline shows kernels, and there is no GPU; --plot draws the step times")
         case = f"{shape}, {tokens} tokens per rank, {world.size} ranks"
         values = {**shape._asdict(), "tokens": tokens, "ranks": world.size}
-        ways = bench_overlap.layer_ways(world, shape, tokens, budgets, counts)
-        tables = [(f"Overlap: {case}", bench_overlap.LAYER_NOTE, ways)]
+        variants = bench_overlap.layer_variants(world, shape, tokens, budgets, counts)
+        tables = [(f"Overlap: {case}", bench_overlap.LAYER_NOTE, variants)]
         if megatron and bench_megatron.megatron_missing(world) is None:
-            ways = bench_overlap.megatron_ways(world, shape, tokens, budgets)
-            tables.append((f"Overlap in Megatron-Core: {case}", bench_overlap.MEGATRON_NOTE, ways))
-        done = run.steps(sum(len(ways) for _, _, ways in tables))
+            variants = bench_overlap.megatron_variants(world, shape, tokens, budgets)
+            tables.append((f"Overlap in Megatron-Core: {case}", bench_overlap.MEGATRON_NOTE, variants))
+        done = run.steps(sum(len(variants) for _, _, variants in tables))
         timelines = []
-        for title, note, ways in tables:
-            table, spans = bench_overlap.overlap_table(world, title, note, values, ways, repeats, trace, done)
+        for title, note, variants in tables:
+            table, spans = bench_overlap.overlap_table(world, title, note, values, variants, repeats, trace, done)
             run.report.add(table)
             timelines += spans
         if timeline and world.rank == 0:
@@ -337,15 +337,15 @@ def nodes(
         bench_nodes.cut_host(ranks_per_node)
     with run_on_all_ranks({"json": json, "markdown": markdown, "plot": plot}, commit) as run:
         world, size = run.world, bench_nodes.ranks_per_node(run.world, ranks_per_node)
-        cases = [(one, bench_nodes.contenders(world, one)) for one in parse_shapes(shape, world)]
+        cases = [(one, bench_nodes.candidates(world, one)) for one in parse_shapes(shape, world)]
         layers = [bench_megatron.Layer.parse(text) for text in layer if bench_megatron.megatron_missing(world) is None]
         for one in layers:
             one.check(world.size)
         done = run.steps(
-            sum(len(contenders) for _, contenders in cases) + len(layers) * (1 + len(bench_nodes.BACKENDS))
+            sum(len(candidates) for _, candidates in cases) + len(layers) * (1 + len(bench_nodes.BACKENDS))
         )
-        for case, contenders in cases:
-            run.report.add(bench_nodes.dispatcher_table(world, case, size, contenders, repeats, done))
+        for case, candidates in cases:
+            run.report.add(bench_nodes.dispatcher_table(world, case, size, candidates, repeats, done))
         for one in layers:
             run.report.add(bench_nodes.layer_table(world, one, size, tokens, repeats, done))
 

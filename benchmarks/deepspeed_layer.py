@@ -1,6 +1,6 @@
 """``benchmarks deepspeed``: DeepSpeed's two kinds of MoE layer as they are, and on this library.
 
-Contenders and clocks are those of megatron_layer.py. No engine is made: a layer runs alone, on expert-parallel groups
+Candidates and clocks are those of megatron_layer.py. No engine is made: a layer runs alone, on expert-parallel groups
 that DeepSpeed makes from the ranks of this run.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.megatron_layer import (
     SEED,
-    Contender,
+    Candidate,
     Layer,
     Step,
     by_budget,
@@ -35,7 +35,7 @@ STOCK = "DeepSpeed"
 
 _MEMORY = (
     "Memory on the row of the total: peak in PyTorch's allocator with weights, gradients and activations, and what was "
-    "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this contender."
+    "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this candidate."
 )
 NOTES = [
     "deepspeed.moe.layer.MoE with drop_tokens=False: gate, dispatch, experts and combine, forward and backward with "
@@ -60,11 +60,11 @@ def layer_table(
     """One layer: stock, and converted, per SM budget. Call :func:`start` before."""
     case = {**layer._asdict(), "tokens": tokens, "ranks": world.size, "dtype": str(_dtype(world)).partition(".")[2]}
     title = f"DeepSpeed MoE: {layer}, {case['dtype']}, {tokens} tokens per rank, {world.size} ranks"
-    contenders = [Contender(STOCK, _layer_builder(world, layer, tokens, ours=False))]
+    candidates = [Candidate(STOCK, _layer_builder(world, layer, tokens, ours=False))]
     for label, budget in by_budget(world, budgets):
         build = _layer_builder(world, layer, tokens, ours=True)
-        contenders.append(Contender(f"deepep, {label}", with_settings(build, num_sms=budget)))
-    return measure(world, Table(title, case, list(NOTES)), contenders, repeats, done)
+        candidates.append(Candidate(f"deepep, {label}", with_settings(build, num_sms=budget)))
+    return measure(world, Table(title, case, list(NOTES)), candidates, repeats, done)
 
 
 def autoep_table(
@@ -73,11 +73,11 @@ def autoep_table(
     """One AutoEP layer: its own backend, and ours per SM budget. Call :func:`start` before."""
     case = {**layer._asdict(), "tokens": tokens, "ranks": world.size, "dtype": "bfloat16"}
     title = f"DeepSpeed AutoEP: {layer}, bfloat16, {tokens} tokens per rank, {world.size} ranks"
-    contenders = [Contender("comm", _autoep_builder(world, layer, tokens, ours=False))]
+    candidates = [Candidate("comm", _autoep_builder(world, layer, tokens, ours=False))]
     for label, budget in by_budget(world, budgets):
         build = _autoep_builder(world, layer, tokens, ours=True)
-        contenders.append(Contender(f"deepep, {label}", with_settings(build, num_sms=budget)))
-    return measure(world, Table(title, case, list(AUTOEP_NOTES)), contenders, repeats, done)
+        candidates.append(Candidate(f"deepep, {label}", with_settings(build, num_sms=budget)))
+    return measure(world, Table(title, case, list(AUTOEP_NOTES)), candidates, repeats, done)
 
 
 def start(world: World) -> None:

@@ -1,6 +1,6 @@
 """``benchmarks dispatcher``: tokens to expert rows and back, beside Megatron-Core's own ``alltoall`` dispatcher.
 
-What contenders have in common is in megatron_layer.py. Each runs from an idle GPU and, where there is one, also behind
+What candidates have in common is in megatron_layer.py. Each runs from an idle GPU and, where there is one, also behind
 other work of the GPU: in a training step attention and router still run when the host comes to the dispatch.
 """
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.megatron_layer import (
-    Contender,
+    Candidate,
     Step,
     by_budget,
     measure,
@@ -37,11 +37,11 @@ CAPACITY_FACTOR = 1.25  # of the capacity mode, at least; more where few tokens 
 
 NOTES = [
     "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
-    "nothing else, with deepep_moe.weigh_rows for all contenders alike; combine: rows to tokens; backward: of all "
+    "nothing else, with deepep_moe.weigh_rows for all candidates alike; combine: rows to tokens; backward: of all "
     "three. TokenDispatcher starts from top-k indices, Megatron's dispatchers from the router's map and "
     "probabilities.",
     "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
-    "(staging, NCCL's buffers, loaded kernels) first by this contender.",
+    "(staging, NCCL's buffers, loaded kernels) first by this candidate.",
 ]
 BUSY_NOTE = (
     "Median, min and max: each step starts from an idle GPU, so dispatch holds all that the host does before its first "
@@ -50,21 +50,21 @@ BUSY_NOTE = (
 )
 
 
-def contenders(world: World, shape: Shape, budgets: list[int]) -> list[Contender]:
+def candidates(world: World, shape: Shape, budgets: list[int]) -> list[Candidate]:
     """alltoall if Megatron-Core is there, our dispatcher inside Megatron and alone, per SM budget. Collective."""
     found = []
     settings = by_budget(world, budgets)
     if megatron_missing(world) is None:
-        found.append(Contender("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
+        found.append(Candidate("Megatron alltoall", lambda: megatron_dispatcher(world, shape, "alltoall")))
         for mode, factor in (("", 0.0), ("capacity mode, ", capacity_factor(shape, world.size))):
             for label, budget in settings:
                 build = with_settings(
                     lambda: megatron_dispatcher(world, shape, "deepep"), num_sms=budget, capacity_factor=factor
                 )
-                found.append(Contender(f"Megatron deepep, {mode}{label}", build))
+                found.append(Candidate(f"Megatron deepep, {mode}{label}", build))
     for label, budget in settings:
         build = with_settings(lambda: token_dispatcher(world, shape), num_sms=budget)
-        found.append(Contender(f"TokenDispatcher, {label}", build))
+        found.append(Candidate(f"TokenDispatcher, {label}", build))
     return found
 
 
@@ -76,9 +76,9 @@ def capacity_factor(shape: Shape, ranks: int) -> float:
 
 
 def dispatcher_table(
-    world: World, shape: Shape, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+    world: World, shape: Shape, candidates: list[Candidate], repeats: int, done: Callable[[str], None]
 ) -> Table:
-    """The phases of ``contenders`` on one shape. Collective."""
+    """The phases of ``candidates`` on one shape. Collective."""
     title = f"Dispatchers: {shape}, {world.size} ranks"
     table = Table(title, {**shape._asdict(), "ranks": world.size}, list(NOTES))
     missing = megatron_missing(world)
@@ -91,7 +91,7 @@ def dispatcher_table(
         table.notes.append(f"Megatron's dispatchers are missing: {missing}.")
     if world.on_gpu:
         table.notes.append(BUSY_NOTE)
-    return measure(world, table, contenders, repeats, done, busy_too=True)
+    return measure(world, table, candidates, repeats, done, busy_too=True)
 
 
 def token_dispatcher(world: World, shape: Shape) -> Step:

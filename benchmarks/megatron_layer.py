@@ -1,6 +1,6 @@
-"""``benchmarks megatron``: Megatron-Core's MoE layer on our dispatcher and on its own; what contenders share.
+"""``benchmarks megatron``: Megatron-Core's MoE layer on our dispatcher and on its own; what candidates share.
 
-Nothing is cached: every step plans anew. Contenders run one after the other in the same processes, from the same
+Nothing is cached: every step plans anew. Candidates run one after the other in the same processes, from the same
 tokens, routing and weights; that their outputs agree is checked. Phases are cut by CUDA events on the current stream,
 so a phase holds the host's waits in it.
 """
@@ -35,7 +35,7 @@ SEED = 1234
 Step = Callable[[Phases], Tensor]
 
 
-class Contender(NamedTuple):
+class Candidate(NamedTuple):
     """Something to time. ``build`` gives a step, which returns its output."""
 
     name: str
@@ -45,18 +45,18 @@ class Contender(NamedTuple):
 def measure(
     world: World,
     table: Table,
-    contenders: list[Contender],
+    candidates: list[Candidate],
     repeats: int,
     done: Callable[[str], None],
     busy_too: bool = False,
 ) -> Table:
-    """Fill ``table`` with the phases of each contender. Collective; the first contender is the reference.
+    """Fill ``table`` with the phases of each candidate. Collective; the first candidate is the reference.
 
     Steps start from an idle GPU; with ``busy_too`` also, in further columns, from one that is busy. A CPU has no such
     steps: what it computes it does in the call.
     """
     reference: Tensor | None = None
-    for name, build in contenders:
+    for name, build in candidates:
         watch = MemoryWatch(world)
         step = build()
         samples = step_samples(world, step, repeats)
@@ -72,13 +72,13 @@ def measure(
         error = world.largest([error])[0]
         if error > AGREEMENT:
             table.notes.append(
-                f"Not the same work: outputs of {name} and {contenders[0].name} differ by {error:.1%} of the largest."
+                f"Not the same work: outputs of {name} and {candidates[0].name} differ by {error:.1%} of the largest."
             )
         del step, output
         gc.collect()
         done(name)
-    table.reference = contenders[0].name
-    table.rows.sort(key=lambda row: list(samples).index(row.name))  # stable: contenders stay in order
+    table.reference = candidates[0].name
+    table.rows.sort(key=lambda row: list(samples).index(row.name))  # stable: candidates stay in order
     return table
 
 
@@ -124,7 +124,7 @@ LAYER_NOTES = [
     "combine, forward and backward with weight gradients. Uncached. SequentialMLP is Megatron-Core's loop over the "
     "experts, GroupedExperts ours (all of a linear layer in one call).",
     "Memory on the row of the total: peak in PyTorch's allocator with weights, gradients and activations, and what was "
-    "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this contender.",
+    "taken outside of it (staging, NCCL's buffers, loaded kernels) first by this candidate.",
 ]
 
 
@@ -134,15 +134,15 @@ def layer_table(
     """One layer: both dispatchers with both kinds of experts, ours per SM budget."""
     title = f"MoELayer: {layer}, {tokens} tokens per rank, {world.size} ranks"
     table = Table(title, {**layer._asdict(), "tokens": tokens, "ranks": world.size}, list(LAYER_NOTES))
-    contenders = []
+    candidates = []
     for grouped in (False, True):
         experts = "GroupedExperts" if grouped else "SequentialMLP"
         build = layer_builder(world, layer, tokens, "alltoall", grouped)
-        contenders.append(Contender(f"alltoall, {experts}", build))
+        candidates.append(Candidate(f"alltoall, {experts}", build))
         for label, budget in by_budget(world, budgets):
             build = layer_builder(world, layer, tokens, "deepep", grouped)
-            contenders.append(Contender(f"deepep, {experts}, {label}", with_settings(build, num_sms=budget)))
-    return measure(world, table, contenders, repeats, done)
+            candidates.append(Candidate(f"deepep, {experts}, {label}", with_settings(build, num_sms=budget)))
+    return measure(world, table, candidates, repeats, done)
 
 
 def layer_builder(world: World, shape: Layer, tokens: int, kind: str, grouped: bool) -> Callable[[], Step]:

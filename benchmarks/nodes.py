@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import dispatcher, megatron_layer
-from benchmarks.megatron_layer import Contender, Layer, megatron_missing, with_settings
+from benchmarks.megatron_layer import Candidate, Layer, megatron_missing, with_settings
 from benchmarks.ops import Shape, routing
 from benchmarks.report import Table
 from deepep_moe.config import ENV_PREFIX
@@ -61,28 +61,28 @@ def crossing_rows(shape: Shape, ranks: int, size: int) -> dict[str, float]:
     return {kind: rows / (shape.tokens * ranks) for kind, rows in totals.items()}
 
 
-def contenders(world: World, shape: Shape) -> list[Contender]:
+def candidates(world: World, shape: Shape) -> list[Candidate]:
     """alltoall if Megatron-Core is there, then our dispatcher inside Megatron and alone, on each backend."""
     found = []
     if megatron_missing(world) is None:
-        found.append(Contender("Megatron alltoall", lambda: dispatcher.megatron_dispatcher(world, shape, "alltoall")))
+        found.append(Candidate("Megatron alltoall", lambda: dispatcher.megatron_dispatcher(world, shape, "alltoall")))
         for name in BACKENDS:
             build = with_settings(lambda: dispatcher.megatron_dispatcher(world, shape, "deepep"), backend=name)
-            found.append(Contender(f"Megatron deepep, {name}", build))
+            found.append(Candidate(f"Megatron deepep, {name}", build))
     for name in BACKENDS:
         build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
-        found.append(Contender(f"TokenDispatcher, {name}", build))
+        found.append(Candidate(f"TokenDispatcher, {name}", build))
     return found
 
 
 def dispatcher_table(
-    world: World, shape: Shape, size: int, contenders: list[Contender], repeats: int, done: Callable[[str], None]
+    world: World, shape: Shape, size: int, candidates: list[Candidate], repeats: int, done: Callable[[str], None]
 ) -> Table:
-    """The phases of ``contenders`` on one shape. Collective."""
+    """The phases of ``candidates`` on one shape. Collective."""
     nodes = world.size // size
     title = f"Dispatchers over {nodes} nodes of {size}: {shape}"
     table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, list(dispatcher.NOTES))
-    table = megatron_layer.measure(world, table, contenders, repeats, done)
+    table = megatron_layer.measure(world, table, candidates, repeats, done)
     rows = crossing_rows(shape, world.size, size)
     for index, row in enumerate(table.rows):
         if row.name == "total":
@@ -97,8 +97,8 @@ def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int
     title = f"MoELayer over {nodes} nodes of {size}: {layer}, {tokens} tokens per rank"
     case = {**layer._asdict(), "tokens": tokens, "ranks": world.size, "nodes": nodes}
     table = Table(title, case, list(megatron_layer.LAYER_NOTES))
-    found = [Contender("alltoall", megatron_layer.layer_builder(world, layer, tokens, "alltoall", grouped=True))]
+    found = [Candidate("alltoall", megatron_layer.layer_builder(world, layer, tokens, "alltoall", grouped=True))]
     for name in BACKENDS:
         build = megatron_layer.layer_builder(world, layer, tokens, "deepep", grouped=True)
-        found.append(Contender(f"deepep, {name}", with_settings(build, backend=name)))
+        found.append(Candidate(f"deepep, {name}", with_settings(build, backend=name)))
     return megatron_layer.measure(world, table, found, repeats, done)

@@ -1,8 +1,8 @@
-"""``benchmarks overlap``: how much of dispatch and combine hides behind GEMMs, and what a step gains by it.
+"""``benchmarks overlap``: how much of dispatch and combine overlaps with GEMMs, and the step time that it saves.
 
 One MoE layer with a shared expert, forward and backward with the gradients of all weights, uncached, in several
 orders; and Megatron-Core's, with its own overlap of the shared expert. Steps are timed without a profiler; then a
-profiled step tells when each kernel ran: the time in which communication ran beside other kernels was hidden.
+profiled step tells when each kernel ran: communication is hidden while another kernel runs too.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from deepep_moe.grouped import Groups, grouped_linear
 from deepep_moe.overlap import Overlap
 from deepep_moe.tools.world import World
 
-IN_TURN, BESIDE = "in turn", "shared expert beside"
+SERIAL, OVERLAPPED = "serial", "shared expert overlapped"
 
 Order = Callable[["MoELayer"], Tensor]
 LAYER_NOTE = (
     "Forward and backward with weight gradients, bf16, uncached, host waits included. The shared expert is a gated MLP "
-    f"with the FFN size of one expert. {IN_TURN}: plan, dispatch, experts, combine, shared expert. {BESIDE}: its first "
-    "GEMM while tokens travel to the experts, its second while they travel back. N chunks: Overlap.pipeline, then the "
-    "shared expert."
+    f"with the FFN size of one expert. {SERIAL}: plan, dispatch, experts, combine, shared expert. {OVERLAPPED}: its "
+    "first GEMM while tokens travel to the experts, its second while they travel back. N chunks: Overlap.pipeline, "
+    "then the shared expert."
 )
 MEGATRON_NOTE = (
     "Megatron-Core's MoELayer from its local specification with GroupedExperts, router included, forward and backward. "
-    f"{BESIDE}: moe_shared_expert_overlap."
+    f"{OVERLAPPED}: moe_shared_expert_overlap."
 )
 GPU_NOTE = (
     "Of one profiled step, mean over the ranks: communication is the time in which a kernel of ours that moves rows or "
@@ -114,13 +114,13 @@ class MoELayer:
         return F.linear(inner, self.shared_out)
 
 
-def in_turn(layer: MoELayer) -> Tensor:
+def serial(layer: MoELayer) -> Tensor:
     arrived = layer.dispatcher.dispatch(layer.x, layer.routes, layer.weights)
     routed = layer.dispatcher.combine(layer.experts(arrived), arrived, weights=arrived.weights)
     return routed + layer.shared_second(layer.shared_first())
 
 
-def shared_beside(layer: MoELayer) -> Tensor:
+def shared_overlapped(layer: MoELayer) -> Tensor:
     plan = layer.dispatcher.plan(layer.routes)
     sent = layer.overlap.begin_dispatch(layer.x, plan, layer.weights)
     inner = layer.shared_first()
@@ -135,17 +135,17 @@ def in_chunks(layer: MoELayer) -> Tensor:
     return routed + layer.shared_second(layer.shared_first())
 
 
-class Way(NamedTuple):
-    """One way to run a layer: its places in the table, and what makes its step."""
+class Variant(NamedTuple):
+    """One way to run a layer: its row and column in the table, and the function that builds its step."""
 
     row: str
     setting: str
     build: Callable[[], Step]
 
 
-def layer_ways(world: World, shape: Layer, tokens: int, budgets: list[int], chunks: Iterable[int]) -> list[Way]:
+def layer_variants(world: World, shape: Layer, tokens: int, budgets: list[int], chunks: Iterable[int]) -> list[Variant]:
     """:class:`MoELayer` in every order, with every SM budget. Collective."""
-    orders: dict[str, tuple[Order, int]] = {IN_TURN: (in_turn, 1), BESIDE: (shared_beside, 1)}
+    orders: dict[str, tuple[Order, int]] = {SERIAL: (serial, 1), OVERLAPPED: (shared_overlapped, 1)}
     orders.update({f"{count} chunks": (in_chunks, count) for count in chunks})
 
     def builder(order: Order, budget: int, count: int) -> Callable[[], Step]:
@@ -157,16 +157,16 @@ def layer_ways(world: World, shape: Layer, tokens: int, budgets: list[int], chun
         return build
 
     return [
-        Way(label, name, builder(order, budget, count))
+        Variant(label, name, builder(order, budget, count))
         for label, budget in by_budget(world, budgets)
         for name, (order, count) in orders.items()
     ]
 
 
-def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -> list[Way]:
+def megatron_variants(world: World, shape: Layer, tokens: int, budgets: list[int]) -> list[Variant]:
     """Megatron-Core's MoELayer with its own ``moe_shared_expert_overlap`` off and on. Collective."""
 
-    def builder(kind: str, beside: bool) -> Callable[[], Step]:
+    def builder(kind: str, overlapped: bool) -> Callable[[], Step]:
         def build() -> Step:
             layer = moe_layer(
                 world,
@@ -174,18 +174,20 @@ def megatron_ways(world: World, shape: Layer, tokens: int, budgets: list[int]) -
                 kind,
                 grouped=True,
                 moe_shared_expert_intermediate_size=shape.ffn,
-                moe_shared_expert_overlap=beside,
+                moe_shared_expert_overlap=overlapped,
             )
             return layer_step(world, layer, lambda x: layer(x)[0], (tokens, 1, shape.hidden), torch.bfloat16)
 
         return build
 
-    settings = {IN_TURN: False, BESIDE: True}
-    ways = [Way("alltoall", name, builder("alltoall", beside)) for name, beside in settings.items()]
+    settings = {SERIAL: False, OVERLAPPED: True}
+    variants = [Variant("alltoall", name, builder("alltoall", overlapped)) for name, overlapped in settings.items()]
     for label, budget in by_budget(world, budgets):
-        for name, beside in settings.items():
-            ways.append(Way(f"deepep, {label}", name, with_settings(builder("deepep", beside), num_sms=budget)))
-    return ways
+        for name, overlapped in settings.items():
+            variants.append(
+                Variant(f"deepep, {label}", name, with_settings(builder("deepep", overlapped), num_sms=budget))
+            )
+    return variants
 
 
 # ----------------------------------------------------------------------------------------------- the profile
@@ -290,18 +292,18 @@ def overlap_table(
     title: str,
     note: str,
     case: dict[str, Any],
-    ways: list[Way],
+    variants: list[Variant],
     repeats: int,
     trace: Path | None,
     done: Callable[[str], None],
 ) -> tuple[Table, list[Timeline]]:
-    """Step times of ``ways``, and what hides. Collective. Rank 0 writes a Chrome trace of each into ``trace``."""
-    table = Table(title, case, [note], reference=IN_TURN)
+    """Step times of ``variants``, and what hides. Collective. Rank 0 writes a Chrome trace of each into ``trace``."""
+    table = Table(title, case, [note], reference=SERIAL)
     if world.on_gpu:
         table.notes.append(GPU_NOTE)
     timelines = []
     reference: Tensor | None = None
-    for row, setting, build in ways:
+    for row, setting, build in variants:
         name = f"{row}, {setting}"
         file = trace / f"{row}-{setting}.json".replace(", ", "-").replace(" ", "_") if trace else None
         samples, spans, output = measure(world, build(), repeats, file if world.rank == 0 else None)

@@ -130,9 +130,9 @@ def step_samples(
 
 
 class MemoryWatch:
-    """Bytes of GPU memory that a contender needs, from here on: in PyTorch's allocator, and outside of it.
+    """Bytes of GPU memory that a candidate needs, from here on: in PyTorch's allocator, and outside of it.
 
-    Outside are staging, NCCL's buffers and loaded kernels; what an earlier contender left there is not counted again.
+    Outside are staging, NCCL's buffers and loaded kernels; what an earlier candidate left there is not counted again.
     """
 
     def __init__(self, world: World) -> None:

@@ -18,7 +18,6 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import UnionType
@@ -33,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from deepep_moe.errors import DeepEPMoEError
+from deepep_moe.tools.world import World
 
 T = TypeVar("T")
 
@@ -185,31 +185,11 @@ PEAK_TERAFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "GH200": 989.0, "
 """Dense BF16 of the SXM variants, by what the device name contains."""
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among those that torchrun started."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on this process's device; the host does not wait for the copy to a GPU."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
-
-    def utilization(self, flops_per_second: float) -> float | None:
-        """Percent of all GPUs' peak (dense BF16) that ``flops_per_second`` are; None where the peak is not known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = next((peak for part, peak in PEAK_TERAFLOPS.items() if part in name), None)
-        return None if peak is None else 100 * flops_per_second / (peak * 1e12 * self.size)
-
-    def mean(self, value: float) -> float:
-        """Mean of one number over all processes."""
-        total = torch.tensor([value], dtype=torch.float32, device=self.device)
-        dist.all_reduce(total)
-        return total.item() / self.size
+def utilization(world: World, flops_per_second: float) -> float | None:
+    """Percent of all GPUs' peak (dense BF16) that ``flops_per_second`` are; None where the peak is not known."""
+    name = torch.cuda.get_device_name(world.device) if world.on_gpu else ""
+    peak = next((peak for part, peak in PEAK_TERAFLOPS.items() if part in name), None)
+    return None if peak is None else 100 * flops_per_second / (peak * 1e12 * world.size)
 
 
 def start_processes(timeout_seconds: float = 600) -> World:
@@ -238,7 +218,7 @@ def start_processes(timeout_seconds: float = 600) -> World:
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if gpus else None,
     )
-    return World(rank, size, device)
+    return World(rank, size, device, "nccl" if gpus else "gloo")
 
 
 # -------------------------------------------------------------------------------------------------- text

@@ -445,7 +445,7 @@ def _train(
             elapsed = time.perf_counter() - since
             entry = {"step": done, "train_loss": loss, "tokens_per_second": tokens_per_step * len(losses) / elapsed}
             entry.update(meter.report(elapsed))
-            used = world.utilization(flops * entry["tokens_per_second"])
+            used = common.utilization(world, flops * entry["tokens_per_second"])
             entry.update({} if used is None else {"mfu_percent": used})
             journal.add(
                 entry,

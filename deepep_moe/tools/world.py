@@ -1,4 +1,4 @@
-"""The ranks of one run of a command-line tool: started by torchrun, or one rank alone."""
+"""The ranks of one run of a tool, benchmark or recipe: started by torchrun, or one rank alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    collectives: str
-    """Who moves tensors of ``device`` in torch.distributed: ``nccl``, or ``gloo`` (CPUs, or ranks that share a GPU)."""
+    collectives: str = "gloo"
+    """The torch.distributed backend for tensors of ``device``: ``nccl``; ``gloo`` on CPUs and for ranks on one GPU."""
 
     @property
     def on_gpu(self) -> bool:
@@ -67,6 +67,18 @@ class World:
         if values:
             dist.all_reduce(result, op=dist.ReduceOp.MAX)
         return list(result.tolist())
+
+    def mean(self, value: float) -> float:
+        """Mean of one number over the ranks."""
+        total = torch.tensor([value], dtype=torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item() / self.size
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` on this rank's device; the host does not wait for the copy to a GPU."""
+        if self.on_gpu:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank: what JSON can hold (torch's own gather of objects needs NumPy)."""

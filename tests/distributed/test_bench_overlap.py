@@ -29,18 +29,22 @@ def test_overlap(tmp_path: Path) -> None:
         [*SMALL[1:], "--chunks", "3", "--repeats", "2"]
     )
     assert len(saved["tables"]) == 1 + WITH_MEGATRON
-    ways = [(row["name"], row["setting"]) for table in saved["tables"] for row in table["measurements"]]
-    assert ways == [("collective", "in turn"), ("collective", "shared expert beside"), ("collective", "3 chunks")] + [
+    variants = [(row["name"], row["setting"]) for table in saved["tables"] for row in table["measurements"]]
+    assert variants == [
+        ("collective", "serial"),
+        ("collective", "shared expert overlapped"),
+        ("collective", "3 chunks"),
+    ] + [
         (name, setting)
         for name in ("alltoall", "deepep, collective")
-        for setting in ("in turn", "shared expert beside")
+        for setting in ("serial", "shared expert overlapped")
         if WITH_MEGATRON
     ]
     assert not [note for table in saved["tables"] for note in table["notes"] if "Not the same work" in note]
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (tmp_path / "traces").iterdir()}
-    assert names == {f"{row}-{setting}.json".replace(", ", "-").replace(" ", "_") for row, setting in ways}
-    assert json.loads((tmp_path / "traces" / "collective-in_turn.json").read_text())["traceEvents"]
+    assert names == {f"{row}-{setting}.json".replace(", ", "-").replace(" ", "_") for row, setting in variants}
+    assert json.loads((tmp_path / "traces" / "collective-serial.json").read_text())["traceEvents"]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import ops, timing
 from benchmarks.__main__ import parse_budgets
 from benchmarks.dispatcher import CAPACITY_FACTOR, capacity_factor
-from benchmarks.megatron_layer import LAYERS, Contender, Layer, measure, with_settings
+from benchmarks.megatron_layer import LAYERS, Candidate, Layer, measure, with_settings
 from benchmarks.ops import HOT, LINK_BYTES, Shape, Traffic, ceiling_table, link_targets, routing, sent_bytes
 from benchmarks.report import Measurement, Report, Table, command_line
 from benchmarks.timing import CALLS, WARMUP, Phases
@@ -188,7 +188,7 @@ def test_the_capacity_mode_gets_the_room_that_the_busiest_rank_needs() -> None:
         assert factor < max(rows) / (shape.tokens * shape.topk) + 0.25 or factor == CAPACITY_FACTOR
 
 
-def test_settings_hold_while_a_contender_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_hold_while_a_candidate_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPEP_MOE_NUM_SMS", "48")
     monkeypatch.delenv("DEEPEP_MOE_CAPACITY_FACTOR", raising=False)
     built = []
@@ -203,13 +203,13 @@ def test_settings_hold_while_a_contender_is_built(monkeypatch: pytest.MonkeyPatc
     assert DispatcherConfig.load() == DispatcherConfig(num_sms=48)
 
 
-def test_contenders_that_do_other_work_are_reported(alone: World) -> None:
-    def giving(value: float) -> Contender:
+def test_candidates_that_do_other_work_are_reported(alone: World) -> None:
+    def giving(value: float) -> Candidate:
         def step(phase: Phases) -> torch.Tensor:
             phase("forward")
             return torch.tensor([1.0, value])
 
-        return Contender(f"{value}", lambda: step)
+        return Candidate(f"{value}", lambda: step)
 
     table = Table("", {})
     measure(alone, table, [giving(2.0), giving(2.01), giving(2.5)], 2, lambda name: None)

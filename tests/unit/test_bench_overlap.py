@@ -66,5 +66,5 @@ def test_timeline(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     spans = [Span(DISPATCH, 20, 0.0, 10.0), Span(GEMM, 7, 6.0, 12.0)]
     picture = tmp_path / "new" / "timeline.png"
-    draw([Timeline("in turn", spans), Timeline("2 chunks", [])], "a title", picture)
+    draw([Timeline("serial", spans), Timeline("2 chunks", [])], "a title", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
