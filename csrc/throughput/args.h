@@ -195,12 +195,6 @@ struct Route {
     }
 };
 
-// 4-byte scales of rows, with any strides (in elements).
-struct Scales {
-    int* data;  // null: none
-    int64_t row_stride, channel_stride;
-};
-
 // Conversion of rows (Wire of deepep_moe/backends/base.py).
 enum class Format : int {
     kAsGiven,     // none; scales are sent too, if there are any

@@ -9,7 +9,7 @@
 // Long rows of the expert layout are sent and gathered in pieces, each with its own flag and warp.
 //
 // Sums are fp32 in a fixed order; a sum that is sent to another rank is rounded to the dtype of the rows.
-#include "device/sum.cuh"
+#include "device/row_sum.cuh"
 #include "throughput/operation.cuh"
 #include "throughput/staging.cuh"
 
@@ -22,34 +22,9 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPieceVectors = 448;  // smallest piece of a row of the expert layout
 
 // The rows that are added to one result, in order: rows of lower ranks, then the rows on this rank (parts), then rows
-// of higher ranks, then biases. One list per warp, in shared memory.
-struct RowList {
-    const char* row[kMaxTopk + kMaxRanks + kMaxBiases];
-    float factor[kMaxTopk + kMaxRanks + kMaxBiases];
+// of higher ranks, then biases.
+struct Parts : RowList<kMaxTopk + kMaxRanks + kMaxBiases> {
     int before, parts, arrived;  // rows of lower ranks; rows on this rank; rows of all ranks
-    int count;
-};
-
-// Lane k holds the k-th row, if its bit is in the mask.
-struct LaneRows {
-    const char* row;
-    float factor;
-    unsigned mask;
-};
-
-__device__ __forceinline__ void append(RowList& list, int& count, const LaneRows& from, unsigned mask) {
-    const int lane = threadIdx.x % kWarpSize;
-    if (mask >> lane & 1) {
-        const int index = count + __popc(mask & ((1u << lane) - 1));
-        list.row[index] = from.row;
-        list.factor[index] = from.factor;
-    }
-    count += __popc(mask);
-}
-
-// The vectors [first, end) of a row.
-struct Span {
-    int first, end;
 };
 
 // The pieces of a row, in vectors. Summing the expert rows of one long row takes a warp tens of microseconds, a large
@@ -67,74 +42,6 @@ struct Pieces {
     }
     __device__ __forceinline__ Span span(int piece) const { return {piece * size, min(vectors, (piece + 1) * size)}; }
 };
-
-// Sum the vectors `first + u * 32` of exactly kRows rows; all of them must exist.
-template <typename T, int kRows, int kVectors>
-__device__ __forceinline__ void sum_vectors(const RowList& list, int first, char* out) {
-    int4 v[kRows][kVectors];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        const int4* row = reinterpret_cast<const int4*>(list.row[r]) + first;
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u) v[r][u] = load_streaming(row + u * kWarpSize);
-    }
-#pragma unroll
-    for (int u = 0; u < kVectors; ++u) {
-        Vector<T> total;
-        total.clear();
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) total.add_scaled(v[r][u], list.factor[r]);
-        store_streaming(reinterpret_cast<int4*>(out) + first + u * kWarpSize, total.pack());
-    }
-}
-
-// Sum exactly kRows rows, with about eight loads in flight.
-template <typename T, int kRows>
-__device__ __forceinline__ void sum_few(const RowList& list, Span span, char* out) {
-    constexpr int kVectors = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
-    const int lane = threadIdx.x % kWarpSize;
-    int base = span.first;
-    for (; base + kVectors * kWarpSize <= span.end; base += kVectors * kWarpSize)
-        sum_vectors<T, kRows, kVectors>(list, base + lane, out);
-    for (base += lane; base < span.end; base += kWarpSize) sum_vectors<T, kRows, 1>(list, base, out);
-}
-
-// Sum any number of rows, four at a time.
-template <typename T>
-__device__ __forceinline__ void sum_many(const RowList& list, Span span, char* out) {
-    constexpr int kRows = 4;
-    for (int i = span.first + threadIdx.x % kWarpSize; i < span.end; i += kWarpSize) {
-        Vector<T> total;
-        total.clear();
-        int row = 0;
-        for (; row + kRows <= list.count; row += kRows) {
-            int4 v[kRows];
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) v[r] = load_streaming(reinterpret_cast<const int4*>(list.row[row + r]) + i);
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) total.add_scaled(v[r], list.factor[row + r]);
-        }
-        for (; row < list.count; ++row)
-            total.add_scaled(load_streaming(reinterpret_cast<const int4*>(list.row[row]) + i), list.factor[row]);
-        store_streaming(reinterpret_cast<int4*>(out) + i, total.pack());
-    }
-}
-
-// Sum the rows of the list over the span, in order. Call with the whole warp.
-template <typename T>
-__device__ __forceinline__ void sum_rows(const RowList& list, Span span, char* out) {
-    switch (list.count) {
-        case 1: return sum_few<T, 1>(list, span, out);
-        case 2: return sum_few<T, 2>(list, span, out);
-        case 3: return sum_few<T, 3>(list, span, out);
-        case 4: return sum_few<T, 4>(list, span, out);
-        case 5: return sum_few<T, 5>(list, span, out);
-        case 6: return sum_few<T, 6>(list, span, out);
-        case 7: return sum_few<T, 7>(list, span, out);
-        case 8: return sum_few<T, 8>(list, span, out);
-        default: return sum_many<T>(list, span, out);
-    }
-}
 
 // The rows on this rank that belong to received row n, and the weight of route `lane`. Empty if n is out of range: such
 // rows did not fit into the plan (the host raises), but their source rank still waits for them.
@@ -158,7 +65,7 @@ __device__ __forceinline__ LaneRows parts_of(const CombineArgs& args, int n, boo
 }
 
 template <typename T, bool kGrouped>
-__device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList& list) {
+__device__ __forceinline__ void send(const CombineArgs& args, int epoch, Parts& list) {
     const Runtime& rt = args.runtime;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarpSize, warps = args.num_send_blocks * kWarps;
@@ -189,7 +96,7 @@ __device__ __forceinline__ void send(const CombineArgs& args, int epoch, RowList
 }
 
 template <typename T, bool kGrouped>
-__device__ __forceinline__ void gather(const CombineArgs& args, int epoch, RowList& list) {
+__device__ __forceinline__ void gather(const CombineArgs& args, int epoch, Parts& list) {
     const Runtime& rt = args.runtime;
     const Route& route = args.route;
     const int lane = threadIdx.x % kWarpSize;
@@ -250,13 +157,13 @@ __device__ __noinline__ void poison_outputs(const CombineArgs& args) {
 // One kernel for each layout, because registers limit the loads in flight.
 template <typename T, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
-    __shared__ RowList lists[kWarps];
+    __shared__ Parts lists[kWarps];
     const Runtime& rt = args.runtime;
     if (is_stopped(rt.domain) || !is_usable(args.route.rank_prefix)) {
         if (last_block_done<false>(&rt.local->blocks_done)) poison_outputs(args);
         return;
     }
-    RowList& list = lists[threadIdx.x / kWarpSize];
+    Parts& list = lists[threadIdx.x / kWarpSize];
     const int epoch = next_epoch(rt.local->data_epoch);
     const Operation operation{Operation::kCombine | (kGrouped ? Operation::kByExpert : 0) |
                                   (args.carry_weights ? Operation::kWithWeights : 0),

@@ -8,7 +8,7 @@
 //
 // The first blocks send, then receive too. The others receive from the start, own rows first, so that link and memory
 // are busy at the same time. Senders never wait, so every wait of a receiver ends.
-#include "device/fp8.cuh"
+#include "device/rows.cuh"
 #include "throughput/operation.cuh"
 #include "throughput/staging.cuh"
 
@@ -17,124 +17,13 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kVectors = 4;         // loads in flight per lane
 constexpr int kTokensPerFence = 2;  // a fence waits for the link, so this many tokens share one
-
-// Source of a row.
-struct Source {
-    const char* row;
-    const int* scales;  // of the row
-    int64_t channel_stride;
-};
-
-// Destination of a lane's copy of the row; valid for lanes in the mask.
-struct Destination {
-    char* row;
-    int* scales;
-    int64_t channel_stride;
-};
 
 // Whether BF16 rows are converted to FP8 before they are sent, and back to BF16 by the receiver.
 template <Format kFormat>
 constexpr bool kQuantises = kFormat != Format::kAsGiven;
 template <Format kFormat>
 constexpr bool kDequantises = kFormat == Format::kThroughFp8;
-
-template <typename T>
-__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
-    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<unsigned long long>(pointer), lane));
-}
-
-// Store a lane's vectors `first + u * 32` of a row, as far as they are below `vectors`, to all destinations.
-template <typename Vector>
-__device__ __forceinline__ void store_copies(const Vector (&v)[kVectors], int first, int vectors, char* to,
-                                             unsigned mask) {
-    for (unsigned m = mask; m; m &= m - 1) {
-        Vector* row = reinterpret_cast<Vector*>(of_lane(to, __ffs(m) - 1)) + first;
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u)
-            if (first + u * kWarpSize < vectors) store_streaming(row + u * kWarpSize, v[u]);
-    }
-}
-
-// Copy one row and its scales to the destinations of all lanes in `mask`. Call with the whole warp.
-__device__ __forceinline__ void copy_row(const Source& from, const Destination& to, unsigned mask, int row_bytes,
-                                         int num_scales) {
-    const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / static_cast<int>(sizeof(int4));
-    const int4* source = reinterpret_cast<const int4*>(from.row);
-    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
-        int4 v[kVectors];
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u)
-            if (base + u * kWarpSize < vectors) v[u] = load_streaming(source + base + u * kWarpSize);
-        store_copies(v, base, vectors, to.row, mask);
-    }
-    for (int c = lane; c - lane < num_scales; c += kWarpSize) {
-        const int scale = c < num_scales ? from.scales[c * from.channel_stride] : 0;
-        for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = of_lane(to.scales, __ffs(m) - 1);
-            if (c < num_scales) scales[c * to.channel_stride] = scale;
-        }
-    }
-}
-
-// The same for a BF16 row, converted to FP8 of `row_bytes` channels and, if kBack, back to BF16.
-template <bool kBack>
-__device__ __forceinline__ void quantise_row(const char* from, const Destination& to, unsigned mask, int row_bytes) {
-    const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
-    const int4* source = reinterpret_cast<const int4*>(from);
-    for (int base = lane; base - lane < vectors; base += kWarpSize * kVectors) {
-        int4 v[kVectors];
-        int2 bytes[kVectors];
-        float scale[kVectors];
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u) {
-            const int i = base + u * kWarpSize;
-            v[u] = i < vectors ? load_streaming(source + i) : make_int4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u) {
-            bytes[u] = quantise_block(v[u], kAmaxFloor, scale[u]);
-            if (kBack) v[u] = dequantise(bytes[u], scale[u]);
-        }
-        if (kBack) {
-            store_copies(v, base, vectors, to.row, mask);
-            continue;
-        }
-        store_copies(bytes, base, vectors, to.row, mask);
-        for (unsigned m = mask; m; m &= m - 1) {
-            int* scales = of_lane(to.scales, __ffs(m) - 1);
-#pragma unroll
-            for (int u = 0; u < kVectors; ++u) {
-                const int i = base + u * kWarpSize;
-                if (i < vectors && i % kScaleVectors == 0)
-                    scales[i / kScaleVectors * to.channel_stride] = __float_as_int(scale[u]);
-            }
-        }
-    }
-}
-
-// The same for an FP8 row with its scales, converted to BF16.
-__device__ __forceinline__ void dequantise_row(const Source& from, const Destination& to, unsigned mask,
-                                               int row_bytes) {
-    constexpr int kAtOnce = kVectors * kWarpSize, kScalesAtOnce = kAtOnce / kScaleVectors;
-    const int lane = threadIdx.x % kWarpSize, vectors = row_bytes / 8;
-    const int2* source = reinterpret_cast<const int2*>(from.row);
-    const float* scales = reinterpret_cast<const float*>(from.scales);
-    for (int base = lane, block = lane % kScalesAtOnce; base - lane < vectors;
-         base += kAtOnce, block += kScalesAtOnce) {
-        int2 bytes[kVectors];
-        int4 v[kVectors];
-        const float scale = block * kScaleVectors < vectors ? scales[block] : 0.0f;
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u)
-            if (base + u * kWarpSize < vectors) bytes[u] = load_streaming(source + base + u * kWarpSize);
-#pragma unroll
-        for (int u = 0; u < kVectors; ++u)
-            v[u] = dequantise(bytes[u], __shfl_sync(kFullMask, scale, (u * kWarpSize + lane) / kScaleVectors));
-        store_copies(v, base, vectors, to.row, mask);
-    }
-}
 
 // Copy a token of this rank: in the format that is sent if kCrosses, else in the format of the output.
 template <Format kFormat, bool kCrosses>

@@ -8,6 +8,7 @@
 // Places depend on counts and positions only, so the order of rows is deterministic.
 #include <climits>
 
+#include "device/block.cuh"
 #include "device/wait.cuh"
 #include "throughput/args.h"
 #include "throughput/tile.cuh"
@@ -21,22 +22,6 @@ static_assert(kExchangeThreads >= kMaxExperts, "one thread per expert");
 
 __device__ __forceinline__ int round_up(int value, int multiple) {
     return (value + multiple - 1) / multiple * multiple;
-}
-
-// Exclusive sum over the threads of the block; `warp_sums` holds one int per warp.
-__device__ __forceinline__ int block_exclusive_sum(int value, int* warp_sums) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    int sum = value;
-    for (int d = 1; d < kWarpSize; d *= 2) {
-        const int other = __shfl_up_sync(kFullMask, sum, d);
-        if (lane >= d) sum += other;
-    }
-    if (lane == kWarpSize - 1) warp_sums[warp] = sum;
-    __syncthreads();
-    int before = 0;
-    for (int w = 0; w < warp; ++w) before += warp_sums[w];
-    __syncthreads();
-    return before + sum - value;
 }
 
 // The received counts of one rank.
@@ -188,7 +173,8 @@ __device__ __forceinline__ void number_by_expert(const PlanArgs& args, int epoch
         }
     }
     const int padded = round_up(rows, args.alignment);
-    const int start = block_exclusive_sum(padded, warp_sums);
+    int all;
+    const int start = block_exclusive_sum(padded, warp_sums, all);
     if (thread < experts) group_start[thread] = start;
     if (thread == experts - 1) group_start[experts] = start + padded;
     __syncthreads();

@@ -1,0 +1,84 @@
+// Count: the first step of a plan, before anything is exchanged. A block for each rank numbers the tokens that go there in
+// token order and counts the routes to that rank's experts; one more block writes what concerns all ranks.
+#include <climits>
+
+#include "device/block.cuh"
+#include "local/args.h"
+
+namespace deepep_moe {
+
+namespace {
+
+constexpr int kThreads = 1024;
+
+__device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) {
+    __shared__ int warp_sums[kThreads / kWarpSize];
+    const Messages& messages = args.messages;
+    const int ranks = messages.num_ranks, local_experts = args.num_experts / ranks, topk = args.num_topk;
+    const int first_expert = rank * local_experts;
+    for (int e = threadIdx.x; e < local_experts; e += kThreads)
+        messages.routes(rank, e) = topk > 0 ? 0 : args.given_expert_counts[first_expert + e];
+    __syncthreads();
+    int before = 0;  // tokens for this rank, of earlier iterations
+    for (int base = 0; base < args.num_tokens; base += kThreads) {
+        const int token = base + threadIdx.x;
+        bool goes = false;
+        if (token < args.num_tokens && topk == 0)
+            goes = args.given_membership[static_cast<int64_t>(token) * ranks + rank];
+        if (token < args.num_tokens) {
+            for (int k = 0; k < topk; ++k) {
+                const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * topk + k] - first_expert;
+                if (expert < 0 || expert >= local_experts) continue;
+                goes = true;
+                atomicAdd(reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert))), 1ull);
+            }
+        }
+        int all;
+        const int slot = before + block_exclusive_sum(goes, warp_sums, all);
+        if (token < args.num_tokens) args.send_slot[static_cast<int64_t>(token) * ranks + rank] = goes ? slot : -1;
+        before += all;
+    }
+    for (int r = threadIdx.x; r < ranks; r += kThreads) messages.tokens(r, rank) = before;
+}
+
+// The header, and between which expert indices the batch lies.
+__device__ __forceinline__ void write_headers(const CountArgs& args) {
+    __shared__ long long lowest, highest;
+    if (threadIdx.x == 0) {
+        lowest = LLONG_MAX;
+        highest = LLONG_MIN;
+    }
+    __syncthreads();
+    long long low = LLONG_MAX, high = LLONG_MIN;  // of this thread
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(args.num_tokens) * args.num_topk; i += kThreads) {
+        const long long expert = args.topk_idx[i];
+        low = expert < low ? expert : low;
+        high = expert > high ? expert : high;
+    }
+    atomicMin(&lowest, low);
+    atomicMax(&highest, high);
+    __syncthreads();
+    const bool any = lowest <= highest;
+    for (int i = threadIdx.x; i < args.messages.num_ranks * Messages::kHeaderWords; i += kThreads) {
+        const int rank = i / Messages::kHeaderWords, word = i % Messages::kHeaderWords;
+        args.messages.of(rank)[word] = word == Messages::kLowest    ? (any ? lowest : -1)
+                                       : word == Messages::kHighest ? (any ? highest : -1)
+                                                                    : args.header.words[word];
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountArgs args) {
+    if (static_cast<int>(blockIdx.x) < args.messages.num_ranks)
+        count_for_rank(args, blockIdx.x);
+    else
+        write_headers(args);
+}
+
+}  // namespace
+
+cudaError_t launch_count(const CountArgs& args, cudaStream_t stream) {
+    count_kernel<<<args.messages.num_ranks + 1, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+}  // namespace deepep_moe

@@ -1,0 +1,158 @@
+// Place: the last steps of a plan, once the counts of all ranks are known.
+//
+//   routes_to_send  on the source: the token and the experts of each row that is sent. A block for each destination.
+//   place           on the destination: the expert row of each route, by expert, then received row, then top-k position.
+//                   A block for each local expert goes over all received rows; one more block writes the counts.
+//
+// Both depend on counts and positions alone, so the order of rows is a function of the routing.
+#include "device/block.cuh"
+#include "local/args.h"
+
+namespace deepep_moe {
+
+namespace {
+
+constexpr int kThreads = 1024;
+
+// Rows for the ranks before `rank`, except for `own`. All threads of the block call.
+__device__ __forceinline__ int rows_before(const Messages& messages, int own, int rank, int* warp_sums) {
+    int mine = 0, total;
+    for (int r = threadIdx.x; r < rank; r += kThreads)
+        if (r != own) mine += static_cast<int>(messages.tokens(own, r));
+    block_exclusive_sum(mine, warp_sums, total);
+    return total;
+}
+
+__global__ void __launch_bounds__(kThreads) routes_to_send_kernel(const __grid_constant__ RoutesToSendArgs args) {
+    __shared__ int warp_sums[kThreads / kWarpSize];
+    const int ranks = args.messages.num_ranks, topk = args.num_topk, destination = blockIdx.x, own = args.rank;
+    const int start = rows_before(args.messages, own, destination == own ? ranks : destination, warp_sums);
+    if (threadIdx.x == 0) {
+        args.starts[destination] = start;
+        args.starts[ranks + destination] =
+            destination == own ? 0 : start + static_cast<int>(args.messages.tokens(own, own));
+    }
+    for (int token = threadIdx.x; token < args.num_tokens; token += kThreads) {
+        const int slot = args.send_slot[static_cast<int64_t>(token) * ranks + destination];
+        if (slot < 0) continue;
+        int* out = args.out + static_cast<int64_t>(start + slot) * (1 + topk);
+        out[0] = token;
+        for (int k = 0; k < topk; ++k)
+            out[1 + k] = static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * topk + k]);
+    }
+}
+
+// Rows of a local expert, and rounded up to the alignment.
+__device__ __forceinline__ int routes_to(const PlaceArgs& args, int expert) {
+    int routes = 0;
+    for (int r = 0; r < args.messages.num_ranks; ++r) routes += static_cast<int>(args.messages.routes(r, expert));
+    return routes;
+}
+
+__device__ __forceinline__ int padded(const PlaceArgs& args, int routes) {
+    return (routes + args.alignment - 1) / args.alignment * args.alignment;
+}
+
+// Everything but expert rows; the route's local expert, or -1. The threads of all blocks share the work.
+__device__ __forceinline__ void copy_received(const PlaceArgs& args) {
+    const int topk = args.num_topk, words = 1 + 2 * topk, first_expert = args.rank * args.local_experts;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+    for (int64_t i = thread; i < static_cast<int64_t>(args.max_recv) * words; i += threads) {
+        const int n = static_cast<int>(i / words), word = static_cast<int>(i % words);
+        int value = -1;
+        if (n < args.num_received) {
+            const int* row = args.routes + static_cast<int64_t>(args.segments.own_first_row(n)) * (1 + topk);
+            if (word == 0) {
+                value = row[0];
+            } else {
+                const int local = row[1 + (word - 1) % topk] - first_expert;
+                const bool owned = local >= 0 && local < args.local_experts;
+                if (word > topk && owned) continue;  // place_expert writes it
+                if (owned) value = local;
+            }
+        }
+        args.received[i] = value;
+    }
+}
+
+// Expert rows of one local expert.
+__device__ __forceinline__ void place_expert(const PlaceArgs& args, int expert, int* warp_sums) {
+    int before = 0, first;
+    for (int e = threadIdx.x; e < expert; e += kThreads) before += padded(args, routes_to(args, e));
+    block_exclusive_sum(before, warp_sums, first);
+    const int topk = args.num_topk, words = 1 + 2 * topk, global = args.rank * args.local_experts + expert;
+    int next = first;
+    for (int base = 0; base < args.num_received; base += kThreads) {
+        const int n = base + threadIdx.x;
+        const int* routes = nullptr;
+        int found = 0, all;
+        if (n < args.num_received) {
+            routes = args.routes + static_cast<int64_t>(args.segments.own_first_row(n)) * (1 + topk) + 1;
+            for (int k = 0; k < topk; ++k) found += routes[k] == global;
+        }
+        int row = next + block_exclusive_sum(found, warp_sums, all);
+        if (found) {
+            for (int k = 0; k < topk; ++k) {
+                if (routes[k] != global) continue;
+                args.received[static_cast<int64_t>(n) * words + 1 + topk + k] = row;
+                args.row_recv[row++] = n;
+            }
+        }
+        next += all;
+    }
+    const int end = first + padded(args, next - first);
+    for (int row = next + threadIdx.x; row < end; row += kThreads) args.row_recv[row] = -1;
+}
+
+// Plan.counted, and the rows behind the last group.
+__device__ __forceinline__ void write_counts(const PlaceArgs& args, int* warp_sums) {
+    const int ranks = args.messages.num_ranks, experts = args.local_experts;
+    for (int destination = threadIdx.x; destination < ranks; destination += kThreads) {
+        int64_t rows = 0;
+        for (int source = 0; source < ranks; ++source) {
+            rows += args.messages.tokens(source, destination);
+            args.counted[static_cast<int64_t>(source) * ranks + destination] = rows;
+        }
+    }
+    int64_t* counts = args.counted + static_cast<int64_t>(ranks) * ranks;
+    int64_t* offsets = counts + experts;
+    int end = 0;
+    for (int base = 0; base < experts; base += kThreads) {
+        const int e = base + threadIdx.x;
+        const int routes = e < experts ? routes_to(args, e) : 0;
+        int all;
+        const int rows = args.num_topk > 0 && e < experts ? padded(args, routes) : 0;
+        const int offset = end + block_exclusive_sum(rows, warp_sums, all);
+        if (e < experts) {
+            counts[e] = routes;
+            offsets[e] = offset;
+        }
+        end += all;
+    }
+    if (threadIdx.x == 0) offsets[experts] = end;
+    for (int row = end + threadIdx.x; row < args.max_rows; row += kThreads) args.row_recv[row] = -1;
+}
+
+__global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__ PlaceArgs args) {
+    __shared__ int warp_sums[kThreads / kWarpSize];
+    copy_received(args);
+    if (static_cast<int>(blockIdx.x) == args.local_experts)
+        write_counts(args, warp_sums);
+    else if (args.num_topk > 0)
+        place_expert(args, blockIdx.x, warp_sums);
+}
+
+}  // namespace
+
+cudaError_t launch_routes_to_send(const RoutesToSendArgs& args, cudaStream_t stream) {
+    routes_to_send_kernel<<<args.messages.num_ranks, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t launch_place(const PlaceArgs& args, cudaStream_t stream) {
+    place_kernel<<<args.local_experts + 1, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+}  // namespace deepep_moe
