@@ -1,6 +1,6 @@
 // Python bindings: the module deepep_moe._C. Its types are in deepep_moe/_C.pyi.
 //
-// This file binds the domain, the enumerations and the local kernels; each engine has its own bindings file.
+// This file binds the domain and the enumerations; each engine and the local kernels have bindings files of their own.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -76,42 +76,6 @@ void bind_domain(py::module_& m) {
         .def("take_notice", &DomainRuntime::take_notice)
         .def("give_up", &DomainRuntime::give_up)
         .def("wait_seconds", &DomainRuntime::wait_seconds);
-}
-
-void bind_local(py::module_& m) {
-    m.def(
-        "routes",
-        [](Address routing_map, Address probs, DataType dtype, int num_tokens, int num_experts, int num_topk,
-           Address topk_idx, Address weights, bool backward, Address stream) {
-            RoutesArgs args{};
-            args.routing_map = at<bool>(routing_map);
-            args.probs = at<void>(probs);
-            args.num_tokens = num_tokens;
-            args.num_experts = num_experts;
-            args.num_topk = num_topk;
-            args.topk_idx = at<int64_t>(topk_idx);
-            args.weights = at<float>(weights);
-            check(launch_routes(args, dtype, backward, as_stream(stream)), "routes");
-        },
-        py::arg("routing_map"), py::arg("probs"), py::arg("dtype"), py::arg("num_tokens"), py::arg("num_experts"),
-        py::arg("num_topk"), py::arg("topk_idx"), py::arg("weights"), py::arg("backward"), py::arg("stream"));
-    m.def(
-        "weigh",
-        [](Address x, Address rows, Address weights, Address row_recv, Address out, Address sums, DataType dtype,
-           int num_rows, int row_bytes, Address stream) {
-            WeighArgs args{};
-            args.x = at<char>(x);
-            args.rows = at<char>(rows);
-            args.weights = at<float>(weights);
-            args.row_recv = at<int>(row_recv);
-            args.out = at<char>(out);
-            args.sums = at<float>(sums);
-            args.num_rows = num_rows;
-            args.row_bytes = row_bytes;
-            check(launch_weigh(args, dtype, as_stream(stream)), "weigh");
-        },
-        py::arg("x"), py::arg("rows"), py::arg("weights"), py::arg("row_recv"), py::arg("out"), py::arg("sums"),
-        py::arg("dtype"), py::arg("num_rows"), py::arg("row_bytes"), py::arg("stream"));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Announce: one copy for each rank of the header of a dispatch or combine. Headers reach the device as arguments, because
-// a copy from the host's memory would make the host wait.
+// Announce: one copy for each rank of the header of a dispatch or combine. Headers reach the device as arguments,
+// because a copy from the host's memory would make the host wait.
 #include "local/args.h"
 
 namespace deepep_moe {

@@ -13,7 +13,7 @@ namespace deepep_moe {
 enum class DataType : int { kFloat32, kBFloat16, kFloat16 };
 
 // Rows times weights, and the gradients of that.
-struct WeighArgs {
+struct ScaleRowsArgs {
     const char* x;         // [M] rows
     const char* rows;      // [M] rows, or null
     const float* weights;  // [M]
@@ -37,13 +37,15 @@ struct RoutesArgs {
 // words, and in a plan the counts of the batch. One message is `words` long; there is one for each rank.
 //   header [kHeaderWords], tokens for each rank [R], routes to each expert of the receiving rank [L]
 struct Messages {
-    static constexpr int kAgreedWords = 19;                          // compared by exchange.py and by agree.cuh
+    static constexpr int kAgreedWords = 19;                               // compared by exchange.py and by agree.cuh
     static constexpr int kLowest = kAgreedWords, kHighest = kLowest + 1;  // expert index of this rank's batch
     static constexpr int kHeaderWords = kAgreedWords + 2;
 
     int64_t* data;
     int num_ranks, words;
 
+    // For counts of local experts. Without room for all of them there are none.
+    __host__ __device__ int room() const { return words - kHeaderWords - num_ranks; }
     __host__ __device__ int64_t* of(int rank) const { return data + static_cast<int64_t>(rank) * words; }
     __host__ __device__ int64_t& tokens(int rank, int destination) const {
         return of(rank)[kHeaderWords + destination];
@@ -75,9 +77,9 @@ struct AnnounceArgs {
     int64_t* out;  // [R, kAgreedWords]
 };
 
-// Rows in flight lie in one array of segments: rows for the other ranks in rank order, rows that stay on this rank, rows
-// from the other ranks in rank order. A sender writes the first two parts ("own last") and a receiver reads the last
-// two ("own first"), so rows that stay are never copied.
+// Rows in flight lie in one array of segments: rows for the other ranks in rank order, rows that stay on this rank,
+// rows from the other ranks in rank order. A sender writes the first two parts ("own last") and a receiver reads the
+// last two ("own first"), so rows that stay are never copied.
 struct Segments {
     int own_first, num_own;  // the rank's own rows among those received, in source order
 
@@ -133,7 +135,8 @@ struct Scales {
     int64_t row_stride, channel_stride;
 };
 
-// Which rows belong together: entry d of item i is the number of a row, or negative. With `starts` it counts from there.
+// Which rows belong together: entry d of item i is the number of a row, or negative. With `starts` it counts from
+// there.
 struct Places {
     const int* data;    // null: row i belongs to item i
     int width, stride;  // entries of an item, and the distance between items in elements
@@ -155,7 +158,7 @@ struct Headers {
 // Copy each row, with its scales and weights, to its places among packed rows; BF16 may become FP8 on the way.
 struct PackArgs {
     const char* x;         // [T] rows
-    Scales scales;      // [T, num_scales]; none where rows become FP8
+    Scales scales;         // [T, num_scales]; none where rows become FP8
     const float* weights;  // [T, num_weights]
     int num_rows;          // T
     bool quantise;         // x is BF16, out is FP8 with scales
@@ -167,13 +170,13 @@ struct PackArgs {
 struct ExpandArgs {
     PackedRows rows;  // own first
     Segments segments;
-    int num_received;      // N
-    bool dequantise;       // rows are FP8 with scales, out is BF16
-    Places places;         // [N, K] expert rows; null data: out row n is row n
-    const int* row_recv;   // [num_out] negative: the row is padding and is zeroed; null: no row is
-    const int* owned;      // [N, K] with the stride of `received`, negative: the weight is zeroed (source order only)
+    int num_received;     // N
+    bool dequantise;      // rows are FP8 with scales, out is BF16
+    Places places;        // [N, K] expert rows; null data: out row n is row n
+    const int* row_recv;  // [num_out] negative: the row is padding and is zeroed; null: no row is
+    const int* owned;     // [N, K] with the stride of `received`, negative: the weight is zeroed (source order only)
     int owned_stride;
-    int num_out;           // rows of out; those in source order from N on are zeroed
+    int num_out;  // rows of out; those in source order from N on are zeroed
     char* out;
     Scales out_scales;
     float* out_weights;  // [num_out] (expert layout) or [num_out, K], or null
@@ -208,7 +211,7 @@ struct SumArgs {
 
 // Launches; `stream` orders them. Each is defined beside its kernel and returns the launch's status.
 cudaError_t launch_routes(const RoutesArgs& args, DataType probs, bool backward, cudaStream_t stream);
-cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream);
+cudaError_t launch_scale_rows(const ScaleRowsArgs& args, DataType dtype, cudaStream_t stream);
 cudaError_t launch_count(const CountArgs& args, cudaStream_t stream);
 cudaError_t launch_announce(const AnnounceArgs& args, cudaStream_t stream);
 cudaError_t launch_routes_to_send(const RoutesToSendArgs& args, cudaStream_t stream);

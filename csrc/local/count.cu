@@ -1,5 +1,5 @@
-// Count: the first step of a plan, before anything is exchanged. A block for each rank numbers the tokens that go there in
-// token order and counts the routes to that rank's experts; one more block writes what concerns all ranks.
+// Count: the first step of a plan, before anything is exchanged. A block for each rank numbers the tokens that go there
+// in token order and counts the routes to that rank's experts; one more block writes what concerns all ranks.
 #include <climits>
 
 #include "device/block.cuh"
@@ -16,7 +16,8 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
     const Messages& messages = args.messages;
     const int ranks = messages.num_ranks, local_experts = args.num_experts / ranks, topk = args.num_topk;
     const int first_expert = rank * local_experts;
-    for (int e = threadIdx.x; e < local_experts; e += kThreads)
+    const bool counted = local_experts <= messages.room();
+    for (int e = threadIdx.x; counted && e < local_experts; e += kThreads)
         messages.routes(rank, e) = topk > 0 ? 0 : args.given_expert_counts[first_expert + e];
     __syncthreads();
     int before = 0;  // tokens for this rank, of earlier iterations
@@ -30,7 +31,9 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
                 const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * topk + k] - first_expert;
                 if (expert < 0 || expert >= local_experts) continue;
                 goes = true;
-                atomicAdd(reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert))), 1ull);
+                if (counted)
+                    atomicAdd(reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert))),
+                              1ull);
             }
         }
         int all;

@@ -1,7 +1,7 @@
 // Expand: each packed row that arrived to its rows of the layout asked for; FP8 may become BF16 again on the way.
 //
-// A warp per received row, which is loaded once. Further warps look at 32 rows of the layout each and zero those that no
-// received row belongs to.
+// A warp per received row, which is loaded once. Further warps look at 32 rows of the layout each and zero those that
+// no received row belongs to.
 #include "device/rows.cuh"
 #include "local/agree.cuh"
 
@@ -28,8 +28,7 @@ __device__ __forceinline__ void expand_row(const ExpandArgs& args, int n) {
         const unsigned mask = __ballot_sync(kFullMask, place >= 0);
         if (mask == 0) continue;
         const Destination to{args.out + static_cast<int64_t>(place) * out_row_bytes(args),
-                             args.out_scales.data + place * args.out_scales.row_stride,
-                             args.out_scales.channel_stride};
+                             args.out_scales.data + place * args.out_scales.row_stride, args.out_scales.channel_stride};
         if (args.dequantise)
             dequantise_row(from, to, mask, rows.row_bytes);
         else
@@ -50,8 +49,8 @@ __device__ __forceinline__ void zero_padding(const ExpandArgs& args, int first) 
     const int num_weights = !args.out_weights ? 0 : by_source(args) ? args.rows.num_weights : 1;
     bool padding = false;
     if (first + lane < args.num_out)
-        padding = args.row_recv ? args.row_recv[first + lane] < 0
-                                : by_source(args) && first + lane >= args.num_received;
+        padding =
+            args.row_recv ? args.row_recv[first + lane] < 0 : by_source(args) && first + lane >= args.num_received;
     for (unsigned m = __ballot_sync(kFullMask, padding); m; m &= m - 1) {
         const int64_t row = first + __ffs(m) - 1;
         int4* to = reinterpret_cast<int4*>(args.out + row * row_bytes);

@@ -1,7 +1,8 @@
 // Place: the last steps of a plan, once the counts of all ranks are known.
 //
 //   routes_to_send  on the source: the token and the experts of each row that is sent. A block for each destination.
-//   place           on the destination: the expert row of each route, by expert, then received row, then top-k position.
+//   place           on the destination: the expert row of each route, by expert, then received row, then top-k
+//   position.
 //                   A block for each local expert goes over all received rows; one more block writes the counts.
 //
 // Both depend on counts and positions alone, so the order of rows is a function of the routing.

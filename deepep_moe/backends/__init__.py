@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.collective_cuda import make_collective
 from deepep_moe.backends.exchange import compare, gather, given_up
 from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.nvlink import NVLinkBackend
@@ -117,7 +118,8 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
             _log.info("deepep_moe: backend %s on %s, %d ranks%s", name, device, dist.get_world_size(group), why)
             if fixable and device.type == "cuda":
                 _warn_slower(name, dist.get_world_size(group), fixable)
-            return BACKENDS[name](group, device, config)
+            make = make_collective if name == CollectiveBackend.name else BACKENDS[name]
+            return make(group, device, config)
         refused[name] = reason
         if skipped is None and SEVERAL_HOSTS not in reason:
             fixable[name] = reason

@@ -248,7 +248,7 @@ class CollectiveBackend(Shared):
                 "dtype of scales": torch.float32 if scales is None else scales.dtype,
             }
         with self._open().moving("dispatch"):
-            return self._dispatch(plan, x, layout, wire, scales, weights, into)
+            return self._dispatch(plan, x, layout, wire, scales, weights, into, agreement)
 
     def _dispatch(
         self,
@@ -259,6 +259,7 @@ class CollectiveBackend(Shared):
         scales: Tensor | None,
         weights: Tensor | None,
         into: Rows | None,
+        agreement: Agreement,
     ) -> Rows:
         exchange = self._open()
         if wire is not Wire.AS_GIVEN:
@@ -315,7 +316,7 @@ class CollectiveBackend(Shared):
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             agreement.facts = {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
         with self._open().moving("combine"):
-            return self._combine(plan, x, layout, weights, apply_weights, bias)
+            return self._combine(plan, x, layout, weights, apply_weights, bias, agreement)
 
     def _combine(
         self,
@@ -325,6 +326,7 @@ class CollectiveBackend(Shared):
         weights: Tensor | None,
         apply_weights: bool,
         bias: tuple[Tensor, ...],
+        agreement: Agreement,
     ) -> Tokens:
         exchange = self._open()
         x = x.detach()
@@ -440,6 +442,8 @@ def _sum_routes(plan: Plan, rows: Tensor, weights: Tensor | None, apply_weights:
 
 def _typed(column: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes cut out of packed rows as ``dtype``: copied where they do not start their own memory."""
+    if column.shape[1] == 0:  # weights without expert indices
+        return column.new_empty(column.shape, dtype=dtype)
     whole = column.is_contiguous() and column.storage_offset() == 0
     return (column if whole else column.clone(memory_format=torch.contiguous_format)).view(dtype)
 

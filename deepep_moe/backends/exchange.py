@@ -5,8 +5,11 @@ call. The first ends here as :class:`~deepep_moe.errors.PeerError`: every operat
 so that nothing is left running that would keep the process from ending. The second cannot happen to users of
 :meth:`Exchange.agreement`: a rank with bad input joins that exchange too, marked, and every rank raises.
 
-An operation that failed leaves ranks at different places, and its late messages would be taken for those of the next
-one. So a group that failed once is given up: later calls raise at once.
+What the exchange carries is a *header* of integers from each rank: whether it refuses, which call it is in, and the
+facts that ranks must share.
+
+An operation that failed leaves ranks in different calls, and its late messages would be taken for those of the next
+one. So a group in which an operation failed is given up: later calls raise at once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
+from threading import RLock
 from typing import Any, NoReturn, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
@@ -28,13 +32,15 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.rollcall import Note, explain, roll_call
-from deepep_moe.errors import PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 
 Fact: TypeAlias = int | float | torch.dtype | Enum
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _MAX_FACTS = 16
+HEADER_WORDS = 3 + _MAX_FACTS  # whether the rank refuses, its phase, its plans, facts
 _UNUSED = -(2**62)
+_SPIN_SECONDS = 1e-3  # of a wait for the device, before the host sleeps in between
 _NO_PEER_TAG = 2**20  # of a message that nobody sends
 _DEVICE_GRACE_SECONDS = 30.0  # by which NCCL's own limit, which ends the process, comes after the host's
 
@@ -44,7 +50,10 @@ class _State:
     """What outlives the Exchanges of a group: ranks differ in when the garbage collector ends a backend."""
 
     plans: int = 0
-    given_up: tuple[type[PeerError], str] | None = None  # not the exception: it would keep its frames' tensors
+    room: int = 64  # for counts of local experts in the messages of a plan (collective_cuda.py)
+    given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: it would keep its frames' tensors
+    raised: bool = True  # whether a call of this rank has raised it; False where a thread found it
+    lock: RLock = field(default_factory=RLock)  # held while the group is given up
 
 
 _states: WeakKeyDictionary[dist.ProcessGroup, dict[str, _State]] = WeakKeyDictionary()
@@ -82,6 +91,8 @@ class Agreement:
     """At most R numbers for all to know."""
     shared: Tensor | None = None
     """[R, R] int64 on the CPU, after the agreement: row r is what rank r gave as ``private``, zero-filled."""
+    headers: Tensor | None = None
+    """[R, HEADER_WORDS] int64 on the device, where the host does not wait for the agreement (announcements.py)."""
 
 
 class Exchange:
@@ -105,6 +116,15 @@ class Exchange:
         """Plans made over the group so far, by whatever backend. Equal on all ranks after an agreement."""
         return self._state.plans
 
+    @property
+    def room(self) -> int:
+        """For how many local experts the messages of a plan have counts; equal on all ranks."""
+        return self._state.room
+
+    @room.setter
+    def room(self, local_experts: int) -> None:
+        self._state.room = local_experts
+
     def count_plan(self) -> None:
         """A plan begins, which may yet be refused."""
         self._state.plans += 1
@@ -122,7 +142,7 @@ class Exchange:
             RankMismatchError: on every rank, when facts differ or ranks are in different calls.
             PeerError: another rank could not go on; its message is repeated.
         """
-        self._check_usable(phase)
+        self.check_usable(phase)
         mine = Agreement()
         if not compared:
             with self.moving(phase):
@@ -140,26 +160,33 @@ class Exchange:
         """Tell the others ``problem``, or compare facts with them. Returns what all gave as private numbers."""
         if self.world_size == 1:
             return torch.tensor([list(mine.private) or [0]], dtype=torch.int64, device="cpu")
-        assert len(mine.facts) <= _MAX_FACTS and len(mine.private) <= self.world_size
-        numbers = [int(problem is not None), _PHASES.index(phase), self._state.plans]
-        numbers += [*map(_encode, mine.facts.values()), *[_UNUSED] * (_MAX_FACTS - len(mine.facts))]
+        assert len(mine.private) <= self.world_size
+        numbers = self.header(phase, mine.facts, refused=problem is not None)
         numbers += [*mine.private, *[0] * (self.world_size - len(mine.private))]
         header = torch.tensor([numbers], dtype=torch.int64, device="cpu").to(self.device)
         headers = self.to_host(phase, self._to_all(phase, header))
-        self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
+        self.compare_headers(phase, mine.facts, headers, problem)
+        return headers[:, HEADER_WORDS:]
 
+    def header(self, phase: Phase, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
+        """What this rank tells the others in an agreement."""
+        assert len(facts) <= _MAX_FACTS
+        unused = [_UNUSED] * (_MAX_FACTS - len(facts))
+        return [int(refused), _PHASES.index(phase), self._state.plans, *map(_encode, facts.values()), *unused]
+
+    def compare_headers(self, phase: Phase, facts: Mapping[str, Fact], headers: Tensor, problem: str | None) -> None:
+        """Raise what the ``headers`` of all ranks, [R, at least HEADER_WORDS] on the CPU, say is wrong.
+
+        If a rank refuses, all ranks exchange their reasons: this one's is ``problem``, and then it returns.
+        """
+        self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
         if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
             reasons = self.gather(phase, problem)
             if problem is not None:
-                return None
+                return
             told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
             raise PeerError(f"{phase} was refused by another rank of the group: {told}")
-        compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
-        columns = headers[:, 3 : 3 + _MAX_FACTS].t().tolist()
-        compare(
-            {name: [_decode(code, like) for code in codes] for (name, like), codes in zip(mine.facts.items(), columns)}
-        )
-        return headers[:, 3 + _MAX_FACTS :]
+        compare_facts(facts, headers)
 
     @contextmanager
     def moving(self, phase: Phase) -> Iterator[None]:
@@ -182,14 +209,20 @@ class Exchange:
         return self.start_all_to_all(phase, rows, send_counts, recv_counts)()
 
     def start_all_to_all(
-        self, phase: str, rows: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int]
+        self,
+        phase: str,
+        rows: Tensor,
+        send_counts: Sequence[int],
+        recv_counts: Sequence[int],
+        out: Tensor | None = None,
     ) -> Callable[[], Tensor]:
-        """:meth:`all_to_all` in two halves: what is returned waits and gives the rows."""
-        out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+        """:meth:`all_to_all` in two halves: what is returned waits and gives the rows. ``out``: where to receive."""
+        if out is None:
+            out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
         if self.world_size == 1:
             out.copy_(rows)
             return lambda: out
-        self._check_usable(phase)
+        self.check_usable(phase)
         on_cpu = self.device.type == "cpu"
         options = dist.AllToAllOptions()
         options.timeout = timedelta(seconds=self.timeout_seconds + (0 if on_cpu else _DEVICE_GRACE_SECONDS))
@@ -217,11 +250,15 @@ class Exchange:
             host.copy_(tensor, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(tensor.device))
-            end = time.monotonic() + self.timeout_seconds
+            began = time.monotonic()
             while not arrived.query():
-                if time.monotonic() > end:
+                waited = time.monotonic() - began
+                if waited > self.timeout_seconds:
                     raise RuntimeError("the wait for the device timed out")
-                time.sleep(2e-5)
+                if waited > _SPIN_SECONDS:
+                    self.check_usable(phase)  # a thread may have found an earlier call to fail
+                    time.sleep(2e-5)
+        self.check_usable(phase)  # what was cut short has left garbage
         return host
 
     def gather(self, phase: str, mine: object) -> list[Any]:
@@ -247,6 +284,8 @@ class Exchange:
         began = time.monotonic()
         try:
             yield
+        except DeepEPMoEError:
+            raise
         except RuntimeError as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._give_up(phase, time.monotonic() - began, said)
@@ -255,21 +294,46 @@ class Exchange:
 
     def _give_up(self, phase: str, waited: float, said: str) -> NoReturn:
         """Find out who did not come, and raise it from now on."""
-        timed_out = "timed out" in said.lower()
-        self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # whatever follows
-        notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
-        kind, text = explain(self.rank, self.world_size, self._names, self.timeout_seconds, notes, said)
-        self._state.given_up = (kind, text)
-        self._abort()
-        raise kind(f"{text}. Make a new group: this one is of no further use.")
+        with self._state.lock:
+            self.check_usable(phase)
+            timed_out = "timed out" in said.lower()
+            self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # whatever follows
+            notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
+            kind, text = explain(self.rank, self.world_size, self._names, self.timeout_seconds, notes, said)
+            self._state.given_up = (kind, text)
+            self._abort()
+        raise kind(f"{text}. {_NO_FURTHER_USE}")
 
-    def break_off(self, phase: str, reason: str) -> None:
-        """Leave an operation that the peers are in: they are told why."""
+    def give_up_later(self, phase: Phase, waited: float, said: str, mismatch: RankMismatchError | None = None) -> None:
+        """Give the group up for what another thread than the caller's found; the next call of this rank raises it.
+
+        Args:
+            said: what happened, for a text that names the peer.
+            mismatch: ranks disagree in this.
+        """
+        with self._state.lock:
+            if self._state.given_up is not None:
+                return
+            self._state.raised = False
+            if mismatch is None:
+                with suppress(DeepEPMoEError):
+                    self._give_up(phase, waited, said)
+                self._state.raised = False
+                return
+            self._state.given_up = (RankMismatchError, f"{phase}: {mismatch}")
+            roll_call(self.group, self.device.type, Note(phase, waited, False, str(mismatch)), wait=False)
+            self._abort()
+
+    def break_off(self, phase: Phase, reason: str, tell: Callable[[], object] = lambda: None) -> None:
+        """Leave an operation that the peers are in: they are told why. ``tell`` lets them look for the reason now."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
-        self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
-        roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
-        self._abort()
+        with self._state.lock:
+            roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
+            with suppress(DeepEPMoEError):
+                tell()
+            self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
+            self._abort()
 
     def _abort(self) -> None:
         """End what is still running, on this rank and on its peers."""
@@ -282,10 +346,23 @@ class Exchange:
                     timedelta(milliseconds=1)
                 )
 
-    def _check_usable(self, phase: str) -> None:
-        if self._state.given_up is not None:
+    def check_usable(self, phase: str) -> None:
+        """Raise the error after which the group was given up, if there was one."""
+        if self._state.given_up is None:
+            return
+        with self._state.lock:  # its text is final
             kind, text = self._state.given_up
-            raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
+            first, self._state.raised = not self._state.raised, True
+        if first:
+            raise kind(f"{text}. {_NO_FURTHER_USE}")
+        raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
+
+
+def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:
+    """Raise :class:`RankMismatchError` for what differs in ``headers``: the call, or one of ``facts``, this rank's."""
+    compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
+    columns = headers[:, 3:HEADER_WORDS].t().tolist()
+    compare({name: [_decode(code, like) for code in codes] for (name, like), codes in zip(facts.items(), columns)})
 
 
 def compare(facts: Mapping[str, Sequence[str]]) -> None:
@@ -300,6 +377,7 @@ def compare(facts: Mapping[str, Sequence[str]]) -> None:
             raise RankMismatchError(f"{name} differs between the ranks of the group: {told}{hint}")
 
 
+_NO_FURTHER_USE = "Make a new group: this one is of no further use."
 _HINTS = {
     "plan": "plans are counted as they are made: ranks call in another order, or one leaves a result unused",
     "backward": "what requires gradients must be the same on all ranks",
@@ -330,6 +408,7 @@ def _decode(code: int, like: Fact) -> str:
 def as_bytes(rows: Tensor) -> Tensor:
     """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
     rows = rows.detach().contiguous()
-    # contiguous() leaves any strides on tensors of no or one row, and view(dtype) is strict about them
-    dense = torch.empty(rows.shape, dtype=rows.dtype, device="meta").stride()
-    return rows.as_strided(rows.shape, dense).view(torch.uint8)
+    strides = [1]  # contiguous() leaves any strides on tensors of no or one row, and view(dtype) is strict about them
+    for size in reversed(rows.shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return rows.as_strided(rows.shape, strides).view(torch.uint8)

@@ -1,4 +1,4 @@
-// Weigh: rows times weights, and the gradients of that, in one pass over memory.
+// Scale rows: rows times weights, and the gradients of that, in one pass over memory.
 //
 // A warp per row. Sums are fp32 in a fixed order: each lane adds its channels from left to right, then the lanes are
 // added as a tree.
@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // 16-byte loads of one row that a lane keeps in flight
 
 template <typename T, bool kSums>
-__global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__ WeighArgs args) {
+__global__ void __launch_bounds__(kThreads) scale_rows_kernel(const __grid_constant__ ScaleRowsArgs args) {
     const int lane = threadIdx.x % kWarpSize, vectors = args.row_bytes / static_cast<int>(sizeof(int4));
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarpSize;
     if (row >= args.num_rows) return;
@@ -58,18 +58,18 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__
 }
 
 template <typename T>
-cudaError_t launch(const WeighArgs& args, cudaStream_t stream) {
+cudaError_t launch(const ScaleRowsArgs& args, cudaStream_t stream) {
     const int blocks = (args.num_rows + kThreads / kWarpSize - 1) / (kThreads / kWarpSize);
     if (args.rows)
-        weigh_kernel<T, true><<<blocks, kThreads, 0, stream>>>(args);
+        scale_rows_kernel<T, true><<<blocks, kThreads, 0, stream>>>(args);
     else
-        weigh_kernel<T, false><<<blocks, kThreads, 0, stream>>>(args);
+        scale_rows_kernel<T, false><<<blocks, kThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_weigh(const WeighArgs& args, DataType dtype, cudaStream_t stream) {
+cudaError_t launch_scale_rows(const ScaleRowsArgs& args, DataType dtype, cudaStream_t stream) {
     if (args.num_rows == 0) return cudaSuccess;
     switch (dtype) {
         case DataType::kFloat32: return launch<float>(args, stream);

@@ -1,0 +1,152 @@
+"""Agreement and time limits of calls on a GPU that the host does not wait for.
+
+Each dispatch and combine sends its header (exchange.py) ahead of its rows, and the host does not wait for it. The
+kernels that write the results compare the headers of all ranks and write NaN if they differ. A thread of this process
+checks a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which ends all
+waits, and this rank's next call raises the error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deepep_moe import extension
+from deepep_moe.backends.base import Phase
+from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, compare_facts
+from deepep_moe.errors import RankMismatchError
+
+_POLL_SECONDS = 0.02
+_IDLE_SECONDS = 1.0  # without a call in flight, after which the thread ends
+
+
+@dataclass
+class Announced:
+    """One call in flight."""
+
+    phase: Phase
+    facts: Mapping[str, Fact]
+    began: float
+    headers: Tensor | None = None
+    """[R, HEADER_WORDS] int64 on the device; None where calls are not compared."""
+    copy: Tensor | None = None
+    """The same in pinned memory, once ``arrived``."""
+    arrived: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None
+    """Recorded when the call has been enqueued to its end."""
+
+
+class Announcements:
+    """The calls of one rank over one group that the host does not wait for.
+
+    Args:
+        exchange: of the group, on a GPU.
+        compared: whether calls exchange headers; their time is limited in any case.
+    """
+
+    def __init__(self, exchange: Exchange, compared: bool) -> None:
+        self._exchange, self._compared = exchange, compared
+        self._calls: deque[Announced] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, phase: Phase, facts: Mapping[str, Fact]) -> Announced:
+        """Send the header of a call whose input is good. It is looked after from now on."""
+        call = Announced(phase, facts, time.monotonic())
+        if self._exchange.world_size == 1:
+            return call
+        if self._compared:
+            call.headers = self._send(phase, self._exchange.header(phase, facts))
+            call.copy, call.arrived = self._copy_to_host(call.headers)
+        with self._lock:
+            self._calls.append(call)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
+                self._thread.start()
+        return call
+
+    def end(self, call: Announced) -> None:
+        """The rows of the call have been enqueued on the current stream."""
+        if self._exchange.world_size > 1:
+            call.done = self._event()
+
+    def refuse(self, phase: Phase, reason: str) -> None:
+        """Take this rank's place in a call that it refuses. It cannot know what its peers send, so the group ends."""
+
+        def tell() -> None:
+            if self._compared:
+                headers = self._send(phase, self._exchange.header(phase, {}, refused=True))
+                self._exchange.to_host(phase, headers)
+
+        self._exchange.break_off(phase, reason, tell)
+
+    def check(self) -> None:
+        """End the group if a call in flight has failed. Local, does not wait."""
+        with self._lock:
+            while self._calls and self._is_over(self._calls[0]):
+                self._calls.popleft()
+
+    def _is_over(self, call: Announced) -> bool:
+        if call.arrived is not None and call.arrived.query():
+            call.arrived = None
+            assert call.copy is not None
+            self._compare(call, call.copy)
+        if not self._exchange.usable or (call.done is not None and call.done.query()):
+            return True
+        waited = time.monotonic() - call.began
+        if waited > self._exchange.timeout_seconds:
+            self._exchange.give_up_later(call.phase, waited, "the operation timed out")
+        return False
+
+    def _compare(self, call: Announced, headers: Tensor) -> None:
+        waited = time.monotonic() - call.began
+        if headers[:, 0].any():  # whoever refused has left a note
+            self._exchange.give_up_later(call.phase, waited, "another rank refused its input")
+            return
+        try:
+            compare_facts(call.facts, headers)
+        except RankMismatchError as error:
+            self._exchange.give_up_later(call.phase, waited, str(error), error)
+
+    def _run(self) -> None:
+        idle_since = time.monotonic()
+        while True:
+            self.check()
+            with self._lock:
+                if self._calls:
+                    idle_since = time.monotonic()
+                elif time.monotonic() - idle_since > _IDLE_SECONDS:
+                    self._thread = None
+                    return
+            time.sleep(_POLL_SECONDS)
+
+    # -- on the device -------------------------------------------------------------------------------------------
+
+    def _send(self, phase: Phase, header: list[int]) -> Tensor:
+        """The headers of all ranks, [R, HEADER_WORDS] on the device; nothing waits."""
+        exchange = self._exchange
+        out = torch.empty((exchange.world_size, HEADER_WORDS), dtype=torch.int64, device=exchange.device)
+        extension._C.announce(
+            header=header,
+            num_ranks=exchange.world_size,
+            out=out.data_ptr(),
+            stream=torch.cuda.current_stream(exchange.device).cuda_stream,
+        )
+        ones = [1] * exchange.world_size
+        return exchange.all_to_all(phase, out, ones, ones)
+
+    def _copy_to_host(self, headers: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        copy = torch.empty(headers.shape, dtype=headers.dtype, device="cpu", pin_memory=True)
+        copy.copy_(headers, non_blocking=True)
+        return copy, self._event()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._exchange.device))
+        return event

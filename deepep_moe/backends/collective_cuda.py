@@ -1,0 +1,477 @@
+"""The collective backend on GPUs: the CUDA extension's kernels do the local work, NCCL carries packed rows.
+
+* :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, exchanges one small message per rank (the header of
+  exchange.py, and counts) and waits for it on the host. That is its only wait. Then the expert indices of each row
+  cross, and one kernel places every row.
+* :meth:`CollectiveOnGPU.dispatch` packs each token for each rank that wants it (quantised, if asked), sends the packed
+  rows in one all-to-all, and expands what arrives into the layout asked for.
+* :meth:`CollectiveOnGPU.combine` sums a token's expert rows into one packed row, sends it home in one all-to-all, and
+  sums the ranks' rows there.
+
+Results are those of :class:`~deepep_moe.backends.collective.CollectiveBackend`, bit for bit, except where combine
+multiplies weights into rows: there a product is not rounded before it is added.
+
+If one rank has bad input, it raises its own error and the others a ``PeerError``. In a plan all ranks raise within the
+call and may go on. In dispatch and combine the host does not wait for the peers: they raise within their next call, the
+results of the failed call are NaN, and the group is given up. Ranks in different calls get a ``RankMismatchError`` in
+the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepep_moe import extension
+from deepep_moe.backends.announcements import Announcements
+from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
+from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
+from deepep_moe.backends.collective import CollectiveBackend
+from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Fact, gather
+from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import CapacityError, InputError, PeerError
+
+_ROUTE_WORDS = 2  # of a message, after the header: the lowest and the highest expert index of the sending rank's batch
+
+
+class Crossing(NamedTuple):
+    """How many rows of a batch go where, as the host knows it."""
+
+    sent: list[int]  # to each rank, 0 for this one
+    received: list[int]  # from each rank, 0 for this one
+    segments: Segments  # the rows that stay on this rank
+
+    @classmethod
+    def of(cls, counts: list[list[int]], rank: int) -> Crossing:
+        """``counts[s][d]``: rows from rank s to rank d."""
+        sent, received = list(counts[rank]), [row[rank] for row in counts]
+        segments = Segments(sum(received[:rank]), sent[rank])
+        sent[rank] = received[rank] = 0
+        return cls(sent, received, segments)
+
+    @property
+    def num_sent(self) -> int:
+        """Rows sent to other ranks."""
+        return sum(self.sent)
+
+    @property
+    def num_arriving(self) -> int:
+        """Rows that come from other ranks."""
+        return sum(self.received)
+
+    @property
+    def num_received(self) -> int:
+        """Rows that come from all ranks, this one included."""
+        return self.num_arriving + self.segments.num_own
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a buffer that holds all of them (:class:`Segments`), whichever way they go."""
+        return self.num_sent + self.num_received
+
+    def back(self) -> Crossing:
+        """The way back of the same rows."""
+        return Crossing(self.received, self.sent, self.segments)
+
+
+@dataclass(eq=False)
+class _HostPlan(Plan):
+    """A plan whose counts the host still knows, so that moving rows needs no wait."""
+
+    crossing: Crossing | None = None
+    starts: Tensor | None = None
+    """[2, R] int32: first packed row for each rank on the way there, and from each rank on the way back."""
+
+
+class CollectiveOnGPU(CollectiveBackend):
+    """:class:`CollectiveBackend` with kernels for what happens on one rank; see :func:`make_collective`."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
+        super().__init__(group, device, config)
+        self._announcements = Announcements(self._open(), config.check_agreement)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
+        check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
+        ranks, local_experts = self.world_size, num_experts // self.world_size
+        messages, send_slot = self._count([0] * HEADER_WORDS, topk_idx, num_experts, None, None, local_experts)
+        counts = messages[:, HEADER_WORDS + _ROUTE_WORDS :].to(torch.int32)
+        return Destinations(
+            num_tokens_per_rank=counts[0, :ranks],
+            num_tokens_per_node=None,
+            num_tokens_per_expert=counts[:, ranks:].reshape(-1),
+            is_token_in_rank=send_slot >= 0,
+        )
+
+    def plan(
+        self,
+        topk_idx: Tensor | None,
+        num_experts: int,
+        *,
+        alignment: int = 1,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        max_recv: int | None = None,
+        max_rows: int | None = None,
+    ) -> Plan:
+        exchange = self._open()
+        exchange.check_usable("plan")
+        exchange.count_plan()
+        fixed = max_recv is not None or max_rows is not None
+        try:
+            check_plan_inputs(
+                topk_idx, num_experts, alignment, is_token_in_rank, num_tokens_per_expert, self.world_size, self.device
+            )
+            check_limits(max_recv, max_rows)
+        except Exception as error:
+            self._refuse_plan(error)
+        if topk_idx is not None:
+            topk_idx = topk_idx.to(torch.int64).contiguous()
+            is_token_in_rank = num_tokens_per_expert = None
+        else:
+            assert is_token_in_rank is not None
+            shape = (is_token_in_rank.shape[0], 0)
+            topk_idx = torch.empty(shape, dtype=torch.int64, device=self.device)
+        facts: dict[str, Fact] = {
+            "num_experts": num_experts,
+            "top-k": topk_idx.shape[1],
+            "expert alignment": alignment,
+            **self._settings,
+            "fixed sizes": fixed,
+        }
+        header = exchange.header("plan", facts)
+        local_experts = num_experts // self.world_size
+        while True:
+            room = exchange.room
+            with exchange.moving("plan"):
+                sent, send_slot = self._count(
+                    header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, room
+                )
+                messages = self._swap(sent)
+                host = exchange.to_host("plan", messages)
+            self._check_messages(facts, host, num_experts)
+            if local_experts <= room:
+                break
+            exchange.room = local_experts  # equal on all ranks, like the number of experts
+        counts = host[:, HEADER_WORDS + _ROUTE_WORDS :]
+        crossing = Crossing.of(counts[:, : self.world_size].tolist(), self.rank)
+        per_expert = counts[:, self.world_size : self.world_size + local_experts].sum(0)
+        num_rows = int(((per_expert + alignment - 1) // alignment).sum()) * alignment if topk_idx.shape[1] else 0
+        # Only sizes that were fixed beforehand can be too small.
+        with exchange.agreement("plan") if fixed else exchange.moving("plan"):
+            num_recv = self._room(crossing.num_received, "received tokens", "max_recv", max_recv)
+            num_rows = self._room(num_rows, "expert rows", "max_rows", max_rows if topk_idx.shape[1] else None)
+        with exchange.moving("plan"):
+            plan = self._place(messages, send_slot, topk_idx, num_experts, alignment, crossing, num_recv, num_rows)
+        plan.expert_counts_host = None if fixed else per_expert
+        return plan
+
+    def _count(
+        self,
+        header: list[int],
+        topk_idx: Tensor,
+        num_experts: int,
+        is_token_in_rank: Tensor | None,
+        num_tokens_per_expert: Tensor | None,
+        room: int,
+    ) -> tuple[Tensor, Tensor]:
+        """A message for each rank, [R, words] int64, and ``Plan.send_slot``. Without ``room`` for the experts of a rank
+        in a message, their counts are left out."""
+        topk_idx = topk_idx.to(torch.int64).contiguous()
+        is_token_in_rank, num_tokens_per_expert = (
+            None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)
+        )
+        (tokens, topk), ranks = topk_idx.shape, self.world_size
+        words = HEADER_WORDS + _ROUTE_WORDS + ranks + room
+        messages = torch.empty((ranks, words), dtype=torch.int64, device=self.device)
+        send_slot = torch.empty((tokens, ranks), dtype=torch.int32, device=self.device)
+        extension._C.count(
+            topk_idx=topk_idx.data_ptr(),
+            given_membership=0 if is_token_in_rank is None else is_token_in_rank.data_ptr(),
+            given_expert_counts=0 if num_tokens_per_expert is None else num_tokens_per_expert.data_ptr(),
+            num_tokens=tokens,
+            num_topk=topk,
+            num_experts=num_experts,
+            header=header,
+            messages=self._messages(messages),
+            send_slot=send_slot.data_ptr(),
+            stream=self._stream(),
+        )
+        return messages, send_slot
+
+    def _swap(self, messages: Tensor) -> Tensor:
+        """The message of each rank to this one, [R, words]."""
+        ones = [1] * self.world_size
+        return self._open().all_to_all("plan", messages, ones, ones)
+
+    def _check_messages(self, facts: dict[str, Fact], host: Tensor, num_experts: int) -> None:
+        """Raise what is wrong with the batch of any rank, and what went wrong in calls before this one."""
+        exchange = self._open()
+        self._announcements.check()
+        exchange.check_usable("plan")
+        exchange.compare_headers("plan", facts, host, None)
+        ranges = host[:, HEADER_WORDS : HEADER_WORDS + _ROUTE_WORDS].tolist()
+        wrong = {
+            rank: InputError(
+                "topk_idx",
+                lowest if lowest < -1 else highest,
+                f"an expert must be -1 (dropped) or 0 to {num_experts - 1}",
+            )
+            for rank, (lowest, highest) in enumerate(ranges)
+            if lowest < -1 or highest >= num_experts
+        }
+        if self.rank in wrong:
+            raise wrong[self.rank]
+        if wrong:
+            told = "; ".join(f"rank {rank}: {error}" for rank, error in wrong.items())
+            raise PeerError(f"plan was refused by another rank of the group: {told}")
+
+    def _room(self, needed: int, what: str, setting: str, limit: int | None) -> int:
+        if limit is not None and needed > limit:
+            raise CapacityError(overflow_text(self.config, self.rank, needed, what, setting, limit))
+        return needed if limit is None else limit
+
+    def _place(
+        self,
+        messages: Tensor,
+        send_slot: Tensor,
+        topk_idx: Tensor,
+        num_experts: int,
+        alignment: int,
+        crossing: Crossing,
+        num_recv: int,
+        num_rows: int,
+    ) -> _HostPlan:
+        """Send the experts of every row along, and give each its place."""
+        (tokens, topk), ranks, local_experts = topk_idx.shape, self.world_size, num_experts // self.world_size
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        starts, routes = empty(2, ranks), empty(crossing.num_rows, 1 + topk)
+        extension._C.routes_to_send(
+            topk_idx=topk_idx.data_ptr(),
+            send_slot=send_slot.data_ptr(),
+            messages=self._messages(messages),
+            num_tokens=tokens,
+            num_topk=topk,
+            rank=self.rank,
+            starts=starts.data_ptr(),
+            out=routes.data_ptr(),
+            stream=self._stream(),
+        )
+        arrived = self._exchange_rows("plan", routes, crossing)
+        counted = empty(ranks * ranks + 2 * local_experts + 1, dtype=torch.int64)
+        received, row_recv = empty(num_recv, 1 + 2 * topk), empty(num_rows)
+        extension._C.place(
+            messages=self._messages(messages),
+            routes=arrived.data_ptr(),
+            segments=extension._C.Segments(*crossing.segments),
+            num_received=crossing.num_received,
+            max_recv=num_recv,
+            max_rows=num_rows,
+            num_topk=topk,
+            local_experts=local_experts,
+            alignment=alignment,
+            rank=self.rank,
+            counted=counted.data_ptr(),
+            received=received.data_ptr(),
+            row_recv=row_recv.data_ptr(),
+            stream=self._stream(),
+        )
+        return _HostPlan(
+            num_experts=num_experts,
+            alignment=alignment,
+            identity=(self.number, self._open().plans),
+            topk_idx=topk_idx,
+            send_slot=send_slot,
+            counted=counted,
+            received=received,
+            row_recv=row_recv,
+            expert_counts_host=None,
+            crossing=crossing,
+            starts=starts,
+        )
+
+    def refuse(self, phase: Phase, error: Exception) -> NoReturn:
+        exchange = self._open()
+        try:
+            if phase != "plan":
+                with self._agreement(phase):
+                    raise error
+            exchange.check_usable("plan")
+            exchange.count_plan()
+            self._refuse_plan(error)
+        finally:
+            del error  # its traceback holds this frame: together they would keep the caller's tensors alive
+
+    def _refuse_plan(self, error: Exception) -> NoReturn:
+        """Take this rank's place in the exchange of messages, marked."""
+        exchange = self._open()
+        try:
+            if self.world_size > 1:
+                words = HEADER_WORDS + _ROUTE_WORDS + self.world_size + exchange.room
+                message = torch.zeros((self.world_size, words), dtype=torch.int64, device="cpu")
+                message[:, :HEADER_WORDS] = torch.tensor(
+                    exchange.header("plan", {}, refused=True), dtype=torch.int64, device="cpu"
+                )
+                with suppress(PeerError):  # this rank has a reason of its own
+                    host = exchange.to_host("plan", self._swap(message.to(self.device)))
+                    exchange.compare_headers("plan", {}, host, str(error) or type(error).__name__)
+            raise error
+        finally:
+            del error
+
+    # -- moving rows ---------------------------------------------------------------------------------------------
+
+    def _dispatch(
+        self,
+        plan: Plan,
+        x: Tensor,
+        layout: Layout,
+        wire: Wire,
+        scales: Tensor | None,
+        weights: Tensor | None,
+        into: Rows | None,
+        agreement: Agreement,
+    ) -> Rows:
+        crossing, starts = self._crossing("dispatch", plan)
+        call = self._announcements.begin("dispatch", agreement.facts)
+        x = x.detach()
+        format = RowFormat.of(x, scales, weights, quantize=wire is not Wire.AS_GIVEN)
+        packed = self._buffer(crossing, format)
+        pack_rows(x, plan.send_slot, packed, format, starts=starts[0], scales=scales, weights=weights)
+        arrived = self._exchange_rows("dispatch", packed, crossing)
+        self._announcements.end(call)
+        by_expert = layout is Layout.BY_EXPERT
+        rows = expand_rows(
+            arrived,
+            format,
+            crossing.num_received,
+            plan.num_rows if by_expert else plan.num_recv,
+            layout=layout,
+            places=plan.recv_rows,
+            row_recv=plan.row_recv if by_expert else None,
+            segments=crossing.segments,
+            dequantize=wire is Wire.E4M3_TO_BF16,
+            into=into,
+            headers=call.headers,
+        )
+        if weights is not None and rows.weights is None:  # without expert indices there are none
+            rows = rows._replace(weights=weights.new_empty((plan.num_recv, 0)))
+        return rows
+
+    def _combine(
+        self,
+        plan: Plan,
+        x: Tensor,
+        layout: Layout,
+        weights: Tensor | None,
+        apply_weights: bool,
+        bias: tuple[Tensor, ...],
+        agreement: Agreement,
+    ) -> Tokens:
+        crossing, starts = self._crossing("combine", plan)
+        back = crossing.back()
+        call = self._announcements.begin("combine", agreement.facts)
+        x, bias = x.detach(), tuple(added.detach() for added in bias)
+        carried = 0 if weights is None or apply_weights else plan.num_topk
+        format = RowFormat(x.dtype, x.shape[1], num_weights=carried)
+        packed = self._buffer(back, format)
+        by_expert = layout is Layout.BY_EXPERT
+        sum_rows(
+            x,
+            plan.recv_rows if by_expert else None,
+            packed,
+            format,
+            crossing.num_received,
+            segments=back.segments,
+            row_weights=weights if by_expert else None,
+            apply_weights=apply_weights,
+            vectors=None if by_expert or not carried else weights,
+        )
+        arrived = self._exchange_rows("combine", packed, back)
+        self._announcements.end(call)
+        tokens, summed = sum_packed_rows(
+            arrived,
+            plan.send_slot,
+            format,
+            starts=starts[1],
+            most=plan.num_topk or None,
+            bias=bias,
+            headers=call.headers,
+        )
+        if weights is not None and not apply_weights and summed is None:
+            summed = weights.new_empty((plan.num_tokens, 0))
+        return Tokens(tokens, summed)
+
+    def _buffer(self, crossing: Crossing, format: RowFormat) -> Tensor:
+        """Packed rows of a crossing, both sent and received: :class:`Segments` says in which order."""
+        return torch.empty((crossing.num_rows, format.pitch), dtype=torch.uint8, device=self.device)
+
+    def _exchange_rows(self, phase: Phase, rows: Tensor, crossing: Crossing) -> Tensor:
+        """Send the first ``num_sent`` of ``rows``, receive the last; returns all received ones, own rows first."""
+        received = rows[crossing.num_sent :]
+        if self.world_size > 1:
+            self._open().start_all_to_all(
+                phase,
+                rows[: crossing.num_sent],
+                crossing.sent,
+                crossing.received,
+                out=received[crossing.segments.num_own :],
+            )()
+        return received
+
+    def _crossing(self, phase: Phase, plan: Plan) -> tuple[Crossing, Tensor]:
+        if isinstance(plan, _HostPlan) and plan.crossing is not None and plan.starts is not None:
+            return plan.crossing, plan.starts
+        # A plan that went through operators is made of tensors alone: this waits for the device.
+        prefix = self._open().to_host(phase, plan.rank_prefix)
+        counts = prefix.diff(dim=0, prepend=prefix.new_zeros((1, self.world_size)))
+        crossing = Crossing.of(counts.tolist(), self.rank)
+        sent, own = torch.tensor(crossing.sent, dtype=torch.int32, device="cpu"), crossing.segments.num_own
+        there = sent.cumsum(0, dtype=torch.int32) - sent
+        starts = torch.stack([there, there + own])
+        starts[0, self.rank], starts[1, self.rank] = crossing.num_sent, 0
+        return crossing, starts.to(self.device)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        exchange = self._open()
+        self._announcements.check()
+        exchange.check_usable("check")
+
+    @contextmanager
+    def _agreement(self, phase: Phase) -> Iterator[Agreement]:
+        """This rank's input, checked by the body, for a call whose agreement nothing waits for."""
+        exchange = self._open()
+        exchange.check_usable(phase)
+        mine = Agreement()
+        try:
+            yield mine
+        except Exception as error:
+            self._announcements.refuse(phase, f"{type(error).__name__}: {error}")
+            raise
+
+    def _messages(self, messages: Tensor) -> extension._C.Messages:
+        return extension._C.Messages(messages.data_ptr(), self.world_size, messages.shape[1])
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+
+def make_collective(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> CollectiveBackend:
+    """The collective backend of ``group``: with kernels where they serve the GPU of every rank. Collective on a GPU."""
+    if device.type != "cuda":
+        return CollectiveBackend(group, device, config)
+    reasons = gather("set-up", group, device, config.timeout_seconds, extension.why_not_on(device))
+    return (CollectiveBackend if any(reasons) else CollectiveOnGPU)(group, device, config)
