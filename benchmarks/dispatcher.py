@@ -30,14 +30,14 @@ from benchmarks.report import Table
 from benchmarks.timing import Phases
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
+from deepep_moe.row_scaling import scale_rows
 from deepep_moe.tools.world import World
-from deepep_moe.weigh import weigh_rows
 
 CAPACITY_FACTOR = 1.25  # of the capacity mode, at least; more where few tokens make an uneven load
 
 NOTES = [
     "Uncached, bf16. dispatch: tokens to the rows of the local experts; experts: rows times their routing weights, "
-    "nothing else, with deepep_moe.weigh_rows for all candidates alike; combine: rows to tokens; backward: of all "
+    "nothing else, with deepep_moe.scale_rows for all candidates alike; combine: rows to tokens; backward: of all "
     "three. TokenDispatcher starts from top-k indices, Megatron's dispatchers from the router's map and "
     "probabilities.",
     "Memory on the row of the total: peak in PyTorch's allocator, inputs included, and what was taken outside of it "
@@ -104,7 +104,7 @@ def token_dispatcher(world: World, shape: Shape) -> Step:
         dispatched = dispatcher.dispatch(x, topk_idx, topk_weights)
         assert dispatched.weights is not None
         phase("dispatch")
-        rows = weigh_rows(dispatched.rows, dispatched.weights)
+        rows = scale_rows(dispatched.rows, dispatched.weights)
         phase("experts")
         output = dispatcher.combine(rows, dispatched)
         phase("combine")
@@ -139,7 +139,7 @@ def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
         tokens, sent_probs = dispatcher.token_dispatch(tokens, sent_probs)
         rows, _, row_probs = dispatcher.dispatch_postprocess(tokens, sent_probs)
         phase("dispatch")
-        rows = weigh_rows(rows, row_probs)
+        rows = scale_rows(rows, row_probs)
         phase("experts")
         rows = dispatcher.combine_preprocess(rows)
         output = dispatcher.combine_postprocess(dispatcher.token_combine(rows))

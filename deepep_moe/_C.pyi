@@ -11,6 +11,9 @@ MAX_TOPK: int
 MAX_EXPERTS: int
 LATENCY_BLOCKS_PER_SM: int
 LATENCY_MAX_BLOCKS: int
+AGREED_WORDS: int
+HEADER_WORDS: int
+MAX_SUMMED_ROWS: int
 NO_EXPERT_ROWS: int  # as max_rows of a plan: expert rows are not asked for
 OPERATION_BY_EXPERT: int  # flags beside an OperationKind
 OPERATION_WITH_WEIGHTS: int
@@ -71,7 +74,7 @@ def routes(
     """Map [T, E] bool and probabilities [T, E] -> indices [T, K] int64, ascending, -1 where a row has fewer, and their
     weights [T, K] fp32; ``backward``: gradients of the weights -> of the probabilities. ``dtype`` is theirs."""
 
-def weigh(
+def scale_rows(
     x: int,
     rows: int,
     weights: int,
@@ -84,6 +87,132 @@ def weigh(
     stream: int,
 ) -> None:
     """out [M, H] = x [M, H] * weights [M]; sums [M] fp32 = x * rows over H. Both 0 where row_recv is negative."""
+
+class Messages:
+    """What the ranks tell each other in a plan, [R, words] int64."""
+
+    def __init__(self, data: int, num_ranks: int, words: int) -> None: ...
+
+class Headers:
+    """Headers of all ranks, [R, AGREED_WORDS] int64, to be compared; address 0: nothing is compared."""
+
+    def __init__(self, data: int, num_ranks: int) -> None: ...
+
+class Segments:
+    def __init__(self, own_first: int, num_own: int) -> None: ...
+
+class Places:
+    """[n, width] int32, ``stride`` elements from item to item; address 0: row i belongs to item i."""
+
+    def __init__(self, data: int, width: int, stride: int, starts: int) -> None: ...
+
+class Scales:
+    def __init__(self, data: int, row_stride: int, channel_stride: int) -> None: ...
+
+class PackedRows:
+    def __init__(self, data: int, pitch: int, row_bytes: int, num_scales: int, num_weights: int) -> None: ...
+
+def count(
+    *,
+    topk_idx: int,
+    given_membership: int,
+    given_expert_counts: int,
+    num_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    header: list[int],
+    messages: Messages,
+    send_slot: int,
+    stream: int,
+) -> None:
+    """Count a batch: a message for each rank, and the number of each token among those for each rank [T, R] int32."""
+
+def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
+    """The header, once for each rank: [R, AGREED_WORDS] int64."""
+
+def routes_to_send(
+    *,
+    topk_idx: int,
+    send_slot: int,
+    messages: Messages,
+    num_tokens: int,
+    num_topk: int,
+    rank: int,
+    starts: int,
+    out: int,
+    stream: int,
+) -> None:
+    """Token and experts of each sent row, [rows, 1 + K] int32, own rows last; and where the rows of each rank begin."""
+
+def place(
+    *,
+    messages: Messages,
+    routes: int,
+    segments: Segments,
+    num_received: int,
+    max_recv: int,
+    max_rows: int,
+    num_topk: int,
+    local_experts: int,
+    alignment: int,
+    rank: int,
+    counted: int,
+    received: int,
+    row_recv: int,
+    stream: int,
+) -> None:
+    """Fill ``counted``, ``received`` and ``row_recv`` of a plan."""
+
+def pack(
+    *,
+    x: int,
+    scales: Scales,
+    weights: int,
+    num_rows: int,
+    quantise: bool,
+    places: Places,
+    out: PackedRows,
+    stream: int,
+) -> None: ...
+def expand(
+    *,
+    rows: PackedRows,
+    segments: Segments,
+    num_received: int,
+    dequantise: bool,
+    places: Places,
+    row_recv: int,
+    owned: int,
+    owned_stride: int,
+    num_out: int,
+    out: int,
+    out_scales: Scales,
+    out_weights: int,
+    headers: Headers,
+    stream: int,
+) -> None: ...
+def sum(
+    *,
+    x: int,
+    pitch: int,
+    row_bytes: int,
+    dtype: DataType,
+    places: Places,
+    num_items: int,
+    bias: list[int],
+    out: int,
+    out_pitch: int,
+    segments: Segments,
+    row_weights: int,
+    apply_weights: bool,
+    vectors: int,
+    vectors_pitch: int,
+    out_vectors: int,
+    out_vectors_pitch: int,
+    num_weights: int,
+    headers: Headers,
+    stream: int,
+) -> None: ...
 
 # -- the domain -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Expert-parallel communication for mixture-of-experts training: tokens to their experts and back.
 
 * :class:`TokenDispatcher`: expert-grouped rows, differentiable; what framework integrations use.
-* :func:`weigh_rows`: rows times routing weights, for experts that weigh their own output.
+* :func:`scale_rows`: rows times routing weights, for experts that weigh their own output.
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
 * :class:`Buffer`, :class:`Config`, :class:`EventHandle`, :class:`EventOverlap`: the DeepEP 1.x interface.
 * :class:`ElasticBuffer`, :class:`EPHandle`: the part of the DeepEP 2.x interface that trainers use.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from deepep_moe.dispatcher import Dispatched, TokenDispatcher
     from deepep_moe.elastic import ElasticBuffer, EPHandle
     from deepep_moe.events import EventHandle, EventOverlap
-    from deepep_moe.weigh import weigh_rows
+    from deepep_moe.row_scaling import scale_rows
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "EventOverlap",
     "TokenDispatcher",
     "topk_idx_t",
-    "weigh_rows",
+    "scale_rows",
 ]
 
 _MODULES = {
@@ -49,7 +49,7 @@ _MODULES = {
     "EPHandle": "elastic",
     "EventHandle": "events",
     "EventOverlap": "events",
-    "weigh_rows": "weigh",
+    "scale_rows": "scale_rows",
 }
 """The module of every public name; the same as the imports above, which type checkers read."""
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from deepep_moe.backends.base import Backend, Backward, Layout, Plan, Wire
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.errors import HandleError
+from deepep_moe.row_scaling import scale_rows_gradients
 from deepep_moe.tracing import is_traced
-from deepep_moe.weigh import weigh_gradients
 
 NO_LIMIT = -1
 
@@ -236,7 +236,7 @@ class _Combine(torch.autograd.Function):
         if ctx.apply_weights:  # the product rule for w * rows
             rows, weights = ctx.saved_tensors
             wants_rows = ctx.needs_input_grad[0]
-            grad_rows, grad_weights = weigh_gradients(
+            grad_rows, grad_weights = scale_rows_gradients(
                 sent, rows, weights, ctx.plan.row_recv, wants_rows=wants_rows, reuse=True
             )
         return grad_rows, grad_weights, None, None, None, None

@@ -35,6 +35,7 @@ from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_to
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Fact, gather
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, InputError, PeerError
 
@@ -82,7 +83,7 @@ class Crossing(NamedTuple):
 
 
 @dataclass(eq=False)
-class _HostPlan(Plan):
+class _HostPlan(TensorPlan):
     """A plan whose counts the host still knows, so that moving rows needs no wait."""
 
     crossing: Crossing | None = None
@@ -170,7 +171,7 @@ class CollectiveOnGPU(CollectiveBackend):
             num_recv = self._room(crossing.num_received, "received tokens", "max_recv", max_recv)
             num_rows = self._room(num_rows, "expert rows", "max_rows", max_rows if topk_idx.shape[1] else None)
         with exchange.moving("plan"):
-            plan = self._place(messages, send_slot, topk_idx, num_experts, alignment, crossing, num_recv, num_rows)
+            plan = self._place_rows(messages, send_slot, topk_idx, num_experts, alignment, crossing, num_recv, num_rows)
         plan.expert_counts_host = None if fixed else per_expert
         return plan
 
@@ -239,7 +240,7 @@ class CollectiveOnGPU(CollectiveBackend):
             raise CapacityError(overflow_text(self.config, self.rank, needed, what, setting, limit))
         return needed if limit is None else limit
 
-    def _place(
+    def _place_rows(
         self,
         messages: Tensor,
         send_slot: Tensor,

@@ -17,7 +17,7 @@ for rows whose bytes are no multiple of 16, the same result comes from PyTorch's
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -380,6 +380,9 @@ def _expand_by_operators(
         assert scales is not None
         x, scales = dequantize_e4m3(x, scales, torch.bfloat16), None
     places = places[:num_received]
+    source: Any
+    rows: Any
+    padding: Any
     if by_source:
         source, rows, padding = slice(None), slice(0, num_received), slice(num_received, None)
         weights = None if weights is None else torch.where(places >= 0, weights, 0.0)

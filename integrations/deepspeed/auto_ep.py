@@ -84,7 +84,7 @@ def install(settings: DispatcherConfig) -> None:
 def _row_weights(rows: Tensor, weights: Tensor, row_weighting_impl: str) -> Tensor:
     """``rows [M, H]`` times ``weights [M, 1]`` fp32; what is not AutoEP's default way stays AutoEP's."""
     if row_weighting_impl == "eager":
-        return deepep_moe.weigh_rows(rows, weights.reshape(-1))
+        return deepep_moe.scale_rows(rows, weights.reshape(-1))
     weighed: Tensor = _stock_row_weights(rows, weights, row_weighting_impl)
     return weighed
 

@@ -28,7 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from deepep_moe.grouped import Groups, grouped_linear, spacing
 from deepep_moe.integrations.deepspeed.formula import Facts, Formula, Unproven, replaced, trace
-from deepep_moe.weigh import weigh_rows
+from deepep_moe.row_scaling import scale_rows
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Together:
     def compute(self, rows: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
         def linear(path: str, x: Tensor) -> Tensor:
             if weights is not None and path == self.formula.last:
-                x = weigh_rows(x, weights)
+                x = scale_rows(x, weights)
             return grouped_linear(x, self.linears[path].weights, groups, self.linears[path].biases)
 
         return self.formula.compute(linear, rows)

@@ -38,7 +38,7 @@ from deepep_moe.backends.base import Phase
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import DeepEPMoEError, InputError
 from deepep_moe.integrations.megatron.options import check_options, dispatcher_config
-from deepep_moe.routes import routes
+from deepep_moe.integrations.megatron.routes import routes
 
 _IN_FLIGHT = ("hidden_shape", "topk_idx", "_next", "_refused", "_dispatched", "_places")
 

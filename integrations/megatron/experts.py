@@ -31,7 +31,7 @@ from torch.nn import Parameter
 
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.grouped import Groups, grouped_mlp
-from deepep_moe.weigh import weigh_rows
+from deepep_moe.row_scaling import scale_rows
 
 _EXTRA_STATE = "_extra_state"
 
@@ -118,7 +118,7 @@ class GroupedExperts(MegatronModule):
             ``[M, H]``, and None for the bias that there is not.
         """
         if self.config.moe_apply_probs_on_input:
-            rows = weigh_rows(rows, probs)
+            rows = scale_rows(rows, probs)
             probs = torch.ones_like(probs)
         output = grouped_mlp(
             rows,
@@ -147,7 +147,7 @@ class GroupedExperts(MegatronModule):
             activated = config.activation_func(gate) * value
         else:
             activated = config.activation_func(hidden)
-        return weigh_rows(activated, probs)
+        return scale_rows(activated, probs)
 
     def backward_dw(self) -> None:
         """Does nothing: weight gradients come with the backward pass (``delay_wgrad_compute`` is refused)."""

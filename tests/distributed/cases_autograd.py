@@ -17,7 +17,7 @@ from deepep_moe import DispatcherConfig, TokenDispatcher
 from deepep_moe.errors import UnsupportedError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from deepep_moe.grouped import Groups, grouped_linear
-from deepep_moe.weigh import weigh_rows
+from deepep_moe.row_scaling import scale_rows
 from tests.distributed.cases_dispatcher import raises, random_batch
 from tests.launch import case
 
@@ -46,7 +46,7 @@ def autocast_computes_what_a_loop_over_experts_does(group: dist.ProcessGroup) ->
                     assert sent.rows.dtype == x_dtype
                     if one_module:
                         groups = Groups(sent.tokens_per_expert, sent.tokens_per_expert_host)
-                        rows = weigh_rows(grouped_linear(sent.rows, own, groups), sent.weights)
+                        rows = scale_rows(grouped_linear(sent.rows, own, groups), sent.weights)
                         out = dispatcher.combine(rows, sent)
                     else:
                         parts = sent.rows.split(sent.tokens_per_expert.tolist())

@@ -99,13 +99,13 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["deepep_moe._C"] = None  # an import of it fails, as where it was not built
 import torch, torch.distributed as dist
-from deepep_moe import Buffer, weigh_rows
+from deepep_moe import Buffer, scale_rows
 from deepep_moe.backends.nvlink import NVLinkBackend
 
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 print(NVLinkBackend.supports(dist.group.WORLD, torch.device("cuda", 0)))
 assert not Buffer.is_sm90_compiled()
-assert weigh_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0])).tolist() == [[1.0] * 3, [2.0] * 3]
+assert scale_rows(torch.ones(2, 3), torch.tensor([1.0, 2.0])).tolist() == [[1.0] * 3, [2.0] * 3]
 dist.destroy_process_group()
 """
 

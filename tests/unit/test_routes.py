@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepep_moe.routes import routes
+from deepep_moe.integrations.megatron.routes import routes
 
 
 @pytest.mark.parametrize("topk", [1, 3, 6])

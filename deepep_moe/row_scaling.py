@@ -17,7 +17,7 @@ from deepep_moe.extension import DTYPE_CODES, VECTOR_BYTES
 from deepep_moe.tracing import is_traced
 
 
-def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
+def scale_rows(rows: Tensor, weights: Tensor) -> Tensor:
     """``rows[m] * weights[m]`` in fp32, rounded once to the rows' dtype. Differentiable in both.
 
     For experts that weigh their own output, as frameworks do that put the routing weights into the experts. Where a
@@ -43,10 +43,10 @@ def weigh_rows(rows: Tensor, weights: Tensor) -> Tensor:
     weights = weights.float()
     if is_traced(rows) or is_traced(weights):
         return _times(rows, weights)
-    return _Weigh.apply(rows, weights)  # type: ignore[no-any-return]
+    return _ScaleRows.apply(rows, weights)  # type: ignore[no-any-return]
 
 
-def weigh_gradients(
+def scale_rows_gradients(
     grad: Tensor,
     rows: Tensor | None,
     weights: Tensor,
@@ -55,7 +55,7 @@ def weigh_gradients(
     wants_rows: bool = True,
     reuse: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``weigh_rows(rows, weights)``: of the rows, and of the weights in fp32.
+    """Gradients of ``scale_rows(rows, weights)``: of the rows, and of the weights in fp32.
 
     Args:
         grad: [M, H], the gradient of the result.
@@ -86,7 +86,7 @@ def weigh_gradients(
     )
 
 
-class _Weigh(torch.autograd.Function):
+class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
@@ -100,7 +100,7 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weights = ctx.saved_tensors
-        return weigh_gradients(grads[0], rows, weights, wants_rows=ctx.needs_input_grad[0])
+        return scale_rows_gradients(grads[0], rows, weights, wants_rows=ctx.needs_input_grad[0])
 
 
 def _times(rows: Tensor, weights: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _launch(
     weights = weights.contiguous()
     sums = None if rows is None else torch.empty_like(weights)
     with torch.cuda.device(x.device):
-        extension._C.weigh(
+        extension._C.scale_rows(
             x.data_ptr(),
             0 if rows is None else rows.data_ptr(),
             weights.data_ptr(),

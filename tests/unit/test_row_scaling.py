@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe import DispatcherConfig, TokenDispatcher, weigh_rows
+from deepep_moe import DispatcherConfig, TokenDispatcher, scale_rows
 from deepep_moe.errors import InputError
-from deepep_moe.weigh import weigh_gradients
+from deepep_moe.row_scaling import scale_rows_gradients
 
 
 def make(rows: int, hidden: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +25,7 @@ def make(rows: int, hidden: int, dtype: torch.dtype = torch.float32) -> tuple[Te
 @pytest.mark.parametrize(("rows", "hidden"), [(0, 8), (1, 1), (5, 7), (33, 64)])
 def test_values_and_gradients_are_those_of_the_fp32_product(rows: int, hidden: int, dtype: torch.dtype) -> None:
     x, weights, grad = make(rows, hidden, dtype)
-    out = weigh_rows(x, weights)
+    out = scale_rows(x, weights)
     expected = (x.float() * weights[:, None]).to(dtype)
     assert out.dtype == dtype
     assert torch.equal(out, expected)
@@ -39,7 +39,7 @@ def test_values_and_gradients_are_those_of_the_fp32_product(rows: int, hidden: i
 def test_gradient_of_the_weights_has_their_dtype() -> None:
     x, _, grad = make(4, 16, torch.bfloat16)
     weights = torch.rand(4).bfloat16().requires_grad_()
-    weigh_rows(x, weights).backward(grad)
+    scale_rows(x, weights).backward(grad)
     assert weights.grad is not None
     assert weights.grad.dtype == torch.bfloat16
 
@@ -48,24 +48,24 @@ def test_gradient_of_the_weights_has_their_dtype() -> None:
 def test_only_what_is_wanted_gets_a_gradient(wanted: int) -> None:
     leaves = [leaf.detach() for leaf in make(4, 16)[:2]]
     leaves[wanted].requires_grad_()
-    weigh_rows(*leaves).sum().backward()
+    scale_rows(*leaves).sum().backward()
     assert leaves[wanted].grad is not None
     assert leaves[1 - wanted].grad is None
 
 
 def test_second_derivatives() -> None:
     x, weights, _ = make(3, 4)
-    (first,) = torch.autograd.grad(weigh_rows(x, weights).square().sum(), weights, create_graph=True)
+    (first,) = torch.autograd.grad(scale_rows(x, weights).square().sum(), weights, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), weights)
     torch.testing.assert_close(second, 2 * x.detach().square().sum(1))
 
 
 def test_compiles_without_a_graph_break() -> None:
     x, weights, grad = make(6, 16)
-    compiled = torch.compile(weigh_rows, backend="aot_eager", fullgraph=True)(x, weights)
-    assert torch.equal(compiled, weigh_rows(x, weights))
+    compiled = torch.compile(scale_rows, backend="aot_eager", fullgraph=True)(x, weights)
+    assert torch.equal(compiled, scale_rows(x, weights))
     got = torch.autograd.grad(compiled, (x, weights), grad)
-    wanted = torch.autograd.grad(weigh_rows(x, weights), (x, weights), grad)
+    wanted = torch.autograd.grad(scale_rows(x, weights), (x, weights), grad)
     torch.testing.assert_close(got, wanted)
 
 
@@ -73,11 +73,11 @@ def test_padding_has_no_gradient_whatever_lies_there() -> None:
     x, weights, grad = (leaf.detach() for leaf in make(4, 16, torch.bfloat16))
     row_recv = torch.tensor([3, -1, 0, -1], dtype=torch.int32)
     real = row_recv >= 0
-    expected = weigh_gradients(grad, x, weights)
+    expected = scale_rows_gradients(grad, x, weights)
     for garbage in (torch.nan, torch.inf):
         rows, factors = x.clone(), weights.clone()
         rows[~real], factors[~real] = garbage, garbage
-        grad_rows, grad_weights = weigh_gradients(grad * real[:, None], rows, factors, row_recv)
+        grad_rows, grad_weights = scale_rows_gradients(grad * real[:, None], rows, factors, row_recv)
         for got, wanted in zip((grad_rows, grad_weights), expected, strict=True):
             assert got is not None and wanted is not None
             assert torch.equal(got[real], wanted[real])
@@ -112,12 +112,12 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(
         InputError, match=r"rows = torch.float64 of shape \(3, 4\): must be \[M, H\] bf16, fp16 or fp32"
     ):
-        weigh_rows(rows.double(), weights)
+        scale_rows(rows.double(), weights)
     with pytest.raises(InputError, match=r"rows = torch.float32 of shape \(12,\)"):
-        weigh_rows(rows.flatten(), weights)
+        scale_rows(rows.flatten(), weights)
     with pytest.raises(InputError, match=r"weights = torch.float32 of shape \(3, 1\): must be .* of shape \(3,\)"):
-        weigh_rows(rows, weights[:, None])
+        scale_rows(rows, weights[:, None])
     with pytest.raises(InputError, match=r"weights = torch.int64 of shape \(3,\): must be floating point"):
-        weigh_rows(rows, weights.long())
+        scale_rows(rows, weights.long())
     with pytest.raises(InputError, match="weights = meta: must be on cpu, the device of rows"):
-        weigh_rows(rows, weights.to("meta"))
+        scale_rows(rows, weights.to("meta"))

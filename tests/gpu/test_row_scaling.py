@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe import extension, weigh_rows
-from deepep_moe.weigh import weigh_gradients
+from deepep_moe import extension, scale_rows
+from deepep_moe.row_scaling import scale_rows_gradients
 from tests.gpu.conftest import Ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,13 +34,13 @@ def expect_sums(grad: Tensor, rows: Tensor, got: Tensor) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each launch of the kernel: a test that means to test it can tell that it did."""
     assert extension.why_missing is None, "the CUDA extension is not built"
-    kernel, seen = extension._C.weigh, []
+    kernel, seen = extension._C.scale_rows, []
 
     def counted(*args: int) -> None:
         seen.append(len(seen))
         kernel(*args)
 
-    monkeypatch.setattr(extension._C, "weigh", counted)
+    monkeypatch.setattr(extension._C, "scale_rows", counted)
     return seen
 
 
@@ -48,7 +48,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("rows", "vectors"), [(0, 4), (1, 1), (3, 5), (9, 31), (257, 33), (40, 129), (17, 896)])
 def test_values_and_gradients(ranks: Ranks, launches: list[int], rows: int, vectors: int, dtype: torch.dtype) -> None:
     x, weights, grad = make(ranks, rows, vectors * VECTOR[dtype], dtype)
-    out = weigh_rows(x, weights)
+    out = scale_rows(x, weights)
     assert torch.equal(out, (x.float() * weights[:, None]).to(dtype))
     grad_x, grad_weights = torch.autograd.grad(out, (x, weights), grad)
     assert len(launches) == 2
@@ -61,7 +61,7 @@ def test_only_what_is_wanted(ranks: Ranks, launches: list[int], wanted: int) -> 
     x, weights, grad = make(ranks, 21, 264, torch.bfloat16)
     leaves = [x.detach(), weights.detach()]
     leaves[wanted].requires_grad_()
-    weigh_rows(*leaves).backward(grad)
+    scale_rows(*leaves).backward(grad)
     assert len(launches) == 2
     assert leaves[1 - wanted].grad is None
     got = leaves[wanted].grad
@@ -78,9 +78,9 @@ def test_padding_has_no_gradient_whatever_lies_there(ranks: Ranks, launches: lis
     row_recv = torch.arange(50, dtype=torch.int32, device=ranks.device)
     row_recv[::3] = -1
     real = row_recv >= 0
-    expected = weigh_gradients(grad, x, weights)
+    expected = scale_rows_gradients(grad, x, weights)
     x[~real], weights[~real], grad[~real] = torch.nan, torch.inf, torch.nan
-    for got, wanted in zip(weigh_gradients(grad, x, weights, row_recv), expected, strict=True):
+    for got, wanted in zip(scale_rows_gradients(grad, x, weights, row_recv), expected, strict=True):
         assert got is not None and wanted is not None
         assert torch.equal(got[real], wanted[real])
         assert not got[~real].any()
@@ -89,9 +89,9 @@ def test_padding_has_no_gradient_whatever_lies_there(ranks: Ranks, launches: lis
 
 def test_in_place_and_twice_the_same(ranks: Ranks, launches: list[int]) -> None:
     x, weights, grad = (leaf.detach() for leaf in make(ranks, 300, 7168, torch.bfloat16))
-    first_rows, first_weights = weigh_gradients(grad, x, weights)
+    first_rows, first_weights = scale_rows_gradients(grad, x, weights)
     reused = grad.clone()
-    rows, sums = weigh_gradients(reused, x, weights, reuse=True)
+    rows, sums = scale_rows_gradients(reused, x, weights, reuse=True)
     assert rows is reused
     assert first_rows is not None and torch.equal(rows, first_rows)
     assert first_weights is not None and sums is not None and torch.equal(sums, first_weights)
@@ -103,9 +103,9 @@ def test_views_that_are_strided_or_start_off_a_vector(ranks: Ranks, launches: li
     strided = torch.cat((x, x), dim=1)[:, :48]
     shifted = torch.cat((x.new_zeros(3), x.flatten()))[3:].view(12, 48)
     for view in (strided, shifted):
-        assert torch.equal(weigh_rows(view, weights), weigh_rows(x, weights))
+        assert torch.equal(scale_rows(view, weights), scale_rows(x, weights))
         off = torch.cat((grad.new_zeros(3), grad.flatten()))[3:].view(12, 48)
-        got, wanted = weigh_gradients(off, view, weights), weigh_gradients(grad, x, weights)
+        got, wanted = scale_rows_gradients(off, view, weights), scale_rows_gradients(grad, x, weights)
         assert got[0] is not None and wanted[0] is not None and torch.equal(got[0], wanted[0])
         assert got[1] is not None and wanted[1] is not None and torch.equal(got[1], wanted[1])
         assert torch.equal(off, grad)
@@ -114,7 +114,7 @@ def test_views_that_are_strided_or_start_off_a_vector(ranks: Ranks, launches: li
 
 def test_rows_that_are_no_multiple_of_a_vector(ranks: Ranks, launches: list[int]) -> None:
     x, weights, grad = make(ranks, 6, 7, torch.bfloat16)
-    out = weigh_rows(x, weights)
+    out = scale_rows(x, weights)
     assert torch.equal(out, (x.float() * weights[:, None]).bfloat16())
     _, grad_weights = torch.autograd.grad(out, (x, weights), grad)
     expect_sums(grad, x, grad_weights)
@@ -123,7 +123,7 @@ def test_rows_that_are_no_multiple_of_a_vector(ranks: Ranks, launches: list[int]
 
 def test_second_derivatives(ranks: Ranks) -> None:
     x, weights, _ = make(ranks, 5, 16, torch.float32)
-    (first,) = torch.autograd.grad(weigh_rows(x, weights).square().sum(), weights, create_graph=True)
+    (first,) = torch.autograd.grad(scale_rows(x, weights).square().sum(), weights, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), weights)
     torch.testing.assert_close(second, 2 * x.detach().square().sum(1))
 
@@ -132,11 +132,11 @@ def test_in_a_cuda_graph(ranks: Ranks, launches: list[int]) -> None:
     x, weights, grad = make(ranks, 64, 256, torch.bfloat16)
     stream = torch.cuda.Stream(ranks.device)
     with torch.cuda.stream(stream):
-        torch.autograd.grad(weigh_rows(x, weights), (x, weights), grad)
+        torch.autograd.grad(scale_rows(x, weights), (x, weights), grad)
     torch.cuda.synchronize(ranks.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        out = weigh_rows(x, weights)
+        out = scale_rows(x, weights)
         grads = torch.autograd.grad(out, (x, weights), grad)
     with torch.no_grad():
         x.mul_(0.5).add_(1)
