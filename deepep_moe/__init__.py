@@ -1,7 +1,7 @@
 """Expert-parallel communication for mixture-of-experts training: tokens to their experts and back.
 
 * :class:`TokenDispatcher`: expert-grouped rows, differentiable; what framework integrations use.
-* :func:`scale_rows`: rows times routing weights, for experts that weigh their own output.
+* :func:`scale_rows`: rows times routing weights, for experts that scale their own output.
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
 * :class:`Buffer`, :class:`Config`, :class:`EventHandle`, :class:`EventOverlap`: the DeepEP 1.x interface.
 * :class:`ElasticBuffer`, :class:`EPHandle`: the part of the DeepEP 2.x interface that trainers use.
@@ -34,8 +34,8 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "TokenDispatcher",
-    "topk_idx_t",
     "scale_rows",
+    "topk_idx_t",
 ]
 
 _MODULES = {
@@ -49,7 +49,7 @@ _MODULES = {
     "EPHandle": "elastic",
     "EventHandle": "events",
     "EventOverlap": "events",
-    "scale_rows": "scale_rows",
+    "scale_rows": "row_scaling",
 }
 """The module of every public name; the same as the imports above, which type checkers read."""
 

@@ -20,7 +20,7 @@ from deepep_moe.tracing import is_traced
 def scale_rows(rows: Tensor, weights: Tensor) -> Tensor:
     """``rows[m] * weights[m]`` in fp32, rounded once to the rows' dtype. Differentiable in both.
 
-    For experts that weigh their own output, as frameworks do that put the routing weights into the experts. Where a
+    For experts that scale their own output, as in frameworks that apply the routing weights inside the experts. Where a
     combine follows directly, ``TokenDispatcher.combine(weights=...)`` does it on the way.
 
     Args:

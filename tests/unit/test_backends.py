@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, backends
+from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, backends, extension
 from deepep_moe.backends import BACKENDS, Backend, Layout, get_backend
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
@@ -86,6 +86,7 @@ def test_a_slower_backend_than_necessary_is_one_warning_with_the_remedy(
     monkeypatch.setattr(HierarchicalBackend, "supports", staticmethod(lambda *_: hierarchical))
     monkeypatch.setattr(HierarchicalBackend, "why_not_auto", staticmethod(lambda *_: passed_by))
     monkeypatch.setattr(CollectiveBackend, "supports", staticmethod(lambda *_: None))
+    monkeypatch.setattr(extension, "why_not_on", lambda device: "there is no GPU")
     for _ in range(2):
         assert backends._make(group, torch.device("cuda", 0), DispatcherConfig()).name == "collective"
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
