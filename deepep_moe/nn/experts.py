@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deepep_moe.backends.checks import check_integer, check_tensor
 from deepep_moe.errors import InputError
 from deepep_moe.grouped import Groups, grouped_mlp
-from deepep_moe.weigh import weigh_rows
+from deepep_moe.row_scaling import scale_rows
 
 _SEEDS = 2**62
 
@@ -137,7 +137,7 @@ class GroupedExperts(nn.Module):
             activated = self.activation(gate) * up
         else:
             activated = self.activation(hidden)
-        return activated if row_weights is None else weigh_rows(activated, row_weights)
+        return activated if row_weights is None else scale_rows(activated, row_weights)
 
     def extra_repr(self) -> str:
         local, _, hidden = self.weight1.shape
