@@ -87,10 +87,12 @@ class Agreement:
 
     facts: dict[str, Fact] = field(default_factory=dict)
     """What ranks must share, by the names that users know."""
-    private: Sequence[int] = ()
-    """At most R numbers for all to know."""
+    private: Sequence[int] | Tensor = ()
+    """For all to know: at most R numbers, or [words] int64 on the device where the agreement says how many words."""
     shared: Tensor | None = None
-    """[R, R] int64 on the CPU, after the agreement: row r is what rank r gave as ``private``, zero-filled."""
+    """[R, R or words] int64 on the CPU, after the agreement: row r is what rank r gave as ``private``, zero-filled."""
+    on_device: Tensor | None = None
+    """The same on the device."""
     headers: Tensor | None = None
     """[R, HEADER_WORDS] int64 on the device, where the host does not wait for the agreement (announcements.py)."""
 
@@ -132,8 +134,10 @@ class Exchange:
     # -- agreement -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def agreement(self, phase: Phase, *, compared: bool = True) -> Iterator[Agreement]:
+    def agreement(self, phase: Phase, *, compared: bool = True, words: int = 0) -> Iterator[Agreement]:
         """Agree on entering ``phase``. The body checks this rank's input and fills in the :class:`Agreement`.
+
+        ``words``: the size of what ranks give as ``private``, the same on all ranks; 0: at most R numbers.
 
         Whatever the body raises, all ranks raise: this one its own error, the others what it says. Without
         ``compared`` nothing is exchanged, so a rank that raises takes the group with it (:meth:`moving`).
@@ -152,21 +156,27 @@ class Exchange:
             yield mine
         except Exception as error:
             with suppress(PeerError):  # this rank has a reason of its own
-                self._exchange_headers(phase, Agreement(), str(error) or type(error).__name__)
+                self._exchange_headers(phase, Agreement(), str(error) or type(error).__name__, words)
             raise
-        mine.shared = self._exchange_headers(phase, mine, None)
+        self._exchange_headers(phase, mine, None, words)
 
-    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: str | None) -> Tensor | None:
-        """Tell the others ``problem``, or compare facts with them. Returns what all gave as private numbers."""
+    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: str | None, words: int) -> None:
+        """Tell the others ``problem``, or compare facts with them and fill in ``mine.shared``."""
+        private, width = mine.private, words or self.world_size
+        if not isinstance(private, Tensor):
+            private = torch.tensor([*private, *[0] * (width - len(private))], dtype=torch.int64, device="cpu")
+            private = to_device(private, self.device)
+        assert private.shape[0] == width
         if self.world_size == 1:
-            return torch.tensor([list(mine.private) or [0]], dtype=torch.int64, device="cpu")
-        assert len(mine.private) <= self.world_size
+            mine.on_device = private.unsqueeze(0)
+            mine.shared = self.to_host(phase, mine.on_device)
+            return
         numbers = self.header(phase, mine.facts, refused=problem is not None)
-        numbers += [*mine.private, *[0] * (self.world_size - len(mine.private))]
-        header = torch.tensor([numbers], dtype=torch.int64, device="cpu").to(self.device)
-        headers = self.to_host(phase, self._to_all(phase, header))
+        header = to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), self.device)
+        on_device = self._to_all(phase, torch.cat([header, private]).unsqueeze(0))
+        headers = self.to_host(phase, on_device)
         self.compare_headers(phase, mine.facts, headers, problem)
-        return headers[:, HEADER_WORDS:]
+        mine.shared, mine.on_device = headers[:, HEADER_WORDS:], on_device[:, HEADER_WORDS:]
 
     def header(self, phase: Phase, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
         """What this rank tells the others in an agreement."""
@@ -250,8 +260,14 @@ class Exchange:
             host.copy_(tensor, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(tensor.device))
+        self.wait_for(phase, arrived)
+        return host
+
+    def wait_for(self, phase: str, event: torch.cuda.Event) -> None:
+        """Make the host wait for ``event``, bounded."""
+        with self._waiting(phase):
             began = time.monotonic()
-            while not arrived.query():
+            while not event.query():
                 waited = time.monotonic() - began
                 if waited > self.timeout_seconds:
                     raise RuntimeError("the wait for the device timed out")
@@ -259,7 +275,6 @@ class Exchange:
                     self.check_usable(phase)  # a thread may have found an earlier call to fail
                     time.sleep(2e-5)
         self.check_usable(phase)  # what was cut short has left garbage
-        return host
 
     def gather(self, phase: str, mine: object) -> list[Any]:
         """``mine`` of every rank; what JSON can hold."""
@@ -271,6 +286,10 @@ class Exchange:
         sent = text.reshape(-1, 1).repeat(self.world_size, 1)
         received = self.to_host(phase, self.all_to_all(phase, sent, [text.shape[1]] * self.world_size, sizes))
         return [json.loads(bytes(part.flatten().tolist())) for part in received.split(sizes)]
+
+    def tell_all(self, phase: str, row: Tensor) -> Tensor:
+        """``row [n]`` of every rank, ``[R, n]``, without waiting for the host or comparing anything."""
+        return row.unsqueeze(0) if self.world_size == 1 else self._to_all(phase, row.unsqueeze(0))
 
     def _to_all(self, phase: str, row: Tensor) -> Tensor:
         """``row [1, n]`` of every rank, ``[R, n]``."""
@@ -403,6 +422,11 @@ def _decode(code: int, like: Fact) -> str:
     if isinstance(like, Enum):
         return list(type(like))[code].name.lower().replace("_", " ")
     return str(bool(code)) if isinstance(like, bool) else str(code)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` of the CPU on ``device``. From pinned memory: else the host would wait for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def as_bytes(rows: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ class Rail(Protocol):
     the transport has run once before. No wait is unbounded: failures are raised as
     :class:`~deepep_moe.errors.PeerError` by the call or, where the device finds out later, by :meth:`check`.
 
-    Dispatch and combine are one *operation* each: :meth:`start` for chunks 0 to ``num_chunks - 1``, and each chunk's
-    ``finish`` once, in the same order. Every chunk is finished before the first chunk of the next operation starts.
+    Dispatch and combine are one *operation* each: :meth:`buffers` once, :meth:`start` for chunks 0 to
+    ``num_chunks - 1``, and each chunk's ``finish`` once, in the same order. Every chunk is finished before the next
+    operation begins. Every operation exchanges with every other rank of the rail, be it blocks without rows.
     """
 
     name: str
@@ -61,21 +62,27 @@ class Rail(Protocol):
         """``block [n, k]`` int32 of every rail rank, of equal shape on all: ``[N, n, k]`` in rail order."""
         ...
 
-    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
-        """``[num_rows, row_bytes]`` uint8, uninitialised: where the rows of a chunk are packed for :meth:`start`.
+    def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+        """Begin an operation: memory for the rows that it sends and for those that it receives.
 
-        ``row_bytes`` is a multiple of 16 on GPUs.
+        ``[rows, row_bytes]`` uint8, uninitialised; valid until the next operation begins. ``row_bytes`` is a multiple
+        of 16 on GPUs. Unless the transport moves unused rows, the numbers are equal on all ranks.
         """
         ...
 
     def start(
-        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
-    ) -> Callable[[], Tensor]:
-        """Start to send ``rows``, of :meth:`send_buffer`, in blocks ``send``, and to receive blocks ``recv``.
+        self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], object]:
+        """Start to move one chunk.
+
+        Args:
+            sent: [sum(send.sizes), row_bytes] uint8, consecutive rows of the send buffer, already filled.
+            received: [sum(recv.sizes), row_bytes] uint8, consecutive rows of the receive buffer.
+            send: the blocks of ``sent``.
+            recv: the blocks of ``received``.
 
         Returns:
-            ``finish``: makes the current stream wait for the received rows ``[sum(recv.sizes), row_bytes]`` uint8 and
-            returns them. They stay valid until the next operation starts.
+            ``finish``: makes the current stream wait until the used rows of ``received`` are there.
         """
         ...
 
@@ -104,7 +111,7 @@ class TorchRail:
     moves_unused_rows = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
-        self.name = self.name_on(device)
+        self.name, self.group = self.name_on(device), group
         self._exchange = Exchange(group, device, config.timeout_seconds)
 
     @staticmethod
@@ -126,13 +133,18 @@ class TorchRail:
         sent = block.expand(ranks, *block.shape).reshape(ranks * rows, *block.shape[1:])
         return self._exchange.all_to_all(phase, sent, sizes, sizes).view(ranks, *block.shape)
 
-    def send_buffer(self, num_rows: int, row_bytes: int, chunk: int) -> Tensor:
-        return torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=self._exchange.device)
+    def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+        device = self._exchange.device
+        return (
+            torch.empty((send_rows, row_bytes), dtype=torch.uint8, device=device),
+            torch.empty((recv_rows, row_bytes), dtype=torch.uint8, device=device),
+        )
 
     def start(
-        self, phase: Phase, rows: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
-    ) -> Callable[[], Tensor]:
-        return self._exchange.start_all_to_all(phase, rows, send.sizes, recv.sizes)
+        self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
+    ) -> Callable[[], object]:
+        finish = self._exchange.start_all_to_all(phase, sent, send.sizes, recv.sizes, received)
+        return finish
 
     def check(self) -> None:
         pass  # calls raise what went wrong themselves

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from deepep_moe import Buffer, DispatcherConfig, TokenDispatcher, topology
 from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend
-from deepep_moe.backends.exchange import as_bytes
+from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.backends.rail import Blocks, TorchRail
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError, UnsupportedError
 from deepep_moe.fp8 import quantize_e4m3
 from tests.distributed.cases_dispatcher import (
@@ -316,6 +317,89 @@ def rows_beyond_the_capacity_are_an_error_of_the_plan_on_all_ranks(group: dist.P
     nodes.plan(topk_idx, 8, max_recv=52, max_rows=104)
 
 
+class EqualBlocks(TorchRail):
+    """A transport that wants equal blocks, like one without the host; unused rows cross as garbage."""
+
+    moves_unused_rows = False
+
+    def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+        send, recv = super().buffers(send_rows, recv_rows, row_bytes)
+        return send.fill_(255), recv.fill_(255)
+
+    def start(self, phase: Any, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, *chunk: int) -> Any:
+        assert send.used is not None and recv.used is not None
+        for blocks in (send, recv):
+            assert len({size for rank, size in enumerate(blocks.sizes) if rank != self.rank}) <= 1
+            assert all(used <= size for used, size in zip(blocks.used.tolist(), blocks.sizes))
+        return super().start(phase, sent, received, send, recv, *chunk)
+
+
+def with_equal_blocks(nodes: HierarchicalBackend, cut: int) -> None:
+    rail = EqualBlocks(nodes.rail.group, CPU, nodes.config)
+    rail.rank = dist.get_rank(rail.group)
+    nodes.rail = rail
+
+
+@case(ranks=(2, 4, 6))
+def fixed_sizes_without_a_host_wait_are_the_same(group: dist.ProcessGroup) -> None:
+    """And so are blocks of equal size, in plans of exact size too."""
+    cut = CUTS[dist.get_world_size(group)][0]
+    for chunk_bytes in (0, 1, 700):
+        reference, nodes = both(group, cut, rail_chunk_bytes=chunk_bytes, max_tokens_per_rank=23)
+        assert isinstance(nodes, HierarchicalBackend)
+        with_equal_blocks(nodes, cut)
+        nodes._defers = True
+        with mock.patch.object(Exchange, "to_host", autospec=True, side_effect=Exchange.to_host) as to_host:
+            for step, tokens in enumerate((23, 5, 0, 23)):
+                own = tokens if step == 3 else tokens * (1 + nodes.rank) // nodes.world_size
+                experts = 2 * nodes.world_size
+                x, topk_idx, weights = random_batch(
+                    100 * step + nodes.rank, own, 128, 3, experts, torch.bfloat16, dropped=0.2
+                )
+                limits = {"max_recv": 23 * nodes.world_size + 1, "max_rows": 69 * nodes.world_size + 30}
+                to_host.reset_mock()
+                mine = nodes.plan(topk_idx, experts, alignment=4, **limits)
+                waits = [call for call in to_host.call_args_list if call.args[0] is nodes._exchange]
+                assert len(waits) == (2 if step == 0 else 0)
+                theirs = reference.plan(topk_idx, experts, alignment=4, **limits)
+                compare(reference, nodes, (theirs, mine), x.detach(), weights.detach())
+                plans = tuple(b.plan(topk_idx, experts, alignment=4) for b in (reference, nodes))
+                compare(reference, nodes, plans, x.detach(), weights.detach())
+
+
+@case(ranks=(4,))
+def a_plan_waits_for_the_host_once(group: dist.ProcessGroup) -> None:
+    nodes = both(group, 2)[1]
+    topk_idx = torch.arange(16, dtype=torch.int64).view(8, 2) % 8
+    nodes.plan(topk_idx, 8)
+    for fixed in ({}, {"max_recv": 40, "max_rows": 80}):
+        with mock.patch.object(Exchange, "to_host", autospec=True, side_effect=Exchange.to_host) as to_host:
+            nodes.plan(topk_idx, 8, **fixed)
+        waits = [call for call in to_host.call_args_list if call.args[0].group is not nodes.engine.group]
+        assert len(waits) == 1
+
+
+@case(ranks=(4,))
+def what_a_plan_without_a_host_wait_finds_out_is_raised_by_the_next(group: dist.ProcessGroup) -> None:
+    nodes = both(group, 2, max_tokens_per_rank=16)[1]
+    nodes._defers = True
+    good = torch.arange(26, dtype=torch.int64).view(13, 2) % 8
+    limits = {"max_recv": 51, "max_rows": 103}
+    for topk_idx, told in (
+        (torch.zeros((13, 2), dtype=torch.int64), "52 received tokens, but max_recv = 51"),
+        (good, None),
+    ):
+        nodes.plan(good, 8, **limits)
+        plan = nodes.plan(topk_idx, 8, **limits)
+        rows = nodes.dispatch(plan, torch.ones(13, 8), layout=Layout.BY_EXPERT).x
+        out = nodes.combine(plan, rows, layout=Layout.BY_EXPERT).x
+        assert bool(out.isnan().all()) == (told is not None)
+        if told is not None:
+            with raises(CapacityError if nodes.rank == 0 else PeerError, "rank 0", told):
+                nodes.plan(good, 8, **limits)
+        nodes.check()
+
+
 @case(ranks=(2, 4))
 def auto_says_why_it_takes_collective(group: dist.ProcessGroup) -> None:
     with mock.patch("deepep_moe.backends._log.info") as log:
@@ -334,6 +418,6 @@ def a_mistake_of_one_rank_reaches_every_node(group: dist.ProcessGroup) -> None:
     with raises(RankMismatchError, "hidden size", "4 on rank 3", "8 on rank 0, 1, 2"):
         dispatcher.dispatch(x[:, :4] if wrong else x, topk_idx, weights)
     dispatched = dispatcher.dispatch(x, topk_idx, weights)
-    with raises(InputError if wrong else PeerError, "x", "rows"):
+    with raises(InputError if wrong else PeerError, "rows = shape (1", "must have"):
         dispatcher.combine(dispatched.rows[1:] if wrong else dispatched.rows, dispatched)
     dispatcher.combine(dispatched.rows, dispatched)

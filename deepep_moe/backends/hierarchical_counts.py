@@ -1,0 +1,260 @@
+"""What the ranks of several nodes tell each other about a batch before they plan it, and what follows from it.
+
+Every rank sends one row of numbers to all ranks (:func:`summarize`). Where the host waits for these rows it knows all
+sizes of the plan at once, so a plan waits for the host once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from deepep_moe.backends.checks import overflow_text
+from deepep_moe.config import DispatcherConfig
+from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError, PeerError
+from deepep_moe.topology import NodeGroups, Nodes
+
+SHARES = 8
+"""The tokens of a rank are counted in this many shares of consecutive tokens: a chunk is one or more of them."""
+_TOKENS, _LOWEST, _HIGHEST, _MAX_RECV, _MAX_ROWS, _NUM_HEAD = range(6)
+_NO_LIMIT = 2**31 - 1
+
+
+class Geometry:
+    """Nodes and rails as this rank sees them, as tensors on ``device`` where device code needs them."""
+
+    def __init__(self, nodes: Nodes, groups: NodeGroups, device: torch.device) -> None:
+        self.nodes, self.device = nodes, device
+        self.num_ranks, self.num_nodes, self.node_size = len(nodes.node_of), nodes.count, nodes.size
+        self.rail_ranks = groups.rails[nodes.place]
+        self.rail_rank = self.rail_ranks.index(nodes.rank)
+        """The place of this rank in its rail."""
+        self.node_of, self.place_of = self.tensor(nodes.node_of), self.tensor(nodes.place_of)
+        self.by_node = self.tensor([rank for members in nodes.members for rank in members])
+        """[R] ranks, node by node."""
+        self.rail_nodes = self.tensor([nodes.node_of[rank] for rank in self.rail_ranks])
+        """[N] the node of each rank of the rail."""
+        self.rail_rank_of_node = self.tensor([self.rail_ranks.index(rank) for rank in nodes.rail(nodes.place)])
+        """[N] for each node the place of its rank in the rail."""
+        self.runs = self.tensor([rank for rail in groups.rails for rank in rail])
+        """[G * N] source ranks in the order in which the backend of this node delivers their rows."""
+        self.run_crosses = self.node_of[self.runs] != nodes.node
+        """[G * N] whether they are of other nodes."""
+        self.rail_members = self.tensor(self.rail_ranks)
+        """[N] ranks of the rail."""
+        self.none_bad = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def tensor(self, values: list[int] | tuple[int, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu").to(self.device)
+
+    def expert_in_node(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """Global experts to experts of this node in the order of its ranks; -1 for those of other nodes."""
+        local = num_experts // self.num_ranks
+        owner = torch.div(topk_idx.clamp(min=0, max=num_experts - 1), local, rounding_mode="floor")
+        here = (topk_idx >= 0) & (self.node_of[owner] == self.nodes.node)
+        return torch.where(here, self.place_of[owner] * local + topk_idx % local, -1)
+
+    def in_ranks(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """``[T, R]`` bool: the ranks that own an expert of each token."""
+        owner = torch.div(topk_idx.long(), num_experts // self.num_ranks, rounding_mode="floor")
+        owner = torch.where((topk_idx >= 0) & (topk_idx < num_experts), owner, self.num_ranks)
+        marks = torch.zeros((topk_idx.shape[0], self.num_ranks + 1), dtype=torch.bool, device=self.device)
+        return marks.scatter_(1, owner, True)[:, :-1]
+
+    def in_nodes(self, in_rank: Tensor) -> Tensor:
+        """``[T, R]`` bool -> ``[T, N]``."""
+        return in_rank[:, self.by_node].view(in_rank.shape[0], self.num_nodes, self.node_size).any(2)
+
+    def summary_words(self, num_experts: int) -> int:
+        return _NUM_HEAD + self.num_ranks + self.num_nodes * SHARES + num_experts
+
+
+@dataclass(eq=False)
+class Crossing:
+    """What crosses this rank's rail, both ways: sizes that the host knows.
+
+    In plans of exact size ``sent`` and ``received`` count rows. In plans of fixed size, and where the rail wants equal
+    blocks (:attr:`Rail.moves_unused_rows`), they are None and each block of a chunk has room for ``most_of_share`` rows
+    of each of its shares.
+    """
+
+    tokens: int
+    """C: the batch has room for so many tokens of each rank of the rail."""
+    most: int
+    """Rows that any rank of the group sends over its rail, at most."""
+    most_of_share: int
+    """Rows that any rank sends to another node from one share of its tokens, at most."""
+    sent: list[list[int]] | None
+    """[N][SHARES] tokens for each rank of the rail."""
+    received: list[list[int]] | None
+    """[N][SHARES] tokens from each."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether blocks have no unused rows."""
+        return self.sent is not None
+
+    def block_sizes(self, shares: list[list[int]] | None, chunks: int, geometry: Geometry) -> list[tuple[int, ...]]:
+        """[chunks][N] rows."""
+        each = SHARES // chunks
+        if shares is None:
+            size = self.most_of_share * each
+            sizes = tuple(0 if rank == geometry.rail_rank else size for rank in range(geometry.num_nodes))
+            return [sizes] * chunks
+        return [tuple(sum(of_rank[c * each : (c + 1) * each]) for of_rank in shares) for c in range(chunks)]
+
+
+def share_of(token: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """The share that ``token`` of ``num_tokens`` belongs to."""
+    if isinstance(num_tokens, int):
+        return torch.div(token * SHARES, max(num_tokens, 1), rounding_mode="floor")
+    return torch.div(token * SHARES, num_tokens.clamp(min=1), rounding_mode="floor")
+
+
+def summarize(
+    geometry: Geometry,
+    topk_idx: Tensor,
+    num_experts: int,
+    in_rank: Tensor,
+    num_tokens_per_expert: Tensor | None,
+    max_recv: int | None,
+    max_rows: int | None,
+) -> Tensor:
+    """What this rank tells all ranks: ``[words]`` int64 on the device. Makes no host wait.
+
+    The number of tokens, the lowest and highest expert index, the limits, tokens for each rank [R], tokens for each
+    node and share [N, SHARES], routes to each expert [E].
+    """
+    device, tokens = geometry.device, topk_idx.shape[0]
+    in_node = geometry.in_nodes(in_rank)
+    share = share_of(torch.arange(tokens, dtype=torch.int64, device=device), tokens)
+    to_node = torch.zeros((SHARES, geometry.num_nodes), dtype=torch.int64, device=device)
+    to_node.index_add_(0, share, in_node.long())
+    if num_tokens_per_expert is not None and not topk_idx.shape[1]:
+        to_expert = num_tokens_per_expert.long()
+    else:
+        routes = topk_idx.reshape(-1).long()
+        good = (routes >= 0) & (routes < num_experts)
+        to_expert = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
+        to_expert = to_expert.index_add_(0, torch.where(good, routes, num_experts), torch.ones_like(routes))[:-1]
+    limits = [_NO_LIMIT if limit is None else limit for limit in (max_recv, max_rows)]
+    head = torch.full((_NUM_HEAD,), -1, dtype=torch.int64, device=device)
+    head[_TOKENS], head[_MAX_RECV], head[_MAX_ROWS] = tokens, *limits
+    if topk_idx.numel():
+        head[_LOWEST], head[_HIGHEST] = topk_idx.amin(), topk_idx.amax()
+    return torch.cat([head, in_rank.sum(0), to_node.t().reshape(-1), to_expert])
+
+
+class Counts:
+    """The summaries of all ranks, on whatever device they are.
+
+    Args:
+        geometry: on the device of the table.
+        table: ``[R, words]`` int64, row r as rank r's :func:`summarize` gave it.
+        topk: K; without routes (0) there are no expert rows.
+    """
+
+    def __init__(self, geometry: Geometry, table: Tensor, num_experts: int, topk: int, alignment: int) -> None:
+        ranks, nodes = geometry.num_ranks, geometry.num_nodes
+        self.has_routes = topk > 0
+        self.geometry, self.table, self.num_experts, self.alignment = geometry, table, num_experts, alignment
+        head, self.to_rank, to_node, self.to_expert = table.split([_NUM_HEAD, ranks, nodes * SHARES, num_experts], 1)
+        self.to_node = to_node.view(ranks, nodes, SHARES)
+        """[R, N, SHARES] tokens of each rank for each node, by share of the rank's tokens."""
+        self.tokens, self.lowest, self.highest, self.max_recv, self.max_rows = head.unbind(1)
+
+    @cached_property
+    def received(self) -> Tensor:
+        """[R] rows that each rank receives."""
+        return self.to_rank.sum(0)
+
+    @cached_property
+    def routes(self) -> Tensor:
+        """[E] rows of each expert."""
+        return self.to_expert.sum(0)
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """[R, L] the same with padding."""
+        padded = torch.div(self.routes + (self.alignment - 1), self.alignment, rounding_mode="floor") * self.alignment
+        return padded.view(self.geometry.num_ranks, -1)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[R] expert rows that each rank gets, padding included."""
+        return self.padded.sum(1) if self.has_routes else torch.zeros_like(self.received)
+
+    def counted(self) -> Tensor:
+        """``Plan.counted`` of this rank."""
+        me = self.geometry.nodes.rank
+        offsets = torch.zeros(self.padded.shape[1] + 1, dtype=torch.int64, device=self.table.device)
+        if self.has_routes:
+            offsets[1:] = self.padded[me].cumsum(0)
+        return torch.cat([self.to_rank.cumsum(0).reshape(-1), self.routes.view_as(self.padded)[me], offsets])
+
+    def crossing(self) -> tuple[Tensor, Tensor]:
+        """[N, SHARES] tokens of this rank for each rank of its rail, and of each of them for this rank."""
+        geometry = self.geometry
+        sent = self.to_node[geometry.nodes.rank][geometry.rail_nodes]
+        received = self.to_node[:, geometry.nodes.node][geometry.rail_members]
+        sent[geometry.rail_rank] = 0
+        received[geometry.rail_rank] = 0
+        return sent, received
+
+    def most_crossing(self) -> tuple[Tensor, Tensor]:
+        """Rows that any rank sends over its rail, at most, and rows of a share that any rank sends to any other."""
+        own = self.geometry.node_of.view(-1, 1, 1)
+        nodes = torch.arange(self.geometry.num_nodes, dtype=torch.int64, device=self.table.device).view(1, -1, 1)
+        crossing = torch.where(own == nodes, 0, self.to_node)
+        return crossing.sum((1, 2)).amax(), crossing.amax()
+
+    def sizes(self, most_tokens: int, exact: bool) -> Crossing:
+        """What crosses, from counts on the host."""
+        sent, received = (shares.tolist() if exact else None for shares in self.crossing())
+        return Crossing(most_tokens, *(int(number) for number in self.most_crossing()), sent, received)
+
+    def bad(self, most_tokens: int) -> Tensor:
+        """[R] bool: ranks whose part in this plan is an error."""
+        return (
+            (self.tokens > most_tokens)
+            | (self.lowest < -1)
+            | (self.highest >= self.num_experts)
+            | (self.received > self.max_recv)
+            | (self.rows > self.max_rows)
+        )
+
+    def raise_problems(self, config: DispatcherConfig, most_tokens: int) -> None:
+        """Raise what :meth:`bad` marks: the error itself on the rank that it is about, PeerError on the others."""
+        problems = {rank: self._problem(rank, config, most_tokens) for rank in self._bad_ranks(most_tokens)}
+        if self.geometry.nodes.rank in problems:
+            raise problems[self.geometry.nodes.rank]
+        if problems:
+            told = "; ".join(f"rank {rank}: {error}" for rank, error in problems.items())
+            raise PeerError(f"plan was refused by another rank of the group: {told}")
+
+    def _bad_ranks(self, most_tokens: int) -> list[int]:
+        return [rank for rank, bad in enumerate(self.bad(most_tokens).tolist()) if bad]
+
+    def _problem(self, rank: int, config: DispatcherConfig, most_tokens: int) -> DeepEPMoEError:
+        for expert in (int(self.lowest[rank]), int(self.highest[rank])):
+            if not -1 <= expert < self.num_experts:
+                allowed = f"an expert must be -1 (dropped) or 0 to {self.num_experts - 1}"
+                return InputError("topk_idx", expert, allowed)
+        tokens = int(self.tokens[rank])
+        if tokens > most_tokens:
+            return CapacityError(too_many_tokens(rank, tokens, most_tokens))
+        needed, limit, what, setting = self.received, self.max_recv, "received tokens", "max_recv"
+        if int(needed[rank]) <= int(limit[rank]):
+            needed, limit, what, setting = self.rows, self.max_rows, "expert rows", "max_rows"
+        return CapacityError(overflow_text(config, rank, int(needed[rank]), what, setting, int(limit[rank])))
+
+
+def too_many_tokens(rank: int, tokens: int, most_tokens: int) -> str:
+    """What a CapacityError says of a plan of fixed size."""
+    return (
+        f"rank {rank} has {tokens} tokens, but the first plan of fixed size was made for at most {most_tokens} of a "
+        "rank: set max_tokens_per_rank"
+    )
