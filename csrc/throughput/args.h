@@ -206,17 +206,19 @@ struct DispatchArgs {
     Runtime runtime;
     Staging staging;
     Route route;
-    int format_code;       // Operation::format
-    int row_bytes;         // as sent; BF16 that is sent as FP8 has twice as many in x
-    int num_scales;        // per row, as sent
-    int pitch;             // bytes of a staged row: row, scales, weights, rounded up to 16
-    const char* x;         // [T] rows
-    Scales scales;         // of x
-    bool with_weights;     // whether weights are sent; a rank without tokens has no pointer to them
-    const float* weights;  // [T, K]
-    char* out;             // [N or M] rows
-    Scales out_scales;     // one of the strides is 1
-    float* out_weights;    // [N, K] or [M], or null
+    int format_code;         // Operation::format
+    int row_bytes;           // as sent; BF16 that is sent as FP8 has twice as many in x
+    int num_scales;          // per row, as sent
+    int pitch;               // bytes of a staged row: row, scales, weights, rounded up to 16
+    const char* x;           // [T] rows
+    int64_t x_stride;        // bytes from row to row
+    Scales scales;           // of x
+    bool with_weights;       // whether weights are sent; a rank without tokens has no pointer to them
+    const float* weights;    // [T, K]
+    int64_t weights_stride;  // elements from row to row
+    char* out;               // [N or M] rows
+    Scales out_scales;       // one of the strides is 1
+    float* out_weights;      // [N, K] or [M], or null
     int num_send_blocks;
 };
 
@@ -233,8 +235,10 @@ struct CombineArgs {
     bool carry_weights;            // ... or send them beside the rows; neither without weights
     const char* bias[kMaxBiases];  // [T] rows each
     int num_biases;
-    char* out;           // [T] rows
-    float* out_weights;  // [T, K] when weights are carried
+    char* out;                   // [T] rows
+    int64_t out_stride;          // bytes from row to row
+    float* out_weights;          // [T, K] when weights are carried
+    int64_t out_weights_stride;  // elements from row to row
     int num_send_blocks;
 };
 

@@ -91,22 +91,24 @@ py::object wait_plan(ThroughputEngine& self, Address expert_counts) {
 }
 
 void dispatch(ThroughputEngine& self, const Route& route, Format format, int format_code, int row_bytes, int pitch,
-              Address x, Address scales, int64_t scale_row_stride, int64_t scale_channel_stride, int num_scales,
-              bool with_weights, Address weights, Address out, Address out_scales, int64_t out_scale_row_stride,
-              int64_t out_scale_channel_stride, Address out_weights, int num_blocks, int num_send_blocks,
-              Address stream) {
+              Address x, int64_t x_stride, Address scales, int64_t scale_row_stride, int64_t scale_channel_stride,
+              int num_scales, bool with_weights, Address weights, int64_t weights_stride, Address out,
+              Address out_scales, int64_t out_scale_row_stride, int64_t out_scale_channel_stride, Address out_weights,
+              int num_blocks, int num_send_blocks, Address stream) {
     DispatchRequest request{};
     request.format = static_cast<int>(format);
     request.format_code = format_code;
     request.row_bytes = row_bytes;
     request.pitch = pitch;
     request.x = x;
+    request.x_stride = x_stride;
     request.scales = scales;
     request.scale_row_stride = scale_row_stride;
     request.scale_channel_stride = scale_channel_stride;
     request.num_scales = num_scales;
     request.with_weights = with_weights;
     request.weights = weights;
+    request.weights_stride = weights_stride;
     request.out = out;
     request.out_scales = out_scales;
     request.out_scale_row_stride = out_scale_row_stride;
@@ -119,7 +121,8 @@ void dispatch(ThroughputEngine& self, const Route& route, Format format, int for
 
 void combine(ThroughputEngine& self, const Route& route, DataType dtype, int format_code, int row_bytes, int pitch,
              Address x, Address weights, bool apply_weights, bool carry_weights, Address bias0, Address bias1,
-             Address out, Address out_weights, int num_blocks, int num_send_blocks, Address stream) {
+             Address out, int64_t out_stride, Address out_weights, int64_t out_weights_stride, int num_blocks,
+             int num_send_blocks, Address stream) {
     CombineRequest request{};
     request.dtype = static_cast<int>(dtype);
     request.format_code = format_code;
@@ -132,7 +135,9 @@ void combine(ThroughputEngine& self, const Route& route, DataType dtype, int for
     request.bias0 = bias0;
     request.bias1 = bias1;
     request.out = out;
+    request.out_stride = out_stride;
     request.out_weights = out_weights;
+    request.out_weights_stride = out_weights_stride;
     request.num_blocks = num_blocks;
     request.num_send_blocks = num_send_blocks;
     self.combine(route, request, stream);
@@ -161,15 +166,16 @@ void bind_throughput(py::module_& m) {
         .def("place_plan", &place_plan, py::kw_only(), py::arg("send_slot"), py::arg("counted"), py::arg("received"),
              py::arg("row_recv"), py::arg("max_recv"), py::arg("max_rows"), py::arg("num_blocks"), py::arg("stream"))
         .def("dispatch", &dispatch, py::arg("route"), py::kw_only(), py::arg("format"), py::arg("format_code"),
-             py::arg("row_bytes"), py::arg("pitch"), py::arg("x"), py::arg("scales"), py::arg("scale_row_stride"),
-             py::arg("scale_channel_stride"), py::arg("num_scales"), py::arg("with_weights"), py::arg("weights"),
-             py::arg("out"), py::arg("out_scales"), py::arg("out_scale_row_stride"),
-             py::arg("out_scale_channel_stride"), py::arg("out_weights"), py::arg("num_blocks"),
-             py::arg("num_send_blocks"), py::arg("stream"))
+             py::arg("row_bytes"), py::arg("pitch"), py::arg("x"), py::arg("x_stride"), py::arg("scales"),
+             py::arg("scale_row_stride"), py::arg("scale_channel_stride"), py::arg("num_scales"),
+             py::arg("with_weights"), py::arg("weights"), py::arg("weights_stride"), py::arg("out"),
+             py::arg("out_scales"), py::arg("out_scale_row_stride"), py::arg("out_scale_channel_stride"),
+             py::arg("out_weights"), py::arg("num_blocks"), py::arg("num_send_blocks"), py::arg("stream"))
         .def("combine", &combine, py::arg("route"), py::kw_only(), py::arg("dtype"), py::arg("format_code"),
              py::arg("row_bytes"), py::arg("pitch"), py::arg("x"), py::arg("weights"), py::arg("apply_weights"),
-             py::arg("carry_weights"), py::arg("bias0"), py::arg("bias1"), py::arg("out"), py::arg("out_weights"),
-             py::arg("num_blocks"), py::arg("num_send_blocks"), py::arg("stream"))
+             py::arg("carry_weights"), py::arg("bias0"), py::arg("bias1"), py::arg("out"), py::arg("out_stride"),
+             py::arg("out_weights"), py::arg("out_weights_stride"), py::arg("num_blocks"), py::arg("num_send_blocks"),
+             py::arg("stream"))
         .def("refuse_operation", &Engine::refuse_operation)
         .def("meet_to_grow", &Engine::meet_to_grow)
         .def("keep_scratch", &Engine::keep_scratch)

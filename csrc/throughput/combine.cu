@@ -128,13 +128,13 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, Parts
         list.before = __popc(before);
         list.parts = __popc(parts.mask);
         list.arrived = count;
-        const int64_t offset = static_cast<int64_t>(token) * args.row_bytes;
-        const LaneRows bias{args.bias[lane % kMaxBiases] + offset, 1.0f, (1u << args.num_biases) - 1};
+        const int64_t bias_offset = static_cast<int64_t>(token) * args.row_bytes;
+        const LaneRows bias{args.bias[lane % kMaxBiases] + bias_offset, 1.0f, (1u << args.num_biases) - 1};
         append(list, count, bias, bias.mask);
         list.count = count;
         __syncwarp();
 
-        sum_rows<T>(list, pieces.span(piece), args.out + offset);
+        sum_rows<T>(list, pieces.span(piece), args.out + token * args.out_stride);
         if (args.carry_weights && piece == 0 && lane < route.num_topk) {  // sent with the first piece
             const auto carried = [&](int i) {
                 return reinterpret_cast<const float*>(list.row[i] + args.row_bytes)[lane];
@@ -143,14 +143,14 @@ __device__ __forceinline__ void gather(const CombineArgs& args, int epoch, Parts
             for (int i = 0; i < list.before; ++i) total += carried(i);
             total += own_weight;
             for (int i = list.before + list.parts; i < list.arrived; ++i) total += carried(i);
-            args.out_weights[static_cast<int64_t>(token) * route.num_topk + lane] = total;
+            args.out_weights[token * args.out_weights_stride + lane] = total;
         }
     }
 }
 
 __device__ __noinline__ void poison_outputs(const CombineArgs& args) {
     const int64_t tokens = args.route.num_tokens;
-    poison(args.out, tokens * args.row_bytes);
+    poison(args.out, tokens * args.out_stride);
     if (args.carry_weights) poison(args.out_weights, tokens * args.route.num_topk * sizeof(float));
 }
 

@@ -28,7 +28,7 @@ constexpr bool kDequantises = kFormat == Format::kThroughFp8;
 // Copy a token of this rank: in the format that is sent if kCrosses, else in the format of the output.
 template <Format kFormat, bool kCrosses>
 __device__ __forceinline__ void copy_token(const DispatchArgs& args, int token, const Destination& to, unsigned mask) {
-    const char* row = args.x + token * (kQuantises<kFormat> ? 2 : 1) * static_cast<int64_t>(args.row_bytes);
+    const char* row = args.x + token * args.x_stride;
     if (kQuantises<kFormat>) {
         quantise_row<kDequantises<kFormat> && !kCrosses>(row, to, mask, args.row_bytes);
     } else {
@@ -55,7 +55,7 @@ __device__ __forceinline__ int* send_token(const DispatchArgs& args, int epoch, 
     }
     copy_token<kFormat, true>(args, token, to, mask);
     if (args.with_weights) {
-        const float weight = lane < topk ? args.weights[static_cast<int64_t>(token) * topk + lane] : 0.0f;
+        const float weight = lane < topk ? args.weights[token * args.weights_stride + lane] : 0.0f;
         for (unsigned m = mask; m; m &= m - 1) {
             int* scales = of_lane(to.scales, __ffs(m) - 1);
             if (lane < topk) reinterpret_cast<float*>(scales + args.num_scales)[lane] = weight;
@@ -132,7 +132,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, int epoch) {
         if (own) {
             const int token = route.source_token(n);
             copy_token<kFormat, false>(args, token, to, mask);
-            weights = args.weights + static_cast<int64_t>(token) * topk;
+            weights = args.weights + token * args.weights_stride;
         } else {
             if (lane == 0)
                 wait_row(rt, arrived_flag(rt, args.staging, epoch, rt.domain.rank, row.source, row.slot), epoch,

@@ -193,9 +193,11 @@ void ThroughputEngine::dispatch(const Route& route, const DispatchRequest& reque
     args.num_scales = request.num_scales;
     args.pitch = request.pitch;
     args.x = at<char>(request.x);
+    args.x_stride = request.x_stride;
     args.scales = {at<int>(request.scales), request.scale_row_stride, request.scale_channel_stride};
     args.with_weights = request.with_weights;
     args.weights = at<float>(request.weights);
+    args.weights_stride = request.weights_stride;
     args.out = at<char>(request.out);
     args.out_scales = {at<int>(request.out_scales), request.out_scale_row_stride, request.out_scale_channel_stride};
     args.out_weights = at<float>(request.out_weights);
@@ -220,7 +222,9 @@ void ThroughputEngine::combine(const Route& route, const CombineRequest& request
     args.bias[1] = at<char>(request.bias1);
     args.num_biases = (request.bias0 != 0) + (request.bias1 != 0);
     args.out = at<char>(request.out);
+    args.out_stride = request.out_stride;
     args.out_weights = at<float>(request.out_weights);
+    args.out_weights_stride = request.out_weights_stride;
     args.num_send_blocks = request.num_send_blocks;
     check(launch_combine(args, static_cast<DataType>(request.dtype), request.num_blocks, as_stream(stream)), "combine");
 }

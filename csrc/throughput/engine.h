@@ -35,11 +35,12 @@ struct DispatchRequest {
     int format;  // enum Format
     int format_code, row_bytes, pitch;
     Address x, scales;
-    int64_t scale_row_stride, scale_channel_stride;
+    int64_t x_stride, scale_row_stride, scale_channel_stride;
     int num_scales;
     bool with_weights;
-    Address weights, out;
-    Address out_scales;
+    Address weights;
+    int64_t weights_stride;
+    Address out, out_scales;
     int64_t out_scale_row_stride, out_scale_channel_stride;
     Address out_weights;
     int num_blocks, num_send_blocks;
@@ -51,6 +52,7 @@ struct CombineRequest {
     Address x, weights;
     bool apply_weights, carry_weights;
     Address bias0, bias1, out, out_weights;
+    int64_t out_stride, out_weights_stride;
     int num_blocks, num_send_blocks;
 };
 

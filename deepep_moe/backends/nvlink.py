@@ -280,7 +280,7 @@ class NVLinkBackend(Shared):
             check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
             sent_dtype = torch.float8_e4m3fn if quantize else x.dtype
             row_bytes = self._row_bytes("x", x, sent_dtype)
-            x = _aligned(x)
+            x = _readable(x)
         except Exception as error:
             self._refuse_operation(error, plan)
         hidden = x.shape[1]
@@ -301,7 +301,7 @@ class NVLinkBackend(Shared):
                     out_scales = self._empty_scales(count, num_scales, scales)
                 if weights is not None:
                     out_weights = self._empty(torch.float32, count, None if grouped else plan.num_topk)
-            if weights is not None:
+            if weights is not None and weights.stride(1) != 1:
                 weights = weights.contiguous()
         except torch.OutOfMemoryError as error:
             self._refuse_operation(error, plan)
@@ -314,12 +314,14 @@ class NVLinkBackend(Shared):
             row_bytes=row_bytes,
             pitch=pitch,
             x=x.data_ptr(),
+            x_stride=x.stride(0) * x.element_size(),
             scales=0 if scales is None else scales.data_ptr(),
             scale_row_stride=0 if scales is None else scales.stride(0),
             scale_channel_stride=0 if scales is None else scales.stride(1),
             num_scales=num_scales,
             with_weights=weights is not None,
             weights=0 if weights is None else weights.data_ptr(),
+            weights_stride=0 if weights is None else weights.stride(0),
             out=out.data_ptr(),
             out_scales=0 if out_scales is None else out_scales.data_ptr(),
             out_scale_row_stride=0 if out_scales is None else out_scales.stride(0),
@@ -341,6 +343,7 @@ class NVLinkBackend(Shared):
         apply_weights: bool = False,
         bias: tuple[Tensor, ...] = (),
         backward: Backward = Backward.NONE,
+        into: Tokens | None = None,
     ) -> Tokens:
         engine = self._enter()
         if is_plan(plan):
@@ -358,10 +361,13 @@ class NVLinkBackend(Shared):
 
         out_weights = None
         try:
-            out = self._empty(x.dtype, plan.num_tokens, x.shape[1])
+            if into is not None:
+                out, out_weights = into
+            else:
+                out = self._empty(x.dtype, plan.num_tokens, x.shape[1])
             if weights is not None:
                 weights = weights.contiguous()
-            if carry:
+            if carry and into is None:
                 out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
             added = [_aligned(b) for b in bias]
         except torch.OutOfMemoryError as error:
@@ -380,7 +386,9 @@ class NVLinkBackend(Shared):
             bias0=added[0].data_ptr() if added else 0,
             bias1=added[1].data_ptr() if len(added) > 1 else 0,
             out=out.data_ptr(),
+            out_stride=out.stride(0) * out.element_size(),
             out_weights=0 if out_weights is None else out_weights.data_ptr(),
+            out_weights_stride=0 if out_weights is None else out_weights.stride(0),
             num_blocks=blocks,
             num_send_blocks=_combine_send_blocks(blocks, self.world_size, layout is Layout.BY_EXPERT),
             stream=stream,
@@ -405,6 +413,11 @@ class NVLinkBackend(Shared):
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
 
     # -- memory --------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int, topk: int) -> None:
+        """Make room for plans of so many tokens of a rank, equal on all ranks. Collective if staging grows."""
+        self._open()
+        self._reserve(max(tokens, self._staging.tokens), topk, 0)
 
     def _reserve(self, tokens: int, topk: int, pitch: int) -> None:
         """Make staging hold ``tokens`` per rank, ``topk`` places each and rows of ``pitch`` bytes.
@@ -521,6 +534,13 @@ def _aligned(x: Tensor) -> Tensor:
     """``x`` as kernels read it: contiguous, and starting at a multiple of 16 bytes (a view may start anywhere)."""
     x = x.contiguous()
     return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The same for rows that need not lie one after the other."""
+    if x.stride(1) == 1 and x.stride(0) * x.element_size() % VECTOR_BYTES == 0 and x.data_ptr() % VECTOR_BYTES == 0:
+        return x
+    return _aligned(x)
 
 
 def _pitch(num_bytes: int) -> int:

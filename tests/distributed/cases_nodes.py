@@ -337,7 +337,7 @@ class EqualBlocks(TorchRail):
 def with_equal_blocks(nodes: HierarchicalBackend, cut: int) -> None:
     rail = EqualBlocks(nodes.rail.group, CPU, nodes.config)
     rail.rank = dist.get_rank(rail.group)
-    nodes.rail = rail
+    nodes.rail = nodes._planner.rail = rail
 
 
 @case(ranks=(2, 4, 6))
@@ -348,7 +348,7 @@ def fixed_sizes_without_a_host_wait_are_the_same(group: dist.ProcessGroup) -> No
         reference, nodes = both(group, cut, rail_chunk_bytes=chunk_bytes, max_tokens_per_rank=23)
         assert isinstance(nodes, HierarchicalBackend)
         with_equal_blocks(nodes, cut)
-        nodes._defers = True
+        nodes._planner.defers = True
         with mock.patch.object(Exchange, "to_host", autospec=True, side_effect=Exchange.to_host) as to_host:
             for step, tokens in enumerate((23, 5, 0, 23)):
                 own = tokens if step == 3 else tokens * (1 + nodes.rank) // nodes.world_size
@@ -382,7 +382,7 @@ def a_plan_waits_for_the_host_once(group: dist.ProcessGroup) -> None:
 @case(ranks=(4,))
 def what_a_plan_without_a_host_wait_finds_out_is_raised_by_the_next(group: dist.ProcessGroup) -> None:
     nodes = both(group, 2, max_tokens_per_rank=16)[1]
-    nodes._defers = True
+    nodes._planner.defers = True
     good = torch.arange(26, dtype=torch.int64).view(13, 2) % 8
     limits = {"max_recv": 51, "max_rows": 103}
     for topk_idx, told in (
