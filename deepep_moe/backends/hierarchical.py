@@ -53,6 +53,7 @@ from deepep_moe.backends.hierarchical_planner import Planner, Request
 from deepep_moe.backends.local import RowFormat, expand_rows, pack_rows, sum_packed_rows
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Blocks, Rail, TorchRail
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError, PeerError
 from deepep_moe.extension import VECTOR_BYTES

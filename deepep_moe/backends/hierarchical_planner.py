@@ -97,7 +97,7 @@ class Planner:
     _experts: int = 0  # of the last plan: all ranks send summaries of so many words
     _most_tokens: int = 0  # of any rank in the plans so far: fixed sizes are made for it
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # kinds of plans of fixed size
-    _deferred: Deferred | None = None
+    _deferred: dict[tuple[int, ...], Deferred] = field(default_factory=dict)  # by size of the summaries
 
     def __post_init__(self) -> None:
         self._most_tokens = self.config.max_tokens_per_rank
@@ -175,9 +175,10 @@ class Planner:
         it drops all tokens and makes the sums NaN, until the next plan raises the error."""
         counts = Counts(self.geometry, self.exchange.tell_all("plan", summary), *request.kind)
         bad = counts.bad(self._most_tokens).any().to(torch.int32).view(1)
-        if self._deferred is None or self._deferred.table.shape != counts.table.shape:
-            self._deferred = Deferred(counts.table)
-        self._deferred.put(counts.table, request.kind)
+        size = tuple(counts.table.shape)
+        if size not in self._deferred:
+            self._deferred[size] = Deferred(counts.table)
+        self._deferred[size].put(counts.table, request.kind)
         assert request.max_recv is not None
         return self._make(
             self._most_crossing(), counts, topk_idx, in_rank, request.max_recv, request.max_rows or 0, bad
@@ -190,11 +191,12 @@ class Planner:
 
     def raise_deferred(self) -> None:
         """Raise what is wrong with the last plan that made no host wait. All ranks find it in the same call."""
-        deferred = self._deferred
-        if deferred is None or not deferred.pending or _capturing(self.geometry.device):
+        if _capturing(self.geometry.device):
             return
-        counts = Counts(self.host_geometry, deferred.take(self.exchange), *deferred.kind)
-        counts.raise_problems(self.config, self._most_tokens)
+        for deferred in self._deferred.values():
+            if deferred.pending:
+                counts = Counts(self.host_geometry, deferred.take(self.exchange), *deferred.kind)
+                counts.raise_problems(self.config, self._most_tokens)
 
     def _make(
         self,
@@ -281,28 +283,34 @@ class Planner:
 
 
 class Deferred:
-    """The summaries of the last plan that made no host wait, on their way to the host."""
+    """The summaries of the last plan that made no host wait, on their way to the host. A captured graph writes them
+    again whenever it is replayed."""
 
     def __init__(self, table: Tensor) -> None:
         on_gpu = table.device.type == "cuda"
-        self.table = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=on_gpu)
+        self._table = torch.zeros(table.shape, dtype=table.dtype, device="cpu", pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
+        self._captured = False
         self.pending = False
         self.kind = (0, 0, 0)
 
     def put(self, table: Tensor, kind: tuple[int, int, int]) -> None:
         """``kind``: see :attr:`Request.kind`."""
-        self.table.copy_(table, non_blocking=True)
+        self._table.copy_(table, non_blocking=True)
         self.kind, self.pending = kind, True
-        if self._copied is not None and not _capturing(table.device):
+        if _capturing(table.device):
+            self._captured = True
+        elif self._copied is not None:
             self._copied.record()
 
     def take(self, exchange: Exchange) -> Tensor:
         """Wait for them. The device has usually made that plan long before the host makes the next one."""
-        self.pending = False
         if self._copied is not None:
             exchange.wait_for("plan", self._copied)
-        return self.table
+        self.pending = self._captured
+        table = self._table.clone()
+        self._table.zero_()  # an error is raised once
+        return table
 
 
 def _capturing(device: torch.device) -> bool:

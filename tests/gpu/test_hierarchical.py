@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from deepep_moe import DispatcherConfig, TokenDispatcher
 from deepep_moe.backends import Layout, Plan, Wire, get_backend
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
-from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError, UnsupportedError
+from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
 from deepep_moe.fp8 import quantize_e4m3
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 from tests.gpu.test_nvlink import Case, assert_same, assert_same_plan
@@ -117,8 +118,13 @@ def test_fixed_sizes(ranks: Ranks, nodes: HierarchicalBackend, reference: Collec
     )
     assert_same_plan(*plans)
     compare_moves(nodes, reference, plans, case)
+
+    def overflow() -> None:
+        for _ in range(2):  # the first may leave it to the second
+            nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, max_recv=1, max_rows=4000)
+
     with pytest.raises((CapacityError, PeerError), match="received tokens, but max_recv = 1"):
-        nodes.plan(case.topk_idx.to(ranks.device), case.num_experts, max_recv=1, max_rows=4000)
+        overflow()
 
 
 def test_without_expert_indices(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
@@ -193,12 +199,82 @@ def test_a_mistake_of_one_rank_reaches_all(ranks: Ranks, nodes: HierarchicalBack
     nodes.dispatch(plan, x[:, :hidden].contiguous(), layout=Layout.BY_EXPERT)
 
 
-def test_a_plan_is_not_captured_and_says_so(ranks: Ranks, nodes: HierarchicalBackend) -> None:
-    topk_idx = torch.zeros((8, 2), dtype=torch.int64, device=ranks.device)
-    limits = {"max_recv": 8 * ranks.size, "max_rows": 16 * ranks.size}
-    nodes.plan(topk_idx, 4 * ranks.size, **limits)
-    torch.cuda.synchronize()
-    with pytest.raises(UnsupportedError, match="cannot be captured in a CUDA graph"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            nodes.plan(topk_idx, 4 * ranks.size, **limits)
-    nodes.plan(topk_idx, 4 * ranks.size, **limits)
+def test_no_call_makes_the_host_wait_but_once_in_a_plan(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    """And that wait is bounded, so PyTorch does not see it."""
+    case = Case.draw(ranks, 7, tokens=130, topk=4, local_experts=2, dtype=1, ragged=0)
+    x, topk_idx, weights = (t.to(ranks.device) for t in (case.x, case.topk_idx, case.weights))
+    limits = {"max_recv": 130 * ranks.size, "max_rows": 130 * 4 * ranks.size + 100}
+
+    def step(**sizes: int) -> Tensor:
+        plan = nodes.plan(topk_idx, case.num_experts, **sizes)
+        rows = nodes.dispatch(plan, x, layout=Layout.BY_EXPERT, weights=weights)
+        return nodes.combine(plan, rows.x, layout=Layout.BY_EXPERT, weights=rows.weights, apply_weights=True).x
+
+    for sizes in ({}, limits):
+        expected = step(**sizes)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = step(**sizes)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out, expected), sizes
+
+
+def test_fixed_sizes_find_an_overflow_on_the_device(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    """The sums are NaN, and the next plan of every rank raises."""
+    topk_idx = torch.zeros((40, 1), dtype=torch.int64, device=ranks.device)  # all to rank 0
+    good = torch.arange(40, dtype=torch.int64, device=ranks.device).unsqueeze(1) % ranks.size
+    limits = {"max_recv": 40 * ranks.size - 1, "max_rows": 40 * ranks.size}
+    x = torch.ones((40, 64), dtype=torch.bfloat16, device=ranks.device)
+    for routes in (good, topk_idx, good):
+        if routes is good:
+            nodes.plan(good, ranks.size, **limits)
+        plan = nodes.plan(routes, ranks.size, **limits)
+        rows = nodes.dispatch(plan, x, layout=Layout.BY_EXPERT).x
+        out = nodes.combine(plan, rows, layout=Layout.BY_EXPERT).x
+        assert torch.isnan(out).all() if routes is topk_idx else torch.equal(out, x)
+        if routes is topk_idx:
+            needed = f"rank 0 needs room for {40 * ranks.size} received tokens"
+            with pytest.raises(CapacityError if ranks.rank == 0 else PeerError, match=needed):
+                nodes.plan(good, ranks.size, **limits)
+
+
+def test_a_layer_in_a_cuda_graph(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    """Forward and backward captured once over the rails, replayed with batches that it has not seen."""
+    tokens, experts = 65, 4 * ranks.size
+    fixed = replace(nodes.config, capacity_factor=float(ranks.size), max_tokens_per_rank=tokens)
+    dispatcher = TokenDispatcher(ranks.group, experts, fixed, device=ranks.device)
+    reference = TokenDispatcher(ranks.group, experts, DispatcherConfig(), device=torch.device("cpu"))
+
+    def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(100 * seed + ranks.rank)
+        topk_idx = torch.rand((tokens, experts), generator=generator).topk(3).indices
+        return torch.randn((tokens, 64), generator=generator), topk_idx, torch.rand((tokens, 3), generator=generator)
+
+    def step(dispatcher: TokenDispatcher, x: Tensor, topk_idx: Tensor, weights: Tensor) -> list[Tensor]:
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        out = dispatcher.combine(torch.tanh(sent.rows), sent, weights=sent.weights)
+        return [out, *torch.autograd.grad(out.square().sum(), (x, weights))]
+
+    x, topk_idx, weights = (t.to(ranks.device) for t in batch(0))
+    x.requires_grad_(), weights.requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(dispatcher, x, topk_idx, weights)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = step(dispatcher, x, topk_idx, weights)
+    for seed in range(1, 6):
+        new = batch(seed)
+        with torch.no_grad():
+            for old, values in zip((x, topk_idx, weights), new):
+                old.copy_(values)
+        graph.replay()
+        torch.cuda.synchronize()
+        dispatcher.backend.check()
+        for got, wanted in zip(captured, step(reference, new[0].requires_grad_(), new[1], new[2].requires_grad_())):
+            torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
+    del graph
