@@ -214,7 +214,8 @@ class Counts:
     def sizes(self, most_tokens: int, exact: bool) -> Crossing:
         """What crosses, from counts on the host."""
         sent, received = (shares.tolist() if exact else None for shares in self.crossing())
-        return Crossing(most_tokens, *(int(number) for number in self.most_crossing()), sent, received)
+        most, most_of_share = self.most_crossing()
+        return Crossing(most_tokens, int(most), int(most_of_share), sent, received)
 
     def bad(self, most_tokens: int) -> Tensor:
         """[R] bool: ranks whose part in this plan is an error."""
