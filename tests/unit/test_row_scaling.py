@@ -1,4 +1,4 @@
-"""Rows times weights in PyTorch's operators; tests/gpu/test_row_scaling.py compares the kernel with the same expressions."""
+"""Rows times weights in PyTorch: tests/gpu/test_row_scaling.py compares the kernel with the same expressions."""
 
 from __future__ import annotations
 
