@@ -237,7 +237,7 @@ template <int kHalf>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const __grid_constant__ CombineArgs args) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = blockIdx.x == gridDim.x - 1, sends_tables = static_cast<int>(blockIdx.x) < ranks;
+    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < ranks;
     const int pieces = ceil_div(args.arena.hidden / 8, kSendVectors * kWarpSize);
     const int senders = (gridDim.x - ranks) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
     const int packets = ceil_div(args.num_topk, kWeightsPerPacket);

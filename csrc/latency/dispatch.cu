@@ -22,6 +22,7 @@ constexpr int kLaneChannels = 16;   // of a row that is sent, per lane
 constexpr int kSendChannels = kLaneChannels * kWarpSize;
 constexpr int kSendBlocks = kSendChannels / kScaleChannels;  // of channels that share a scale: one packet of scales
 constexpr int kLanesPerScale = kScaleChannels / kLaneChannels;
+constexpr int kSourcesAtOnce = 4;   // whose counts are loaded together
 constexpr int kReceivePackets = 2;  // of a row that is received, per lane
 constexpr int kReceiveBytes = kReceivePackets * sizeof(int4) * kWarpSize;
 constexpr float kFloor = 1e-4f;  // of a block's largest value, part of this format
@@ -30,14 +31,13 @@ static_assert(kSendBlocks == 4, "four scales make a packet");
 
 struct Tables {
     uint16_t seen[kWarps][kMaxExperts];  // [warp][local expert] routes; then routes before this warp
-    int base[kMaxExperts];               // [local expert] routes of earlier tiles
-    int16_t expert[kTableRoutes];        // local expert of each route of the tile, -1: another rank's
-    uint16_t place[kTableRoutes];        // routes to the same expert before it in its warp
+    int base[kMaxExperts];               // [local expert] routes of this tile and earlier ones
+    int route[kTableRoutes];  // local expert of each route of the tile, -1: another rank's; then its word in a packet
 };
 
 struct Receiving {
     Ranks ranks;
-    int first[kMaxExperts];  // [R][L] rows of the source for the expert; then the first of these rows
+    int first[kMaxExperts];  // [R][L] rows of the source for the expert; then the first of these rows. Not in all blocks
 };
 
 template <int kHalf>
@@ -57,7 +57,13 @@ __device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
 
 // -- tables --------------------------------------------------------------------------------------------------
 
-// Local experts of the tile's routes at `peer`; -1 for other ranks' routes, and for mistakes, which are reported.
+// Tokens whose routes a block orders at a time.
+__device__ __forceinline__ int tile_of(const DispatchArgs& args, int first) {
+    const int tokens = args.refused ? 0 : args.num_tokens;
+    return min(kTableRoutes / args.num_topk, tokens - first);
+}
+
+// Local experts of the tile's routes at `peer`; -1 for other ranks' routes, and for invalid ones, which are reported.
 __device__ __forceinline__ void read_routes(const DispatchArgs& args, Tables& tables, int peer, int first, int routes) {
     const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
     for (int i = threadIdx.x; i < routes; i += kThreads) {
@@ -74,48 +80,58 @@ __device__ __forceinline__ void read_routes(const DispatchArgs& args, Tables& ta
                                                 first + i / args.num_topk, static_cast<int>(expert)});
             valid = false;
         }
-        tables.expert[i] = valid ? static_cast<int16_t>(static_cast<int>(expert) - peer * local_experts) : -1;
+        tables.route[i] = valid ? static_cast<int>(expert) - peer * local_experts : -1;
     }
 }
 
-// Number the routes of the tile to each expert, in order.
-__device__ __forceinline__ int number_routes(Tables& tables, int local_experts, int routes) {
+// Number the tile's routes to each expert in order, and write what the packets carry of each. All threads of the block
+// call.
+__device__ __forceinline__ void number_routes(const DispatchArgs& args, Tables& tables, int peer, int first) {
+    constexpr int kPerLane = kTableRoutes / kThreads;
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
+    const int routes = tile_of(args, first) * args.num_topk;
     const int per_warp = ceil_div(ceil_div(routes, kWarps), kWarpSize) * kWarpSize;
     uint16_t* seen = tables.seen[warp];
+    read_routes(args, tables, peer, first, routes);
     for (int l = lane; l < local_experts; l += kWarpSize) seen[l] = 0;
-    __syncwarp();
-    const int end = min(routes, (warp + 1) * per_warp);
-    for (int begin = warp * per_warp; begin < end; begin += kWarpSize) {
-        const int i = begin + lane, expert = i < end ? tables.expert[i] : -1;
-        const unsigned same = __match_any_sync(kFullMask, expert);
+    if (first == 0)
+        for (int l = threadIdx.x; l < local_experts; l += kThreads) tables.base[l] = 0;
+    __syncthreads();
+    int expert[kPerLane], place[kPerLane];
+#pragma unroll
+    for (int n = 0; n < kPerLane; ++n) {
+        const int in_warp = n * kWarpSize + lane, i = warp * per_warp + in_warp;
+        expert[n] = in_warp < per_warp && i < routes ? tables.route[i] : -1;
+        if (n * kWarpSize >= per_warp) continue;
+        const unsigned same = __match_any_sync(kFullMask, expert[n]);
         const int before = __popc(same & ((1u << lane) - 1));
-        if (expert >= 0) tables.place[i] = static_cast<uint16_t>(seen[expert] + before);
+        place[n] = expert[n] >= 0 ? seen[expert[n]] + before : 0;
         __syncwarp();
-        if (expert >= 0 && before == 0) seen[expert] = static_cast<uint16_t>(seen[expert] + __popc(same));
+        if (expert[n] >= 0 && before == 0) seen[expert[n]] = static_cast<uint16_t>(place[n] + __popc(same));
         __syncwarp();
     }
     __syncthreads();
     for (int l = threadIdx.x; l < local_experts; l += kThreads) {
-        int count = tables.base[l];
+        int of_warp[kWarps], count = tables.base[l];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) of_warp[w] = tables.seen[w][l];
+#pragma unroll
         for (int w = 0; w < kWarps; ++w) {
-            const int of_warp = tables.seen[w][l];
             tables.seen[w][l] = static_cast<uint16_t>(count);
-            count += of_warp;
+            count += of_warp[w];
         }
         tables.base[l] = count;
     }
     __syncthreads();
-    return per_warp;
+#pragma unroll
+    for (int n = 0; n < kPerLane; ++n)
+        if (expert[n] >= 0)
+            tables.route[warp * per_warp + n * kWarpSize + lane] = expert[n] << 16 | (seen[expert[n]] + place[n]);
+    __syncthreads();
 }
 
-// Tokens whose routes a block orders at a time.
-__device__ __forceinline__ int tile_of(const DispatchArgs& args, int first) {
-    const int tokens = args.refused ? 0 : args.num_tokens;
-    return min(kTableRoutes / args.num_topk, tokens - first);
-}
-
-// All threads of a block call, with the first tile's routes read.
+// All threads of a block call, with the first tile's routes numbered.
 __device__ void send_tables(const DispatchArgs& args, Tables& tables, int epoch, int peer, bool writable) {
     const Arena& arena = args.arena;
     const int rank = args.runtime.domain.rank;
@@ -123,30 +139,24 @@ __device__ void send_tables(const DispatchArgs& args, Tables& tables, int epoch,
     const int tokens = args.refused ? 0 : args.num_tokens;
     const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
     if (writable && threadIdx.x < kWarpSize) send_facts(args.runtime, kDispatch, epoch, peer, facts_of(args));
-    for (int l = threadIdx.x; l < local_experts; l += kThreads) tables.base[l] = 0;
     for (int first = 0, in_tile = 0; first < tokens; first += in_tile) {
         in_tile = tile_of(args, first);
-        const int routes = in_tile * args.num_topk;
-        if (first > 0) read_routes(args, tables, peer, first, routes);
-        __syncthreads();
-        const int per_warp = number_routes(tables, local_experts, routes);
+        if (first > 0) {
+            __syncthreads();
+            number_routes(args, tables, peer, first);
+        }
         for (int i = threadIdx.x; writable && i < in_tile * packets; i += kThreads) {
             const int token = i / packets, j = i % packets;
             int words[kRoutesPerPacket];
 #pragma unroll
             for (int n = 0; n < kRoutesPerPacket; ++n) {
-                const int k = j * kRoutesPerPacket + n, route = token * args.num_topk + k;
-                const int expert = k < args.num_topk ? tables.expert[route] : -1;
-                words[n] = -1;
-                if (expert >= 0)
-                    words[n] = expert << 16 | (tables.seen[route / per_warp][expert] + tables.place[route]);
+                const int k = j * kRoutesPerPacket + n;
+                words[n] = k < args.num_topk ? tables.route[token * args.num_topk + k] : -1;
             }
             store_packet(arena.routes(peer, epoch, rank, first + token, packets) + j,
                          {words[0], words[1], words[2], epoch});
         }
-        __syncthreads();
     }
-    __syncthreads();  // also where there is no tile
     for (int l = threadIdx.x; writable && l < local_experts; l += kThreads)
         store_tagged_system(arena.counts(peer, epoch, rank) + l, tables.base[l], epoch);
     __syncthreads();  // the memory of tables is used again
@@ -295,9 +305,39 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
     __syncthreads();
 }
 
+// The first of the rows of `source` for this lane's expert, -1: none, from the counts of earlier sources, as far as this
+// lane needs them. False if they do not come.
+__device__ __forceinline__ bool first_row(const DispatchArgs& args, const Waiting& waiting, int source, int expert,
+                                          int& first) {
+    first = 0;
+    for (int begin = 0; begin < source; begin += kSourcesAtOnce) {
+        Tagged count[kSourcesAtOnce];
+        const auto load = [&](int n) {  // all at once, waited for one by one
+            if (expert >= 0 && begin + n < source)
+                count[n] =
+                    load_tagged_system(args.arena.counts(args.runtime.domain.rank, waiting.epoch, begin + n) + expert);
+        };
+#pragma unroll
+        for (int n = 0; n < kSourcesAtOnce; ++n) {
+            count[n] = {0, waiting.epoch};
+            load(n);
+        }
+#pragma unroll
+        for (int n = 0; n < kSourcesAtOnce; ++n) {
+            const auto arrived = [&] {
+                if (count[n].tag != waiting.epoch) load(n);
+                return count[n].tag == waiting.epoch;
+            };
+            if (!waiting.warp(begin + n, arrived)) return false;
+            first += count[n].value;
+        }
+    }
+    return true;
+}
+
 // Row in [L * R * M] of this lane's route of a token, or -1. False if the token's routes do not come.
-__device__ __forceinline__ bool read_places(const DispatchArgs& args, const Receiving& shared, const Waiting& waiting,
-                                            int source, int token, int& row) {
+__device__ __forceinline__ bool read_places(const DispatchArgs& args, const Receiving& shared, bool counted,
+                                            const Waiting& waiting, int source, int token, int& row) {
     const Arena& arena = args.arena;
     const int lane = threadIdx.x % kWarpSize, packets = ceil_div(args.num_topk, kRoutesPerPacket);
     const int4* from = arena.routes(args.runtime.domain.rank, waiting.epoch, source, token, packets) + lane;
@@ -311,12 +351,14 @@ __device__ __forceinline__ bool read_places(const DispatchArgs& args, const Rece
     const int of = lane / kRoutesPerPacket, word = lane % kRoutesPerPacket;
     const int x = __shfl_sync(kFullMask, packet.x, of), y = __shfl_sync(kFullMask, packet.y, of);
     const int z = __shfl_sync(kFullMask, packet.z, of);
-    const int route = word == 0 ? x : word == 1 ? y : z;
-    if (lane < args.num_topk && route != -1) {
-        const int local_experts = args.num_experts / args.runtime.domain.num_ranks, expert = route >> 16;
-        row =
-            static_cast<int>(expert * arena.slots()) + shared.first[source * local_experts + expert] + (route & 0xffff);
-    }
+    const int route = lane >= args.num_topk ? -1 : word == 0 ? x : word == 1 ? y : z;
+    const int expert = route == -1 ? -1 : route >> 16;
+    int first = 0;
+    if (counted)
+        first = expert < 0 ? 0 : shared.first[source * (args.num_experts / args.runtime.domain.num_ranks) + expert];
+    else if (!first_row(args, waiting, source, expert, first))
+        return false;
+    if (expert >= 0) row = static_cast<int>(expert * arena.slots()) + first + (route & 0xffff);
     return true;
 }
 
@@ -351,8 +393,8 @@ __device__ __forceinline__ void store_scales(const DispatchArgs& args, int4 pack
 }
 
 template <bool kFp8>
-__device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Receiving& shared, const Waiting& waiting,
-                                              int source, int token, int number) {
+__device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Receiving& shared, bool counted,
+                                              const Waiting& waiting, int source, int token, int number) {
     const Arena& arena = args.arena;
     const int lane = threadIdx.x % kWarpSize;
     const int row_packets = kFp8 ? arena.hidden / 16 : arena.hidden / 8;
@@ -376,7 +418,7 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
     };
     arrived();  // on its way while the routes are read
     int row;
-    const bool known = read_places(args, shared, waiting, source, token, row);
+    const bool known = read_places(args, shared, counted, waiting, source, token, row);
     const unsigned routes = __ballot_sync(kFullMask, row >= 0);
     if (number == 0 && lane < args.num_topk) {
         args.places.row(arena, args.num_topk, source, token, lane) = row;
@@ -405,9 +447,19 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
     }
 }
 
+// All threads of the block call.
 template <bool kFp8>
-__device__ __forceinline__ void receive(const DispatchArgs& args, const Receiving& shared, Waiting waiting) {
-    const int ranks = args.runtime.domain.num_ranks;
+__device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports) {
+    const Runtime& rt = args.runtime;
+    const int ranks = rt.domain.num_ranks;
+    // With masks a lost rank counts as none in all blocks alike, so they need the same answer about each of its counts.
+    const bool counted = reports || rt.masks;
+    if (counted) {
+        place_sources(args, shared, waiting, reports);
+    } else {
+        if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, kDispatch, facts_of(args), nullptr);
+        __syncthreads();
+    }
     const int row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
     const int pieces = ceil_div(row_bytes, kReceiveBytes);
     int most = 0;
@@ -417,7 +469,8 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, const Receivin
     for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps) {
         const int number = item % pieces, row = item / pieces;
         const int source = row % ranks, token = row / ranks;
-        if (token < shared.ranks.tokens[source]) receive_piece<kFp8>(args, shared, waiting, source, token, number);
+        if (token < shared.ranks.tokens[source])
+            receive_piece<kFp8>(args, shared, counted, waiting, source, token, number);
     }
 }
 
@@ -428,14 +481,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     __shared__ Shared<kHalf> shared;
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = blockIdx.x == gridDim.x - 1, sends_tables = static_cast<int>(blockIdx.x) < ranks;
+    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < ranks;
     const int pieces = ceil_div(args.arena.hidden, kSendChannels), senders = (gridDim.x - ranks) * kWarps;
     const int items = args.refused ? 0 : args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
     int item = sends_tables ? items : (blockIdx.x - ranks) * kWarps + warp;
     Piece piece;
     const auto load = [&] {  // what does not depend on the call's number
         if constexpr ((kHalf & kSend) != 0) {
-            if (sends_tables) read_routes(args, shared.tables, peer, 0, tile_of(args, 0) * args.num_topk);
+            if (sends_tables) number_routes(args, shared.tables, peer, 0);
             if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     };
@@ -457,10 +510,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
             if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     }
-    if (kHalf & kReceive) {
-        place_sources(args, shared.receiving, waiting, reports);
-        receive<kFp8>(args, shared.receiving, waiting);
-    }
+    if (kHalf & kReceive) receive<kFp8>(args, shared.receiving, waiting, reports);
 }
 
 template <bool kFp8>

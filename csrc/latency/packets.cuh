@@ -136,6 +136,9 @@ __device__ __forceinline__ void post_consumed(const Runtime& rt) {
     __syncwarp();
 }
 
+// The block that writes what is said once of a call. Not the last one, whose post_consumed() takes long.
+__device__ __forceinline__ bool reports_here() { return blockIdx.x == gridDim.x - 2; }
+
 // All threads call. `passed_on`: where the sending half leaves the epoch for the receiving one, or null. What the
 // kernel is to begin with is loaded first and waited for last, and meanwhile() runs between. `source`: the epoch of the
 // call whose results this one needs, or null.
@@ -149,8 +152,8 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
                                          const Meanwhile& meanwhile) {
     __shared__ Entered shared;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const bool reports = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
-    if (reports) post_consumed(rt);  // before any wait
+    const bool posts = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
+    if (posts) post_consumed(rt);  // before any wait
     int stopped = 0, epoch = 0, consumed[2] = {0, 0};
     int* counter = kHalf & kSend ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
     const int* of_peer = rt.control[rt.domain.rank]->consumed[lane] + 2 * kind;
@@ -183,7 +186,7 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
         if (lane == 0) shared = {stopped ? 0 : epoch, writable};
     }
     __syncthreads();
-    if ((kHalf & kReceive) && reports && lane == 0 && shared.epoch != 0)
+    if ((kHalf & kReceive) && posts && lane == 0 && shared.epoch != 0)
         rt.local->consumed[2 * kind + (shared.epoch & 1)] = shared.epoch;
     return shared;
 }
