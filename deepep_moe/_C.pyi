@@ -10,6 +10,7 @@ MAX_RANKS: int
 MAX_TOPK: int
 MAX_EXPERTS: int
 LATENCY_BLOCKS_PER_SM: int
+LATENCY_BROKEN: int
 LATENCY_MAX_BLOCKS: int
 AGREED_WORDS: int
 HEADER_WORDS: int
@@ -374,6 +375,11 @@ class LatencyArena:
     @property
     def hidden(self) -> int: ...
 
+class LatencyShape:
+    """Kernel arguments that are the same in all calls of a shape."""
+
+    def __init__(self, *, arena: LatencyArena, format: int, num_topk: int, num_experts: int) -> None: ...
+
 class LatencyEngine:
     def __init__(self, domain: Domain, num_blocks: int, masks: bool) -> None: ...
     @staticmethod
@@ -385,17 +391,13 @@ class LatencyEngine:
     def set_control(self, addresses: list[int], /) -> None: ...
     def dispatch(
         self,
-        arena: LatencyArena,
-        *,
+        shape: LatencyShape,
         half: int,
-        format: int,
         refused: bool,
+        num_tokens: int,
         x: int,
         topk_idx: int,
         wide_idx: bool,
-        num_tokens: int,
-        num_topk: int,
-        num_experts: int,
         places: int,
         rows: int,
         scales: int,
@@ -405,27 +407,28 @@ class LatencyEngine:
         stats: int,
         wait_stats: int,
         stream: int,
-    ) -> None: ...
+    ) -> int:
+        """Launch. The result is what kernels had reported before: 0 nothing; LATENCY_BROKEN: a failure that lasts, and
+        nothing was launched; else something that can be raised once this rank has taken part."""
+
     def combine(
         self,
-        arena: LatencyArena,
-        *,
+        shape: LatencyShape,
         half: int,
-        format: int,
         refused: bool,
+        num_tokens: int,
         x: int,
         topk_idx: int,
         wide_idx: bool,
         weights: int,
-        num_tokens: int,
-        num_topk: int,
-        num_experts: int,
         places: int,
         epoch: int,
         out: int,
         wait_stats: int,
         stream: int,
-    ) -> None: ...
+    ) -> int:
+        """As :meth:`dispatch`."""
+
     def announce(
         self,
         *,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, Unsupport
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_cuda import CudaEngine
-from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Engine, Format, Half
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
 from deepep_moe.low_latency_reference import ReferenceEngine
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ MAX_TOPK = 32
 MAX_EXPERTS = 1024
 CALLS_IN_FLIGHT = 2
 _ROW_BYTES = 16  # rows are moved in units of this
+_MAX_SHAPES = 4096  # of calls that are remembered as checked
+_DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
+_Key = tuple[object, ...]
 
 
 class LowLatencyHandle(tuple):
@@ -53,7 +57,8 @@ class LowLatencyHandle(tuple):
 
     @classmethod
     def of(cls, call: DispatchCall, owner: object) -> LowLatencyHandle:
-        handle = cls((call.src_info, call.layout_range, call.max_tokens, call.hidden, call.num_experts))
+        shape = call.shape
+        handle = cls((call.src_info, call.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
         handle.call, handle.owner = call, owner
         return handle
 
@@ -69,8 +74,7 @@ class _InFlight:
     def enter(self) -> int:
         """Number of a new call. Its memory is that of the call two before, which must have been received."""
         number = self.made + 1
-        late = [n for n in self.waiting if n <= number - CALLS_IN_FLIGHT]
-        if late:
+        if self.waiting and (late := [n for n in self.waiting if n <= number - CALLS_IN_FLIGHT]):
             raise HandleError(
                 f"return_recv_hook: the hook of {self.kind} {min(late)} was not called, and this is {self.kind} "
                 f"{number}: at most {CALLS_IN_FLIGHT} may be in flight"
@@ -95,6 +99,7 @@ class LowLatency:
         self._engine = make_engine(backend, num_sms, masks)
         self._runner = runner
         self._identity = object()
+        self._shapes: dict[_Key, DispatchShape] = {}
         self._dispatches, self._combines = _InFlight("dispatch"), _InFlight("combine")
         self._combine_buffers: dict[tuple[int, ...], list[Tensor]] = {}
         self._lent: list[tuple[DispatchCall, Tensor]] = []  # combine buffers that were handed out, oldest first
@@ -107,6 +112,7 @@ class LowLatency:
     def close(self) -> None:
         """Give all memory back. Captured graphs must not be replayed afterwards."""
         self._engine.close()
+        self._shapes.clear()
         self._combine_buffers.clear()
         self._lent.clear()
 
@@ -129,43 +135,73 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
-        try:
-            _check_modes(async_finish, return_recv_hook)
-            format = Format.of(*switches)
-            self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
-        except DeepEPMoEError as problem:
-            hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
-            self._engine.refuse_dispatch(max_tokens, hidden, problem)
-            raise
+        key = None
+        if max_tokens.__class__ is int and num_experts.__class__ is int:
+            key = _signature(x, topk_idx), max_tokens, num_experts, switches
+        shape = self._find_shape(key)
+        if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
+            try:
+                _check_modes(async_finish, return_recv_hook)
+                format = Format.of(*switches)
+                self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
+            except DeepEPMoEError as problem:
+                hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
+                self._engine.refuse_dispatch(max_tokens, hidden, problem)
+                raise
+            if shape is None:
+                shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
+                self._keep_shape(key, shape)
         number = self._dispatches.enter()
+        if async_finish:
+            known = shape
 
-        def make() -> DispatchCall:
-            # on the stream that fills them: memory belongs to it
-            return self._new_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
+            def run() -> DispatchCall:
+                # on the stream that fills them: memory belongs to it
+                return self._dispatch(known, x, topk_idx, stats, wait_stats)
 
-        def run() -> DispatchCall:
-            call = make()
-            self._engine.dispatch(call, Half.BOTH)
-            call.received = True
-            return call
-
-        if return_recv_hook:
-            call = make()
-            self._engine.dispatch(call, Half.SEND)
-
-            def receive() -> None:
-                self._engine.dispatch(call, Half.RECEIVE)
-                call.received = True
-
-            hook = self._hook(self._dispatches, number, receive)
-            return call, LowLatencyHandle.of(call, self._identity), EventOverlap(), hook
-        if not async_finish:
-            call, event = run(), EventOverlap()
-        else:
             call, event = self._runner.run(
                 run, async_finish=True, reads=(x, topk_idx, stats, wait_stats), made=_made_by_dispatch
             )
-        return call, LowLatencyHandle.of(call, self._identity), event, None
+            return call, LowLatencyHandle.of(call, self._identity), event, None
+        if not return_recv_hook:
+            call = self._dispatch(shape, x, topk_idx, stats, wait_stats)
+            return call, LowLatencyHandle.of(call, self._identity), _DONE, None
+        sent = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
+        self._engine.dispatch(sent, Half.SEND)
+
+        def receive() -> None:
+            self._engine.dispatch(sent, Half.RECEIVE)
+            sent.received = True
+
+        hook = self._hook(self._dispatches, number, receive)
+        return sent, LowLatencyHandle.of(sent, self._identity), _DONE, hook
+
+    def _dispatch(
+        self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
+    ) -> DispatchCall:
+        """Both halves in one kernel."""
+        call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
+        self._engine.dispatch(call, Half.BOTH)
+        call.received = True
+        return call
+
+    def _find_shape(self, key: _Key | None) -> DispatchShape | None:
+        """Of an earlier dispatch whose arguments passed all checks and had the same key."""
+        if key is None or key[0] is None:
+            return None
+        try:
+            return self._shapes.get(key)
+        except TypeError:  # a switch that cannot be hashed
+            return None
+
+    def _keep_shape(self, key: _Key | None, shape: DispatchShape) -> None:
+        # On a CPU the values of the indices are checked, and those differ from call to call.
+        if key is None or key[0] is None or self.device.type == "cpu":
+            return
+        if len(self._shapes) >= _MAX_SHAPES:
+            self._shapes.clear()
+        with suppress(TypeError):
+            self._shapes[key] = shape
 
     def _check_dispatch(
         self,
@@ -200,43 +236,45 @@ class LowLatency:
             _check_contiguous(name, stats)
         _check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
-    def _new_dispatch(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        max_tokens: int,
-        num_experts: int,
-        stats: Tensor | None,
-        wait_stats: Tensor | None,
-        format: Format,
-    ) -> DispatchCall:
-        experts, room, hidden = num_experts // self.world_size, self.world_size * max_tokens, x.shape[1]
-        device = self.device
-        scales = None
-        if format == Format.BF16:
-            dtype = torch.bfloat16
-        else:
-            dtype = torch.float8_e4m3fn
-            blocks, scale_dtype = hidden // BLOCK, torch.float32
-            if format == Format.FP8_UE8M0:
-                blocks, scale_dtype = -(-blocks // 4), torch.int32
-            scales = torch.empty_strided(
-                (experts, room, blocks), (blocks * room, 1, room), dtype=scale_dtype, device=device
-            )
-        return DispatchCall(
-            x,
-            topk_idx,
-            num_experts,
-            max_tokens,
-            format,
-            torch.empty_strided((experts, room, hidden), (room * hidden, hidden, 1), dtype=dtype, device=device),
-            scales,
-            torch.empty_strided((experts,), (1,), dtype=torch.int32, device=device),
-            torch.empty_strided((experts, room), (room, 1), dtype=torch.int32, device=device),
-            torch.empty_strided((experts, self.world_size), (self.world_size, 1), dtype=torch.int64, device=device),
-            stats,
-            wait_stats,
+    def _new_shape(
+        self, x: Tensor, topk_idx: Tensor, max_tokens: int, num_experts: int, format: Format
+    ) -> DispatchShape:
+        hidden, topk = x.shape[1], topk_idx.shape[1]
+        columns = 0 if format == Format.BF16 else hidden // BLOCK
+        return DispatchShape(
+            tokens=x.shape[0],
+            topk=topk,
+            hidden=hidden,
+            num_experts=num_experts,
+            max_tokens=max_tokens,
+            format=format,
+            local_experts=num_experts // self.world_size,
+            slots=self.world_size * max_tokens,
+            rows_dtype=torch.bfloat16 if format == Format.BF16 else torch.float8_e4m3fn,
+            scale_columns=-(-columns // 4) if format == Format.FP8_UE8M0 else columns,
+            scale_dtype=torch.int32 if format == Format.FP8_UE8M0 else torch.float32,
+            state_words=self._engine.state_words(max_tokens, topk),
         )
+
+    def _new_dispatch(
+        self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
+    ) -> DispatchCall:
+        experts, slots, hidden, columns = shape.local_experts, shape.slots, shape.hidden, shape.scale_columns
+        device, ranks, words = self.device, self.world_size, shape.state_words
+        rows = torch.empty_strided(
+            (experts, slots, hidden), (slots * hidden, hidden, 1), dtype=shape.rows_dtype, device=device
+        )
+        scales = None
+        if columns:
+            scales = torch.empty_strided(
+                (experts, slots, columns), (columns * slots, 1, slots), dtype=shape.scale_dtype, device=device
+            )
+        of_experts = experts * slots
+        memory = torch.empty_strided((words + of_experts + experts,), (1,), dtype=torch.int32, device=device)
+        src_info = memory.as_strided((experts, slots), (slots, 1), words)
+        counts = memory.as_strided((experts,), (1,), words + of_experts)
+        layout_range = torch.empty_strided((experts, ranks), (ranks, 1), dtype=torch.int64, device=device)
+        return DispatchCall(shape, x, topk_idx, rows, scales, memory, counts, src_info, layout_range, stats, wait_stats)
 
     # -- combine -------------------------------------------------------------------------------------------------
 
@@ -256,41 +294,55 @@ class LowLatency:
         dispatched: DispatchCall | None = None
         try:
             dispatched = self._call_of(handle)
-            _check_modes(async_finish, return_recv_hook)
+            shape = dispatched.shape
             if zero_copy:
                 x = self._take_combine_buffer(dispatched)
-            self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+            key = _signature(x, topk_idx, topk_weights, out)
+            if key not in shape.combines or wait_stats is not None or (async_finish and return_recv_hook):
+                _check_modes(async_finish, return_recv_hook)
+                self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+                if key is not None and self.device.type != "cpu" and len(shape.combines) < _MAX_SHAPES:
+                    shape.combines.add(key)
         except DeepEPMoEError as problem:
             self._engine.refuse_combine(dispatched, problem)
             raise
         number = self._combines.enter()
+        if async_finish:
+            known = dispatched
 
-        def make() -> CombineCall:
-            result = out
-            if result is None:
-                shape = (topk_idx.shape[0], dispatched.hidden)
-                result = torch.empty_strided(shape, (shape[1], 1), dtype=torch.bfloat16, device=self.device)
-            return CombineCall(x, topk_idx, topk_weights, dispatched, result, wait_stats)
+            def run() -> CombineCall:
+                call = self._new_combine(known, x, topk_idx, topk_weights, out, wait_stats)
+                self._engine.combine(call, Half.BOTH)
+                return call
 
-        def run() -> CombineCall:
-            call = make()
+            call, event = self._runner.run(
+                run,
+                async_finish=True,
+                reads=(x, topk_idx, topk_weights, dispatched.memory, wait_stats, out),
+                made=lambda call: (call.out,),
+            )
+            return call.out, event, None
+        call = self._new_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+        if not return_recv_hook:
             self._engine.combine(call, Half.BOTH)
-            return call
+            return call.out, _DONE, None
+        self._engine.combine(call, Half.SEND)
+        hook = self._hook(self._combines, number, lambda: self._engine.combine(call, Half.RECEIVE))
+        return call.out, _DONE, hook
 
-        if return_recv_hook:
-            call = make()
-            self._engine.combine(call, Half.SEND)
-            hook = self._hook(self._combines, number, lambda: self._engine.combine(call, Half.RECEIVE))
-            return call.out, EventOverlap(), hook
-        if not async_finish:
-            return run().out, EventOverlap(), None
-        call, event = self._runner.run(
-            run,
-            async_finish=True,
-            reads=(x, topk_idx, topk_weights, dispatched.state, wait_stats, out),
-            made=lambda call: (call.out,),
-        )
-        return call.out, event, None
+    def _new_combine(
+        self,
+        dispatched: DispatchCall,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> CombineCall:
+        if out is None:
+            tokens, hidden = dispatched.shape.tokens, dispatched.shape.hidden
+            out = torch.empty_strided((tokens, hidden), (hidden, 1), dtype=torch.bfloat16, device=self.device)
+        return CombineCall(x, topk_idx, topk_weights, dispatched, out, wait_stats)
 
     def _call_of(self, handle: Any) -> DispatchCall:
         if not isinstance(handle, LowLatencyHandle):
@@ -312,14 +364,14 @@ class LowLatency:
     ) -> None:
         check_shape("x", x, tuple(dispatched.rows.shape), self.device, torch.bfloat16)
         _check_contiguous("x", x)
-        shape = tuple(dispatched.topk_idx.shape)
+        shape = (dispatched.shape.tokens, dispatched.shape.topk)
         check_shape("topk_idx", topk_idx, shape, self.device)
-        check_topk_idx(topk_idx, dispatched.num_experts, self.world_size, self.device)
+        check_topk_idx(topk_idx, dispatched.shape.num_experts, self.world_size, self.device)
         _check_contiguous("topk_idx", topk_idx)
         check_shape("topk_weights", topk_weights, shape, self.device, torch.float32)
         _check_contiguous("topk_weights", topk_weights)
         if out is not None:
-            check_shape("out", out, (shape[0], dispatched.hidden), self.device, torch.bfloat16)
+            check_shape("out", out, (shape[0], dispatched.shape.hidden), self.device, torch.bfloat16)
             _check_contiguous("out", out)
         _check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
@@ -441,4 +493,20 @@ def _check_distinct(topk_idx: Tensor) -> None:
 
 
 def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:
-    return call.rows, call.scales, call.counts, call.src_info, call.layout_range, call.state
+    return call.rows, call.scales, call.memory, call.layout_range
+
+
+def _signature(*tensors: Tensor | None) -> tuple[object, ...] | None:
+    """What the checks look at of their arguments, without values. None where an argument is not a plain tensor."""
+    key: list[object] = []
+    try:
+        for tensor in tensors:
+            if type(tensor) is Tensor:
+                key += (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous(), tensor.layout)
+            elif tensor is None:
+                key.append(None)
+            else:
+                return None
+    except RuntimeError:  # a nested or sparse tensor
+        return None
+    return tuple(key)

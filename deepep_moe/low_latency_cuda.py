@@ -20,23 +20,13 @@ from deepep_moe.backends.exchange import gather
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
 from deepep_moe.extension import _C
-from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
 from deepep_moe.peer_memory import PeerMemory
 
 
 class _Arena(NamedTuple):
     memory: PeerMemory
     view: _C.LatencyArena
-
-
-class _Shape(NamedTuple):
-    """Of the last dispatch: what a rank that refuses its input takes part with."""
-
-    arena: _Arena
-    topk: int
-    num_experts: int
-    format: Format
-    places: Tensor
 
 
 class CudaEngine:
@@ -58,73 +48,83 @@ class CudaEngine:
         self._control = PeerMemory(domain.group, self.device, _C.LatencyEngine.control_bytes())
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
-        self._last: _Shape | None = None
+        self._last: tuple[DispatchShape, Tensor] | None = None  # its places: what a rank that refuses takes part with
+
+    def state_words(self, max_tokens: int, topk: int) -> int:
+        return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
-        told = self._told()
-        tokens, topk = call.topk_idx.shape
-        arena = self._arenas.get((call.max_tokens, call.hidden))
-        if arena is None:
-            arena = self._make_arena(call.max_tokens, call.hidden, topk, call.num_experts, call.format)
-        if half & Half.SEND:
-            words = _C.LatencyEngine.places_words(self._domain.size, call.max_tokens, topk)
-            call.state = torch.empty_strided((words,), (1,), dtype=torch.int32, device=self.device)
-            self._last = _Shape(arena, topk, call.num_experts, call.format, call.state)
-        self._engine.dispatch(
-            arena.view,
-            half=half,
-            format=call.format,
-            refused=False,
-            x=call.x.data_ptr(),
-            topk_idx=call.topk_idx.data_ptr(),
-            wide_idx=call.topk_idx.dtype == torch.int64,
-            num_tokens=tokens,
-            num_topk=topk,
-            num_experts=call.num_experts,
-            places=call.state.data_ptr(),
-            rows=call.rows.data_ptr(),
-            scales=_address(call.scales),
-            counts=call.counts.data_ptr(),
-            src_info=call.src_info.data_ptr(),
-            layout_range=call.layout_range.data_ptr(),
-            stats=_address(call.stats),
-            wait_stats=_address(call.wait_stats),
-            stream=self._domain.enter_stream(),
+        shape = call.shape
+        launch = shape.launch
+        if launch is None:
+            launch = shape.launch = self._prepare(shape)
+        if half is not Half.RECEIVE:
+            self._last = (shape, call.memory)
+        topk_idx, scales = call.topk_idx, call.scales
+        told = self._engine.dispatch(
+            launch,
+            half,
+            False,
+            shape.tokens,
+            call.x.data_ptr(),
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            call.memory.data_ptr(),
+            call.rows.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            call.counts.data_ptr(),
+            call.src_info.data_ptr(),
+            call.layout_range.data_ptr(),
+            _address(call.stats),
+            _address(call.wait_stats),
+            self._domain.enter_stream(),
         )
-        if told and half & Half.RECEIVE:
-            self.check()
+        if told:
+            self._raise(told, half)
 
     def combine(self, call: CombineCall, half: Half) -> None:
-        told = self._told()
-        dispatched = call.dispatched
-        tokens, topk = call.topk_idx.shape
-        if half == Half.SEND:
+        shape = call.dispatched.shape
+        if half is Half.SEND:
             call.state = torch.empty_strided((1,), (1,), dtype=torch.int32, device=self.device)
-        self._engine.combine(
-            self._arenas[dispatched.max_tokens, dispatched.hidden].view,
-            half=half,
-            format=dispatched.format,
-            refused=False,
-            x=call.x.data_ptr(),
-            topk_idx=call.topk_idx.data_ptr(),
-            wide_idx=call.topk_idx.dtype == torch.int64,
-            weights=call.topk_weights.data_ptr(),
-            num_tokens=tokens,
-            num_topk=topk,
-            num_experts=dispatched.num_experts,
-            places=dispatched.state.data_ptr(),
-            epoch=_address(call.state),
-            out=call.out.data_ptr(),
-            wait_stats=_address(call.wait_stats),
-            stream=self._domain.enter_stream(),
+        topk_idx = call.topk_idx
+        told = self._engine.combine(
+            shape.launch,
+            half,
+            False,
+            shape.tokens,
+            call.x.data_ptr(),
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            call.topk_weights.data_ptr(),
+            call.dispatched.memory.data_ptr(),
+            _address(call.state),
+            call.out.data_ptr(),
+            _address(call.wait_stats),
+            self._domain.enter_stream(),
         )
-        if told and half & Half.RECEIVE:
-            self.check()
+        if told:
+            self._raise(told, half)
 
-    def _told(self) -> bool:
-        """Raise what ended it all; whether there is something else, to be raised when this rank's part is enqueued."""
+    def _prepare(self, shape: DispatchShape) -> _C.LatencyShape:
+        """The constant arguments of the kernels; allocates where (M, hidden size) is new. Collective then."""
         self._domain.raise_lasting()
-        return self._domain.runtime.failure is not None or self._domain.runtime.notice is not None
+        arena = self._arenas.get((shape.max_tokens, shape.hidden))
+        if arena is None:
+            arena = self._make_arena(shape)
+        return _C.LatencyShape(
+            arena=arena.view, format=shape.format, num_topk=shape.topk, num_experts=shape.num_experts
+        )
+
+    def _raise(self, told: int, half: Half) -> None:
+        """Raise what the extension found when it was to launch ``half`` of a call.
+
+        What ended it all is raised at once, and nothing was launched. Anything else is raised when this rank has taken
+        part in the whole call.
+        """
+        if told == _C.LATENCY_BROKEN:
+            self._domain.raise_lasting()
+        elif half is not Half.SEND:
+            self.check()
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
@@ -133,61 +133,51 @@ class CudaEngine:
         if self._last is None:
             self._agree(max_tokens, hidden, problem)
             return
-        arena, topk, num_experts, format, _ = self._last
-        # It receives what the others send, and throws it away: their rows must not stay in the arena.
-        slots, experts = self._domain.size * arena.view.max_tokens, num_experts // self._domain.size
-        memory = torch.empty(
-            experts * slots * (2 * arena.view.hidden + 4), dtype=torch.uint8, device=self.device
-        )  # rows, src_info
-        scales = torch.empty(experts * slots * (arena.view.hidden // 128 + 1), dtype=torch.int32, device=self.device)
-        counts = torch.empty(experts, dtype=torch.int32, device=self.device)
-        ranges = torch.empty((experts, self._domain.size), dtype=torch.int64, device=self.device)
-        words = _C.LatencyEngine.places_words(self._domain.size, arena.view.max_tokens, topk)
-        places = torch.empty(words, dtype=torch.int32, device=self.device)
+        shape, _ = self._last
+        # It receives what the others send and discards it: their rows must not stay in the arena.
+        rows = shape.local_experts * shape.slots
+        memory = torch.empty(rows * 2 * shape.hidden, dtype=torch.uint8, device=self.device)
+        scales = torch.empty(rows * (shape.hidden // 128 + 1), dtype=torch.int32, device=self.device)
+        counts = torch.empty(shape.local_experts, dtype=torch.int32, device=self.device)
+        src_info = torch.empty(rows, dtype=torch.int32, device=self.device)
+        ranges = torch.empty((shape.local_experts, self._domain.size), dtype=torch.int64, device=self.device)
+        places = torch.empty(shape.state_words, dtype=torch.int32, device=self.device)
         self._engine.dispatch(
-            arena.view,
+            shape.launch,
             half=Half.BOTH,
-            format=format,
             refused=True,
+            num_tokens=0,
             x=0,
             topk_idx=0,
             wide_idx=True,
-            num_tokens=0,
-            num_topk=topk,
-            num_experts=num_experts,
             places=places.data_ptr(),
-            rows=memory.data_ptr() + 4 * experts * slots,
+            rows=memory.data_ptr(),
             scales=scales.data_ptr(),
             counts=counts.data_ptr(),
-            src_info=memory.data_ptr(),
+            src_info=src_info.data_ptr(),
             layout_range=ranges.data_ptr(),
             stats=0,
             wait_stats=0,
             stream=self._domain.enter_stream(),
         )
-        self._last = self._last._replace(places=places)
+        self._last = (shape, places)
 
     def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
         self._domain.raise_lasting()
-        last = self._last
-        if call is not None:
-            arena = self._arenas[call.max_tokens, call.hidden]
-            last = _Shape(arena, call.topk_idx.shape[1], call.num_experts, call.format, call.state)
+        last = self._last if call is None else (call.shape, call.memory)
         if last is None:
             return  # without a dispatch nobody is in a combine
+        shape, places = last
         self._engine.combine(
-            last.arena.view,
+            shape.launch,
             half=Half.BOTH,
-            format=last.format,
             refused=True,
+            num_tokens=0,
             x=0,
             topk_idx=0,
             wide_idx=True,
             weights=0,
-            num_tokens=0,
-            num_topk=last.topk,
-            num_experts=last.num_experts,
-            places=last.places.data_ptr(),
+            places=places.data_ptr(),
             epoch=0,
             out=0,
             wait_stats=0,
@@ -196,8 +186,9 @@ class CudaEngine:
 
     # -- arenas --------------------------------------------------------------------------------------------------
 
-    def _make_arena(self, max_tokens: int, hidden: int, topk: int, num_experts: int, format: Format) -> _Arena:
+    def _make_arena(self, shape: DispatchShape) -> _Arena:
         """Symmetric memory for a new (M, hidden size). Collective."""
+        max_tokens, hidden = shape.max_tokens, shape.hidden
         num_bytes = _C.LatencyEngine.arena_bytes(self._domain.size, max_tokens, hidden)
         what = f"num_max_dispatch_tokens_per_rank = {max_tokens}, hidden size {hidden}"
         if torch.cuda.is_current_stream_capturing():
@@ -210,9 +201,9 @@ class CudaEngine:
             self._engine.announce(
                 max_tokens=max_tokens,
                 hidden=hidden,
-                num_topk=topk,
-                num_experts=num_experts,
-                format=format,
+                num_topk=shape.topk,
+                num_experts=shape.num_experts,
+                format=shape.format,
                 withdrawn=withdrawn,
                 stream=self._domain.enter_stream(),
             )

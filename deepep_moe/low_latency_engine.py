@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from deepep_moe.errors import DeepEPMoEError, InputError
@@ -40,21 +41,46 @@ class Format(enum.IntEnum):
         return cls.FP8_UE8M0 if use_ue8m0 else cls.FP8_ROUNDED if round_scale else cls.FP8
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class DispatchShape:
+    """What is the same in all dispatches with equal shapes and dtypes, so that it is checked and computed once."""
+
+    tokens: int
+    topk: int
+    hidden: int
+    num_experts: int
+    max_tokens: int
+    format: Format
+    local_experts: int
+    slots: int
+    """R * M: rows of an expert, at most."""
+    rows_dtype: torch.dtype
+    scale_columns: int
+    """S of the scales [L, R * M, S]; 0: none."""
+    scale_dtype: torch.dtype
+    state_words: int
+    """int32 words that the engine wants in :attr:`DispatchCall.memory`."""
+    combines: set[object] = field(default_factory=set)
+    """Shapes and dtypes of combine arguments that have passed the checks."""
+    launch: Any = None
+    """The engine's own: constant kernel arguments."""
+
+
+@dataclass(eq=False, slots=True)
 class DispatchCall:
     """One dispatch: what it reads, what it fills, and what combine needs of it."""
 
+    shape: DispatchShape
     x: Tensor
     """[T, H] bf16."""
     topk_idx: Tensor
     """[T, K] int32 or int64."""
-    num_experts: int
-    max_tokens: int
-    format: Format
     rows: Tensor
     """[L, R * M, H] bf16 or e4m3."""
     scales: Tensor | None
     """[L, R * M, S] fp32 or int32, tokens contiguous."""
+    memory: Tensor
+    """int32, 1-D: ``shape.state_words`` for the engine, ``src_info`` and ``counts``, in one allocation."""
     counts: Tensor
     """[L] int32."""
     src_info: Tensor
@@ -68,14 +94,10 @@ class DispatchCall:
     received: bool = False
     """Whether the receiving half was queued."""
     state: Any = None
-    """The engine's own: where each token's rows went."""
-
-    @property
-    def hidden(self) -> int:
-        return self.x.shape[1]
+    """The reference engine's own: where each token's rows went."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class CombineCall:
     """One combine."""
 
@@ -98,6 +120,9 @@ class Engine(Protocol):
     """Moves rows. All calls but those on masks are collective; they are queued on the current stream."""
 
     name: str
+
+    def state_words(self, max_tokens: int, topk: int) -> int:
+        """int32 words of memory that a dispatch leaves to its combine (:attr:`DispatchCall.memory`)."""
 
     def dispatch(self, call: DispatchCall, half: Half) -> None: ...
     def combine(self, call: CombineCall, half: Half) -> None: ...

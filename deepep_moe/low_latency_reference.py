@@ -51,6 +51,9 @@ class ReferenceEngine:
         self.rank, self.world_size = self._exchange.rank, self._exchange.world_size
         self._masked = torch.zeros(self.world_size, dtype=torch.bool, device=self.device)
 
+    def state_words(self, max_tokens: int, topk: int) -> int:
+        return 0
+
     # -- dispatch ------------------------------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
@@ -61,15 +64,15 @@ class ReferenceEngine:
 
     def _facts(self, call: DispatchCall) -> dict[str, Fact]:
         return {
-            "num_max_dispatch_tokens_per_rank": call.max_tokens,
-            "hidden size": call.hidden,
-            "top-k": call.topk_idx.shape[1],
-            "num_experts": call.num_experts,
-            "format (use_fp8, round_scale, use_ue8m0)": call.format,
+            "num_max_dispatch_tokens_per_rank": call.shape.max_tokens,
+            "hidden size": call.shape.hidden,
+            "top-k": call.shape.topk,
+            "num_experts": call.shape.num_experts,
+            "format (use_fp8, round_scale, use_ue8m0)": call.shape.format,
         }
 
     def _send(self, call: DispatchCall) -> _Sent:
-        local_experts = call.num_experts // self.world_size
+        local_experts = call.shape.num_experts // self.world_size
         ranks = torch.arange(self.world_size, dtype=torch.int64, device=self.device)
         with self._exchange.agreement("dispatch") as agreement:
             experts = call.topk_idx.to(torch.int64)
@@ -83,7 +86,7 @@ class ReferenceEngine:
 
         exchange = self._exchange.all_to_all
         with self._exchange.moving("dispatch"):
-            rows, scales = quantize(call.x, call.format)
+            rows, scales = quantize(call.x, call.shape.format)
             told = torch.cat([tokens.unsqueeze(1), experts[tokens]], 1)
             told = exchange("dispatch", told, send_counts, recv_counts)
             rows = exchange("dispatch", rows[tokens], send_counts, recv_counts)
@@ -107,7 +110,7 @@ class ReferenceEngine:
         call.src_info[expert, place] = sent.token[row].int()
         if sent.scales is not None:
             assert call.scales is not None
-            scales = sent.scales if call.format != Format.FP8_UE8M0 else pack_ue8m0(sent.scales)
+            scales = sent.scales if call.shape.format != Format.FP8_UE8M0 else pack_ue8m0(sent.scales)
             call.scales[expert, place] = scales[row]
         local_experts, ranks = call.layout_range.shape
         counts = (expert * ranks + sent.source[row]).bincount(minlength=local_experts * ranks)
@@ -143,13 +146,13 @@ class ReferenceEngine:
             kept = (~dropped)[sent.tokens].to(torch.uint8)
             weights = exchange("combine", weights, sent.send_counts, sent.recv_counts)
             kept = exchange("combine", kept, sent.send_counts, sent.recv_counts)
-            sums = torch.zeros((len(sent.token), dispatched.hidden), dtype=torch.float32, device=self.device)
+            sums = torch.zeros((len(sent.token), dispatched.shape.hidden), dtype=torch.float32, device=self.device)
             for k in range(sent.local.shape[1]):
                 wanted = ((sent.local[:, k] >= 0) & (kept[:, k] > 0)).nonzero().squeeze(1)
                 rows = call.x[sent.local[wanted, k], sent.place[wanted, k]].float()
                 sums[wanted] += weights[wanted, k].unsqueeze(1) * rows
             back = exchange("combine", sums.bfloat16(), sent.recv_counts, sent.send_counts)
-        total = torch.zeros((call.out.shape[0], dispatched.hidden), dtype=torch.float32, device=self.device)
+        total = torch.zeros((call.out.shape[0], dispatched.shape.hidden), dtype=torch.float32, device=self.device)
         first = 0
         for rank, count in enumerate(sent.send_counts):
             if not self._masked[rank]:

@@ -1,4 +1,4 @@
-// The latency engine as Python sees it. Arguments go by name: there are many, of few types.
+// The latency engine as Python sees it.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -13,18 +13,25 @@ namespace {
 
 using namespace latency;
 
-void dispatch(LatencyEngine& self, const Arena& arena, int half, int format, bool refused, Address x, Address topk_idx,
-              bool wide_idx, int num_tokens, int num_topk, int num_experts, Address places, Address rows,
-              Address scales, Address counts, Address src_info, Address layout_range, Address stats, Address wait_stats,
-              Address stream) {
+// Kernel arguments that are the same in all calls of a shape.
+struct Shape {
+    Arena arena;
+    Format format;
+    int num_topk, num_experts;
+};
+
+// Addresses are positional in eager calls: looking up a name costs as much as passing the number.
+int dispatch(LatencyEngine& self, const Shape& shape, int half, bool refused, int num_tokens, Address x,
+             Address topk_idx, bool wide_idx, Address places, Address rows, Address scales, Address counts,
+             Address src_info, Address layout_range, Address stats, Address wait_stats, Address stream) {
     DispatchArgs args{};
-    args.arena = arena;
+    args.arena = shape.arena;
     args.x = at<char>(x);
     args.topk_idx = {at<void>(topk_idx), wide_idx};
     args.num_tokens = num_tokens;
-    args.num_topk = num_topk;
-    args.num_experts = num_experts;
-    args.format = static_cast<Format>(format);
+    args.num_topk = shape.num_topk;
+    args.num_experts = shape.num_experts;
+    args.format = shape.format;
     args.refused = refused;
     args.places = {at<int>(places)};
     args.rows = at<char>(rows);
@@ -34,27 +41,27 @@ void dispatch(LatencyEngine& self, const Arena& arena, int half, int format, boo
     args.layout_range = at<int64_t>(layout_range);
     args.stats = at<int>(stats);
     args.wait_stats = at<unsigned long long>(wait_stats);
-    self.dispatch(args, static_cast<Half>(half), stream);
+    return self.dispatch(args, static_cast<Half>(half), stream);
 }
 
-void combine(LatencyEngine& self, const Arena& arena, int half, int format, bool refused, Address x, Address topk_idx,
-             bool wide_idx, Address weights, int num_tokens, int num_topk, int num_experts, Address places,
-             Address epoch, Address out, Address wait_stats, Address stream) {
+int combine(LatencyEngine& self, const Shape& shape, int half, bool refused, int num_tokens, Address x,
+            Address topk_idx, bool wide_idx, Address weights, Address places, Address epoch, Address out,
+            Address wait_stats, Address stream) {
     CombineArgs args{};
-    args.arena = arena;
+    args.arena = shape.arena;
     args.x = at<char>(x);
     args.topk_idx = {at<void>(topk_idx), wide_idx};
     args.weights = at<float>(weights);
     args.num_tokens = num_tokens;
-    args.num_topk = num_topk;
-    args.num_experts = num_experts;
-    args.format = static_cast<Format>(format);
+    args.num_topk = shape.num_topk;
+    args.num_experts = shape.num_experts;
+    args.format = shape.format;
     args.refused = refused;
     args.places = {at<int>(places)};
     args.epoch = at<int>(epoch);
     args.out = at<char>(out);
     args.wait_stats = at<unsigned long long>(wait_stats);
-    self.combine(args, static_cast<Half>(half), stream);
+    return self.combine(args, static_cast<Half>(half), stream);
 }
 
 void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int num_experts, int format,
@@ -74,10 +81,16 @@ void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int
 void bind_latency(py::module_& m) {
     m.attr("LATENCY_BLOCKS_PER_SM") = kBlocksPerSm;
     m.attr("LATENCY_MAX_BLOCKS") = kMaxBlocks;
+    m.attr("LATENCY_BROKEN") = static_cast<int>(kBroken);
     py::class_<Arena>(m, "LatencyArena")
         .def(py::init(&LatencyEngine::arena))
         .def_readonly("max_tokens", &Arena::max_tokens)
         .def_readonly("hidden", &Arena::hidden);
+    py::class_<Shape>(m, "LatencyShape")
+        .def(py::init([](const Arena& arena, int format, int num_topk, int num_experts) {
+                 return Shape{arena, static_cast<Format>(format), num_topk, num_experts};
+             }),
+             py::kw_only(), py::arg("arena"), py::arg("format"), py::arg("num_topk"), py::arg("num_experts"));
     using Engine = LatencyEngine;
     py::class_<Engine>(m, "LatencyEngine")
         .def(py::init<std::shared_ptr<DomainRuntime>, int, bool>(), py::arg("domain"), py::arg("num_blocks"),
@@ -86,15 +99,13 @@ void bind_latency(py::module_& m) {
         .def_static("arena_bytes", &Engine::arena_bytes)
         .def_static("places_words", &Engine::places_words)
         .def("set_control", &Engine::set_control)
-        .def("dispatch", &dispatch, py::arg("arena"), py::kw_only(), py::arg("half"), py::arg("format"),
-             py::arg("refused"), py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("num_tokens"),
-             py::arg("num_topk"), py::arg("num_experts"), py::arg("places"), py::arg("rows"), py::arg("scales"),
-             py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"), py::arg("wait_stats"),
-             py::arg("stream"))
-        .def("combine", &combine, py::arg("arena"), py::kw_only(), py::arg("half"), py::arg("format"),
-             py::arg("refused"), py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"),
-             py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_experts"), py::arg("places"), py::arg("epoch"),
-             py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
+        .def("dispatch", &dispatch, py::arg("shape"), py::arg("half"), py::arg("refused"), py::arg("num_tokens"),
+             py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("places"), py::arg("rows"),
+             py::arg("scales"), py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"),
+             py::arg("wait_stats"), py::arg("stream"))
+        .def("combine", &combine, py::arg("shape"), py::arg("half"), py::arg("refused"), py::arg("num_tokens"),
+             py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"), py::arg("places"),
+             py::arg("epoch"), py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
         .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("format"), py::arg("withdrawn"), py::arg("stream"))
         .def("set_mask", &Engine::set_mask)

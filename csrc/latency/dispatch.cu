@@ -37,7 +37,8 @@ struct Tables {
 
 struct Receiving {
     Ranks ranks;
-    int first[kMaxExperts];  // [R][L] rows of the source for the expert; then the first of these rows. Not in all blocks
+    int first[kMaxExperts];  // [R][L] rows of the source for the expert; then the first of these rows. Not in all
+                             // blocks
 };
 
 template <int kHalf>
@@ -305,8 +306,8 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
     __syncthreads();
 }
 
-// The first of the rows of `source` for this lane's expert, -1: none, from the counts of earlier sources, as far as this
-// lane needs them. False if they do not come.
+// The first of the rows of `source` for this lane's expert, -1: none, from the counts of earlier sources, as far as
+// this lane needs them. False if they do not come.
 __device__ __forceinline__ bool first_row(const DispatchArgs& args, const Waiting& waiting, int source, int expert,
                                           int& first) {
     first = 0;

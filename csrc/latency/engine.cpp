@@ -59,14 +59,25 @@ Arena LatencyEngine::arena(const std::vector<Address>& addresses, int max_tokens
     return arena;
 }
 
-void LatencyEngine::dispatch(DispatchArgs args, Half half, Address stream) {
-    args.runtime = runtime_;
-    check(launch_dispatch(args, half, num_blocks_, as_stream(stream)), "low-latency dispatch");
+Told LatencyEngine::told() const {
+    if (domain_->broken()) return kBroken;
+    return domain_->failure() || domain_->notice() ? kSomething : kNothing;
 }
 
-void LatencyEngine::combine(CombineArgs args, Half half, Address stream) {
+Told LatencyEngine::dispatch(DispatchArgs& args, Half half, Address stream) {
+    const Told before = told();
+    if (before == kBroken) return before;
+    args.runtime = runtime_;
+    check(launch_dispatch(args, half, num_blocks_, as_stream(stream)), "low-latency dispatch");
+    return before;
+}
+
+Told LatencyEngine::combine(CombineArgs& args, Half half, Address stream) {
+    const Told before = told();
+    if (before == kBroken) return before;
     args.runtime = runtime_;
     check(launch_combine(args, half, num_blocks_, as_stream(stream)), "low-latency combine");
+    return before;
 }
 
 void LatencyEngine::announce(const Facts& facts, bool withdrawn, Address stream) {

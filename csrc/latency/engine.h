@@ -11,6 +11,13 @@
 
 namespace deepep_moe::latency {
 
+// What kernels had reported when a launch was asked for.
+enum Told : int {
+    kNothing,
+    kSomething,  // to be raised once this rank has taken part in the call
+    kBroken,     // a failure that lasts: nothing was launched
+};
+
 class LatencyEngine {
   public:
     // `num_blocks`: of every kernel that moves rows; more than two per rank of the domain.
@@ -28,9 +35,9 @@ class LatencyEngine {
     void set_control(const std::vector<Address>& addresses);
     static Arena arena(const std::vector<Address>& addresses, int max_tokens, int hidden);
 
-    // Arguments without what the engine itself knows: it fills in `runtime`.
-    void dispatch(DispatchArgs args, Half half, Address stream);
-    void combine(CombineArgs args, Half half, Address stream);
+    // Launch; the engine fills in `runtime`. The result is what had been reported before.
+    Told dispatch(DispatchArgs& args, Half half, Address stream);
+    Told combine(CombineArgs& args, Half half, Address stream);
 
     void announce(const Facts& facts, bool withdrawn, Address stream);
     void set_mask(int rank, Address stream);
@@ -40,6 +47,8 @@ class LatencyEngine {
     void lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream);
 
   private:
+    Told told() const;
+
     std::shared_ptr<DomainRuntime> domain_;
     Runtime runtime_{};
     int num_blocks_;

@@ -1,0 +1,176 @@
+"""What the low-latency calls remember about arguments that they have checked, on tensors without memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepep_moe import low_latency
+from deepep_moe.errors import InputError
+from deepep_moe.events import StreamRunner
+from deepep_moe.low_latency import LowLatency
+from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Half
+
+META = torch.device("meta")
+
+
+class Recorder:
+    """An engine that only notes what it is asked for."""
+
+    name = "recorder"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Half]] = []
+        self.refused: list[str] = []
+
+    def state_words(self, max_tokens: int, topk: int) -> int:
+        return 10
+
+    def dispatch(self, call: DispatchCall, half: Half) -> None:
+        self.calls.append((call, half))
+
+    def combine(self, call: CombineCall, half: Half) -> None:
+        self.calls.append((call, half))
+
+    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: Exception) -> None:
+        self.refused.append(str(problem))
+
+    def refuse_combine(self, call: DispatchCall | None, problem: Exception) -> None:
+        self.refused.append(str(problem))
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(low_latency, "make_engine", lambda *_: recorder)
+    return recorder
+
+
+@pytest.fixture
+def calls(engine: Recorder) -> LowLatency:
+    backend: Any = SimpleNamespace(device=META, rank=0, world_size=2)
+    return LowLatency(backend, 0, False, StreamRunner(META))
+
+
+def tokens(count: int = 4, hidden: int = 256, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(count, hidden, dtype=dtype, device=META)
+
+
+def indices(count: int = 4, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(count, 2, dtype=dtype, device=META)
+
+
+def dispatch(calls: LowLatency, **changed: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "x": tokens(),
+        "topk_idx": indices(),
+        "max_tokens": 8,
+        "num_experts": 6,
+        "stats": None,
+        "wait_stats": None,
+        "switches": (True, False, False),
+        "async_finish": False,
+        "return_recv_hook": False,
+    }
+    return calls.dispatch(**{**arguments, **changed})
+
+
+def combine(calls: LowLatency, handle: Any, **changed: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "x": torch.empty(3, 16, 256, dtype=torch.bfloat16, device=META),
+        "topk_idx": indices(),
+        "topk_weights": torch.empty(4, 2, dtype=torch.float32, device=META),
+        "handle": handle,
+        "zero_copy": False,
+        "async_finish": False,
+        "return_recv_hook": False,
+        "out": None,
+        "wait_stats": None,
+    }
+    return calls.combine(**{**arguments, **changed})
+
+
+def test_equal_arguments_are_checked_once(calls: LowLatency, engine: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, handle, *_ = dispatch(calls)
+    combine(calls, handle)
+    monkeypatch.setattr(LowLatency, "_check_dispatch", pytest.fail)
+    monkeypatch.setattr(LowLatency, "_check_combine", pytest.fail)
+    call, handle, *_ = dispatch(calls)
+    combine(calls, handle)
+    assert call.shape is engine.calls[0][0].shape
+    assert (call.shape.tokens, call.shape.topk, call.shape.hidden) == (4, 2, 256)
+    assert [half for _, half in engine.calls] == [Half.BOTH] * 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": tokens(dtype=torch.float16)}, "x = torch.float16"),
+        ({"x": tokens(hidden=192)}, "x = hidden size 192"),
+        ({"x": tokens(8).as_strided((4, 256), (512, 1))}, "x = strides"),
+        ({"x": torch.empty(4, 256, dtype=torch.bfloat16, device="cpu")}, "x = cpu"),
+        ({"x": None}, "x = None"),
+        ({"topk_idx": indices(dtype=torch.int16)}, "topk_idx = torch.int16"),
+        ({"topk_idx": torch.empty(4, 2, dtype=torch.int64, device="cpu")}, "topk_idx = cpu"),
+        ({"topk_idx": indices(3)}, r"x = shape \(4, 256\)"),
+        ({"max_tokens": 8.0}, "num_max_dispatch_tokens_per_rank = 8.0"),
+        ({"max_tokens": True, "x": tokens(1), "topk_idx": indices(1)}, "num_max_dispatch_tokens_per_rank = True"),
+        ({"max_tokens": 3}, "x = 4 tokens"),
+        ({"num_experts": 7}, "num_experts = 7"),
+        ({"stats": torch.empty(3, dtype=torch.int64, device=META)}, "cumulative_local_expert_recv_stats"),
+        ({"wait_stats": torch.empty(3, dtype=torch.int64, device=META)}, "dispatch_wait_recv_cost_stats"),
+        ({"switches": (True, False, True)}, "use_ue8m0"),
+        ({"async_finish": True, "return_recv_hook": True}, "async_finish"),
+    ],
+)
+def test_a_changed_argument_is_checked_again(
+    calls: LowLatency, engine: Recorder, changed: dict[str, Any], message: str
+) -> None:
+    dispatch(calls)
+    dispatch(calls, x=tokens(1), topk_idx=indices(1), max_tokens=1)
+    with pytest.raises(InputError, match=message):
+        dispatch(calls, **changed)
+    assert len(engine.calls) == 2 and len(engine.refused) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.empty(3, 16, 256, dtype=torch.float32, device=META)}, "x = torch.float32"),
+        ({"x": torch.empty(3, 8, 256, dtype=torch.bfloat16, device=META)}, "x = shape"),
+        ({"topk_idx": indices(3)}, "topk_idx = shape"),
+        ({"topk_weights": torch.empty(4, 2, dtype=torch.float64, device=META)}, "topk_weights = torch.float64"),
+        ({"topk_weights": None}, "topk_weights = None"),
+        ({"out": tokens(3)}, "out = shape"),
+        ({"wait_stats": torch.empty(2, dtype=torch.int32, device=META)}, "combine_wait_recv_cost_stats"),
+        ({"zero_copy": True}, "zero_copy"),
+    ],
+)
+def test_a_changed_argument_of_combine_is_checked_again(
+    calls: LowLatency, engine: Recorder, changed: dict[str, Any], message: str
+) -> None:
+    _, handle, *_ = dispatch(calls)
+    combine(calls, handle)
+    with pytest.raises(InputError, match=message):
+        combine(calls, handle, **changed)
+    assert len(engine.calls) == 2 and len(engine.refused) == 1
+
+
+def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
+    for count, fp8 in ((4, True), (2, True), (4, False), (0, False), (4, True)):
+        call, handle, *_ = dispatch(calls, x=tokens(count), topk_idx=indices(count), switches=(fp8, False, False))
+        assert call.shape.tokens == count and (call.scales is None) == (not fp8)
+        assert call.rows.shape == (3, 16, 256) and call.src_info.shape == (3, 16) and call.counts.shape == (3,)
+        assert call.src_info.is_contiguous() and call.counts.storage_offset() == 10 + 48
+        assert handle[2:] == (8, 256, 6)
+
+
+def test_what_is_remembered_is_bounded(calls: LowLatency, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_latency, "_MAX_SHAPES", 3)
+    for count in range(9):
+        dispatch(calls, x=tokens(count), topk_idx=indices(count))
+        assert len(calls._shapes) <= 3
