@@ -68,7 +68,8 @@ class Buffer(LowLatencyCalls, Shared):
     Args:
         group: the process group. Its torch.distributed backend determines the device: CUDA with nccl, CPU with gloo.
         num_nvl_bytes, num_rdma_bytes: size of the memory that :meth:`get_local_buffer_tensor` returns. Staging memory
-            is sized automatically.
+            is sized automatically; with ``rail=nvshmem`` it may take ``num_rdma_bytes`` or ``nvshmem_bytes``,
+            whichever is larger.
         low_latency_mode: create the low-latency engine now; otherwise the first low-latency call creates it.
         explicitly_destroy: accepted for compatibility. :meth:`destroy` may be called in any case; otherwise garbage
             collection frees the same resources.
@@ -108,6 +109,8 @@ class Buffer(LowLatencyCalls, Shared):
         low_latency_sms = config.num_sms  # as in DeepEP, set_num_sms does not apply to low-latency calls
         if Buffer._num_sms_chosen:
             config = replace(config, num_sms=Buffer.num_sms)
+        if config.rail == "nvshmem":
+            config = replace(config, nvshmem_bytes=max(config.nvshmem_bytes, num_rdma_bytes))
         self._backend: Backend | None = get_backend(group, None, config)
         self.group = self._backend.group
         self.rank, self.group_size = self._backend.rank, self._backend.world_size

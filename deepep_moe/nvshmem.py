@@ -1,15 +1,16 @@
-"""NVSHMEM in this process: load it, start it, and share its symmetric memory between groups.
+"""NVSHMEM: loading the library, initialising it over a process group, and sharing its symmetric memory.
 
-NVSHMEM numbers the processes it was started over, its *PEs*, once per process. A process group may be all of them or
-some, in another order, and another library (torch has one) may have started NVSHMEM first. So every group keeps a table
-from its ranks to PEs (:class:`Peers`).
+NVSHMEM is initialised once per process, over a fixed set of processes, its PEs. A process group may contain only some
+of the PEs, in a different order, and another library (PyTorch, for example) may have initialised NVSHMEM before. Each
+group therefore has a table from its ranks to PE numbers (:class:`Peers`).
 
-Symmetric memory is allocated once, by all PEs together; groups take parts of it (:meth:`Peers.take`), each at the same
-place on all of their ranks.
+Symmetric memory is allocated once, by all PEs together. Groups take ranges of it (:meth:`Peers.take`) at offsets that
+are equal on all of their ranks.
 
-Programs with several groups, of which none has all the processes, call :func:`initialize` first with a group that has.
+A program that uses several groups, none of which contains all processes, must call :func:`initialize` once on all
+processes before it creates the first dispatcher.
 
-Nothing here is imported unless a setting asks for NVSHMEM (``rail="nvshmem"``), and the package works without it.
+The library is loaded on first use (``rail="nvshmem"``). Importing this module loads nothing.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from deepep_moe.errors import CapacityError, PeerError, PeerTimeoutError, Unsupp
 from deepep_moe.extension import runs_on
 
 PART_ALIGNMENT = 256
-_FINISH_SECONDS = 10.0  # at exit, for NVSHMEM's own goodbye
+_FINALIZE_SECONDS = 10.0  # at exit, the longest wait for nvshmem_finalize
 
 
 def _library_directory() -> Path | None:
-    """Where libnvshmem_host.so.3 is: $NVSHMEM_DIR, else the nvidia-nvshmem wheel. None leaves it to the loader."""
+    """Directory of libnvshmem_host.so.3: in $NVSHMEM_DIR or the nvidia-nvshmem wheel. None: use the loader's path."""
     places = []
     if home := os.environ.get("NVSHMEM_DIR"):
         places += [Path(home) / "lib", Path(home) / "lib64"]
@@ -57,14 +58,14 @@ def _library_directory() -> Path | None:
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension module ``deepep_moe._nvshmem``, or the reason why it is not there."""
+    """The extension module ``deepep_moe._nvshmem``, or the reason why it cannot be loaded."""
     if importlib.util.find_spec("deepep_moe._nvshmem") is None:
         return None, (
             "deepep_moe was built without NVSHMEM; install nvidia-nvshmem-cu13 (or set NVSHMEM_DIR) and build again"
         )
     directory = _library_directory()
     try:
-        if directory is not None:  # then the module's own need for the library is met, wherever it is
+        if directory is not None:  # loaded first, it satisfies the module's dependency by its soname
             ctypes.CDLL(str(directory / "libnvshmem_host.so.3"))
         from deepep_moe import _nvshmem
     except (ImportError, OSError) as error:
@@ -73,7 +74,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def why_missing() -> str | None:
-    """The reason why NVSHMEM cannot be used in this process, or None. Loads it, starts nothing."""
+    """The reason why NVSHMEM cannot be used in this process, or None. Loads the library without initialising it."""
     return _load()[1] or None
 
 
@@ -81,7 +82,7 @@ def module() -> Any:
     """``deepep_moe._nvshmem``.
 
     Raises:
-        UnsupportedError: it is not there; the message says why.
+        UnsupportedError: it cannot be loaded; the message says why.
     """
     loaded, reason = _load()
     if loaded is None:
@@ -105,37 +106,37 @@ def why_not_on(device: torch.device) -> str | None:
 
 @dataclass
 class _World:
-    """NVSHMEM as it was started in this process."""
+    """The state of NVSHMEM in this process after its initialisation."""
 
     pe: int
     num_pes: int
     identity: str
-    """Equal in all processes of one start, and no others."""
+    """Identifies the set of PEs: equal on processes that were initialised together, different otherwise."""
     arena: int = 0
-    """Address of the symmetric memory that groups share."""
+    """Address of the symmetric memory that groups share, or 0 before it is allocated."""
     arena_bytes: int = 0
-    holes: list[tuple[int, int]] = field(default_factory=list)
-    """Free parts of it: first byte and size, ascending."""
+    free: list[tuple[int, int]] = field(default_factory=list)
+    """Free ranges of the arena: offset and size in bytes, ascending."""
 
 
 _world: _World | None = None
-_stuck: str | None = None
-"""The call of NVSHMEM that never returned, after which no other can be made in this process."""
-_peers_lost = False
+_hung: str | None = None
+"""Describes the NVSHMEM call that did not return. No other call can be made in this process."""
+_finalize_at_exit = True
 
 
-def leave_open() -> None:
-    """Do not end NVSHMEM at exit: a peer may be lost, and NVSHMEM would wait for it."""
-    global _peers_lost
-    _peers_lost = True
+def do_not_finalize() -> None:
+    """Skip nvshmem_finalize at exit: it is collective, and a peer may be lost."""
+    global _finalize_at_exit
+    _finalize_at_exit = False
 
 
 class Part:
-    """Symmetric memory of a group, at the same place on all of its ranks. Zeroed when taken.
+    """A range of symmetric memory that one group owns. Its offset is equal on all ranks. Zeroed when taken.
 
     Attributes:
-        address: on this GPU. NVSHMEM translates it to that of a peer.
-        num_bytes: size.
+        address: address on this GPU. NVSHMEM calls take it also as the address on a peer.
+        num_bytes: size; 0 after :meth:`free`.
         memory: [num_bytes] uint8.
     """
 
@@ -147,15 +148,15 @@ class Part:
         self.memory.zero_()
 
     def free(self) -> None:
-        """Give the memory back; nothing may be on its way to it any more. Local, idempotent."""
+        """Return the memory. No transfer to it may be pending. Local, idempotent."""
         if self.num_bytes and _world is not None:
-            _world.holes = _merged([*_world.holes, (self.first, self.num_bytes)])
+            _world.free = _merged([*_world.free, (self.first, self.num_bytes)])
         self.num_bytes = 0
 
 
 @dataclass(frozen=True)
 class Peers:
-    """The ranks of a group as PEs."""
+    """The PE numbers of a group's ranks."""
 
     group: dist.ProcessGroup
     device: torch.device
@@ -164,22 +165,22 @@ class Peers:
     """[R] PE of each rank."""
 
     def of(self, part: dist.ProcessGroup) -> Peers:
-        """The same for a group of some of these ranks. Local."""
+        """The same table for a subgroup. Local."""
         ranks = [dist.get_group_rank(self.group, one) for one in dist.get_process_group_ranks(part)]
         return Peers(part, self.device, self.timeout_seconds, tuple(self.pes[rank] for rank in ranks))
 
     def take(self, num_bytes: int) -> Part:
-        """A part of the symmetric memory. Collective over the group.
+        """Take a range of the symmetric memory. Collective over the group.
 
         Raises:
-            CapacityError: on every rank, where there is too little left.
+            CapacityError: on every rank: no free range is large enough.
         """
         assert _world is not None
         num_bytes = -(-num_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
-        told = gather("set-up", self.group, self.device, self.timeout_seconds, [num_bytes, _world.holes])
+        told = gather("set-up", self.group, self.device, self.timeout_seconds, [num_bytes, _world.free])
         if len({wanted for wanted, _ in told}) > 1:
             raise PeerError(f"ranks ask for different amounts of symmetric memory: {[wanted for wanted, _ in told]}")
-        common = _common_holes([[(first, size) for first, size in holes] for _, holes in told])
+        common = _common_ranges([[(first, size) for first, size in free] for _, free in told])
         fitting = [first for first, size in common if size >= num_bytes]
         if not fitting:
             raise CapacityError(
@@ -189,10 +190,10 @@ class Peers:
                 "or send fewer tokens or fewer bytes at once"
             )
         first = fitting[0]
-        _world.holes = _without(_world.holes, first, num_bytes)
+        _world.free = _without(_world.free, first, num_bytes)
         part = Part(first, num_bytes, self.device)
         torch.cuda.synchronize(self.device)
-        # No rank puts before all have zeroed theirs.
+        # A barrier: no rank may put before all have zeroed their memory.
         gather("set-up", self.group, self.device, self.timeout_seconds, 0)
         return part
 
@@ -202,10 +203,10 @@ def initialize(
     device: torch.device | None = None,
     config: DispatcherConfig | None = None,
 ) -> Peers:
-    """Start NVSHMEM over ``group``, or find how its ranks are numbered where it runs. Collective over the group.
+    """Initialise NVSHMEM over ``group`` unless this was done before, and get its PE numbers. Collective over the group.
 
-    A dispatcher or Buffer with ``rail="nvshmem"`` does this for its own group. Call it before where a process is in
-    several such groups, over a group that has all of their processes.
+    A dispatcher or Buffer with ``rail="nvshmem"`` calls this with its own group. A program with several such groups
+    calls it first with a group that contains all of their processes.
 
     Args:
         group: default: all processes of torch.distributed.
@@ -213,7 +214,7 @@ def initialize(
         config: ``nvshmem_bytes`` of symmetric memory per GPU and ``timeout_seconds``; default: from the environment.
 
     Raises:
-        UnsupportedError: on every rank: NVSHMEM is not there on some rank, or runs over other processes than these.
+        UnsupportedError: on every rank: NVSHMEM cannot be loaded on some rank, or was initialised over other processes.
         CapacityError: on every rank: the symmetric memory could not be allocated.
         PeerTimeoutError: another process did not come.
     """
@@ -228,25 +229,25 @@ def initialize(
         return gather("set-up", chosen, device, timeout, mine)
 
     rank, ranks = dist.get_rank(chosen), dist.get_world_size(chosen)
-    _raise_for_all(everyone(_stuck or why_not_on(device)))
+    _raise_for_all(everyone(_hung or why_not_on(device)))
     nvshmem = module()
     started = everyone([nvshmem.is_started(), nvshmem.loaded_version(), "" if _world is None else _world.identity])
     _compare_versions([version for _, version, _ in started])
     outside = [str(one) for one, (runs, _, _) in enumerate(started) if not runs]
     if 0 < len(outside) < ranks:
         raise UnsupportedError(
-            f"NVSHMEM already runs over processes of which rank {', '.join(outside)} of this group is none: call "
-            "deepep_moe.nvshmem.initialize() on all processes before any other library or group starts NVSHMEM"
+            f"NVSHMEM was initialised before, without rank {', '.join(outside)} of this group: call "
+            "deepep_moe.nvshmem.initialize() on all processes before any other library or group initialises NVSHMEM"
         )
     identity = everyone(nvshmem.new_unique_id().hex() if rank == 0 else None)[0]
-    _start(nvshmem, rank, ranks, identity, device, config, everyone, alone=not outside)
+    _start(nvshmem, rank, ranks, identity, device, config, everyone, initialised=not outside)
     assert _world is not None
     told = everyone([_world.pe, _world.identity])
     pes = [pe for pe, _ in told]
     if len({one for _, one in told}) > 1 or len(set(pes)) < ranks:
         raise UnsupportedError(
             f"the ranks of this group are in different NVSHMEM jobs (their PEs are {pes}): call "
-            "deepep_moe.nvshmem.initialize() on all processes before any other library or group starts NVSHMEM"
+            "deepep_moe.nvshmem.initialize() on all processes before any other library or group initialises NVSHMEM"
         )
     return Peers(chosen, device, timeout, tuple(pes))
 
@@ -259,21 +260,21 @@ def _start(
     device: torch.device,
     config: DispatcherConfig,
     everyone: Callable[[object], list[Any]],
-    alone: bool,
+    initialised: bool,
 ) -> None:
-    """Start NVSHMEM, or only our module's part of it (``alone``: it runs everywhere), and allocate the arena."""
+    """Initialise NVSHMEM (only this module's part where it is ``initialised`` already) and allocate the arena."""
     global _world
     if _world is None:
-        # What NVSHMEM itself needs comes on top.
+        # The margin is for NVSHMEM's own use.
         os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(config.nvshmem_bytes + (256 << 20)))
         index = 0 if device.index is None else device.index
         problem = _caller().problem_of(
             lambda: nvshmem.start(rank, ranks, bytes.fromhex(identity), index),
-            "starting NVSHMEM",
+            "initialising NVSHMEM",
             config.timeout_seconds,
         )
         _raise_for_all(everyone(problem))
-        _world = _World(nvshmem.this_pe(), nvshmem.num_pes(), "" if alone else identity)
+        _world = _World(nvshmem.this_pe(), nvshmem.num_pes(), "" if initialised else identity)
         atexit.register(_finish)
     size = -(-config.nvshmem_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
     arenas = everyone([_world.arena != 0, _world.num_pes, size])
@@ -282,7 +283,7 @@ def _start(
         return
     if any(there) or any(pes != ranks for _, pes, _ in arenas):
         raise UnsupportedError(
-            f"another library started NVSHMEM over {_world.num_pes} processes, this group has {ranks}: call "
+            f"another library initialised NVSHMEM over {_world.num_pes} processes, this group has {ranks}: call "
             "deepep_moe.nvshmem.initialize() on all of those processes first"
         )
     compare({"nvshmem_bytes": [str(one) for _, _, one in arenas]})
@@ -297,13 +298,14 @@ def _start(
             f"NVSHMEM_SYMMETRIC_SIZE (now {os.environ.get('NVSHMEM_SYMMETRIC_SIZE')}) higher"
         )
     _world.identity = _world.identity or identity
-    _world.arena, _world.arena_bytes, _world.holes = addresses[0], size, [(0, size)]
+    _world.arena, _world.arena_bytes, _world.free = addresses[0], size, [(0, size)]
 
 
 class _Caller:
-    """A thread that makes the calls that may wait for lost processes for ever, so that nobody else has to.
+    """A thread for NVSHMEM calls that wait for other processes without a time limit.
 
-    It lives from the first such call on: at exit no thread can be started any more.
+    The caller waits for the thread with a limit. The thread is started before the first call and kept, because Python
+    starts no thread at exit.
     """
 
     def __init__(self) -> None:
@@ -315,10 +317,10 @@ class _Caller:
             self._calls.get()()
 
     def problem_of(self, call: Callable[[], object], what: str, timeout_seconds: float) -> str | None:
-        """Make a call. Returns what went wrong, or None.
+        """Run ``call`` on the thread. Returns its error as text, or None.
 
         Raises:
-            PeerTimeoutError: it did not return in time; it is left behind, and NVSHMEM with it.
+            PeerTimeoutError: it did not return in time. NVSHMEM cannot be used in this process any more.
         """
         problems: list[str] = []
         returned = threading.Event()
@@ -332,9 +334,9 @@ class _Caller:
 
         self._calls.put(run)
         if not returned.wait(timeout_seconds):
-            global _stuck
-            _stuck = f"{what} did not end within {timeout_seconds:g} s: another process did not come"
-            raise PeerTimeoutError(_stuck)
+            global _hung
+            _hung = f"{what} did not end within {timeout_seconds:g} s: another process did not come"
+            raise PeerTimeoutError(_hung)
         return problems[0] if problems else None
 
 
@@ -344,7 +346,7 @@ def _caller() -> _Caller:
 
 
 def _raise_for_all(reasons: list[str | None]) -> None:
-    """Raise on every rank what keeps some of them from going on."""
+    """Raise UnsupportedError on every rank if any rank has a reason."""
     told: dict[str, list[str]] = {}
     for rank, reason in enumerate(reasons):
         if reason is not None:
@@ -360,17 +362,17 @@ def _compare_versions(versions: list[list[int]]) -> None:
 
 
 def _finish() -> None:
-    """At exit. Other processes may end later or not at all, so it is tried for a while only."""
-    if _world is not None and _stuck is None and not _peers_lost:
+    """Finalise NVSHMEM at exit. The wait is limited: other processes may exit much later."""
+    if _world is not None and _hung is None and _finalize_at_exit:
         with suppress(PeerTimeoutError):
-            _caller().problem_of(module().finish, "ending NVSHMEM", _FINISH_SECONDS)
+            _caller().problem_of(module().finish, "finalising NVSHMEM", _FINALIZE_SECONDS)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
 class _Memory:
-    """What ``torch.as_tensor`` reads to see memory that torch has not allocated."""
+    """Describes memory that PyTorch did not allocate, for ``torch.as_tensor``."""
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -382,17 +384,17 @@ class _Memory:
 
 
 def tensor_at(address: int, num_bytes: int, device: torch.device) -> Tensor:
-    """``[num_bytes]`` uint8 on ``device`` at ``address``, which stays the caller's to keep allocated."""
+    """A tensor ``[num_bytes]`` uint8 on ``device`` at ``address``. The caller keeps the memory allocated."""
     return torch.as_tensor(_Memory(address, num_bytes), dtype=torch.uint8, device=device)
 
 
-Holes = list[tuple[int, int]]
+Ranges = list[tuple[int, int]]
 
 
-def _merged(holes: Holes) -> Holes:
-    """Free parts in order, neighbours joined."""
-    out: Holes = []
-    for first, size in sorted(holes):
+def _merged(ranges: Ranges) -> Ranges:
+    """``ranges`` in ascending order, with adjacent ones joined."""
+    out: Ranges = []
+    for first, size in sorted(ranges):
         if out and sum(out[-1]) == first:
             out[-1] = (out[-1][0], out[-1][1] + size)
         else:
@@ -400,11 +402,11 @@ def _merged(holes: Holes) -> Holes:
     return out
 
 
-def _without(holes: Holes, first: int, num_bytes: int) -> Holes:
-    """``holes`` after a part of one of them was taken."""
-    out: Holes = []
+def _without(ranges: Ranges, first: int, num_bytes: int) -> Ranges:
+    """``ranges`` without a range that lies in one of them."""
+    out: Ranges = []
     end = first + num_bytes
-    for start, size in holes:
+    for start, size in ranges:
         if start <= first and end <= start + size:
             out += [(start, first - start), (end, start + size - end)]
         else:
@@ -412,13 +414,13 @@ def _without(holes: Holes, first: int, num_bytes: int) -> Holes:
     return [(start, size) for start, size in out if size]
 
 
-def _common_holes(holes_of_ranks: list[Holes]) -> Holes:
-    """What is free on all ranks."""
-    common = holes_of_ranks[0]
-    for holes in holes_of_ranks[1:]:
-        both: Holes = []
+def _common_ranges(free_of_ranks: list[Ranges]) -> Ranges:
+    """The ranges that are free on all ranks."""
+    common = free_of_ranks[0]
+    for free in free_of_ranks[1:]:
+        both: Ranges = []
         for first, size in common:
-            for other, other_size in holes:
+            for other, other_size in free:
                 start, end = max(first, other), min(first + size, other + other_size)
                 if start < end:
                     both.append((start, end - start))

@@ -1,4 +1,4 @@
-// What the kernels of deepep_moe._nvshmem are launched with. No NVSHMEM header is needed to read this.
+// Arguments of the kernels of deepep_moe._nvshmem. Does not depend on NVSHMEM's headers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,36 +7,36 @@
 
 namespace deepep_moe {
 
-// Pinned host memory, written by the device; `failed` last.
+// The first failure of this rank, in pinned host memory. The device writes `failed` last.
 struct RailFailure {
-    long long failed, phase, peer, expected, seen;  // peer: as the caller numbers it
+    long long failed, phase, peer, expected, seen;  // peer: rank in the rail or in the self-test's group
 };
 
 struct Waiting {
     RailFailure* record;
-    int* failed;  // device memory: this rank has failed
+    int* failed;  // device memory: nonzero once this rank has failed
     uint64_t timeout_nanoseconds;
 };
 
 // -- the rail ---------------------------------------------------------------------------------------------------------
 
-// Where a rank was when it failed.
+// What a rank was waiting for when it failed.
 enum RailPhase : int {
-    kRailStart,    // the peer had not begun the operation, so it may still read what the one before brought
-    kRailRows,     // rows of the peer had not arrived
-    kRailGivenUp,  // the peer said that it had given up; expected and seen are 0
+    kRailStart,    // the peer to begin an operation; until then it may read the rows of an earlier one
+    kRailRows,     // rows of the peer
+    kRailGivenUp,  // the peer reported that it has given up; expected and seen are 0
 };
 
-constexpr int kPiecesPerBlock = 16;  // of the rows for one peer, each with a signal of its own
-constexpr int kMaxChunks = 8;        // of an operation
-constexpr int kRailRegions = 4;      // of memory, between which operations alternate
+constexpr int kPiecesPerBlock = 16;  // the rows for one peer are sent in so many pieces, each with its own signal
+constexpr int kMaxChunks = 8;        // chunks of an operation
+constexpr int kRailRegions = 4;      // regions of symmetric memory
 
-// Symmetric memory, in rows of words: signals that peers write and this rank reads. Peers are the other ranks of the
-// rail, numbered without this one.
+// Signals in symmetric memory, written by peers and read by this rank. Peers are the other ranks of the rail, numbered
+// from 0 without this rank.
 struct RailSignals {
-    uint64_t* arrived;   // [region][chunk][peer][piece] number of the operation whose rows are there
-    uint64_t* begun;     // [peer] operations that the peer has begun
-    uint64_t* given_up;  // [peer] 1: the peer does nothing any more
+    uint64_t* arrived;   // [region][chunk][peer][piece] number of the last operation whose rows have arrived
+    uint64_t* begun;     // [peer] number of operations that the peer has begun
+    uint64_t* given_up;  // [peer] 1 once the peer has given up
 };
 
 // Device memory of this rank.
@@ -46,7 +46,7 @@ struct RailState {
     int failed;
 };
 
-// What every kernel of a rail knows.
+// Arguments of all kernels of a rail.
 struct RailArgs {
     RailFailure* record;
     RailState* state;
@@ -56,8 +56,8 @@ struct RailArgs {
     uint64_t timeout_nanoseconds;
 };
 
-// Of one chunk: every rank sends every other a block of `block_rows` rows or fewer. At each receiver the blocks lie one
-// after another, without its own.
+// One chunk of an operation. Every rank has a block of `block_rows` rows for each peer. At a receiver the blocks of its
+// peers follow each other in rank order.
 struct RailChunk {
     int chunk;
     bool last;  // of the operation
@@ -67,18 +67,18 @@ struct RailChunk {
     char* received;    // [peers][block_rows][row_bytes] symmetric
 };
 
-// Begin an operation: tell the peers that this rank has read what the operations before brought, and wait until they
-// have read what lies where this one will write. Memory to send from may be written after it.
+// Begin an operation: tell the peers that this rank has read the rows of all earlier operations, and wait until they
+// have read what lies in the region that this operation uses. The send buffer may be written after this kernel.
 cudaError_t launch_rail_begin(const RailArgs& args, cudaStream_t stream);
 cudaError_t launch_rail_put(const RailArgs& args, const RailChunk& chunk, cudaStream_t stream);
-// Wait for the chunk's rows of all peers. Where they do not come they become NaN.
+// Wait for the chunk's rows from all peers. On failure the rows become NaN.
 cudaError_t launch_rail_wait(const RailArgs& args, const RailChunk& chunk, cudaStream_t stream);
-// Tell the peers that this rank does nothing any more.
+// Tell the peers that this rank has given up.
 cudaError_t launch_rail_give_up(const RailArgs& args, cudaStream_t stream);
 
 // -- the self-test ----------------------------------------------------------------------------------------------------
 
-// What a rank waited for in vain.
+// What a rank was waiting for when it failed.
 enum ProbePhase : int { kProbeRows, kProbeAnswer };
 
 // Rounds of patterned chunks to one PE, and as many from another. Memory is symmetric, at the same place on all PEs.

@@ -1,5 +1,5 @@
-// Self-test of the transport: chunks with a signal each to one PE while as many come from another. A chunk is read as
-// soon as its signal is seen, and its place is used again once the reader has said so, as the rail does.
+// Self-test of the transport: sends chunks with one signal each to one PE while receiving as many from another. A chunk
+// is checked as soon as its signal is seen, and sent again once the receiver has acknowledged it.
 #include <algorithm>
 
 #include "nvshmem/signal.cuh"
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) probe_kernel(const __grid_constant__
     for (int round = 0; round < args.rounds; ++round) {
         const uint64_t number = args.first_round + round;
         for (int chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
-            // Only the first round of a launch follows a barrier of the hosts instead of a signal.
+            // The first round of a launch needs no acknowledgement: the hosts have synchronised before it.
             if (round > 0 && !wait_block(args, &args.taken[chunk], number - 1, kProbeAnswer, args.to)) return;
             uint64_t* out = reinterpret_cast<uint64_t*>(args.sent + static_cast<int64_t>(chunk) * args.chunk_bytes);
             if (args.check) {

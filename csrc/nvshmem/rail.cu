@@ -1,13 +1,16 @@
-// Rows between nodes: puts with signals, and waits for them. Of each operation (a dispatch, a combine or a gather) all
-// kernels run on one stream, in the order begin, then for each chunk put, later wait.
+// Rows between nodes: puts with signals, and waits for the signals. An operation is one dispatch, combine or gather.
+// Its kernels run in stream order: begin, then for each chunk put, and later wait.
 //
-// Rows are written where the receiver reads them, so memory must not be written while somebody still reads it. Whoever
-// begins operation n + 1 has read what n brought (its kernels run in order), and says so (`begun`). An operation whose
-// memory was last used by operation m waits until all peers have begun m + 1. Operations alternate between regions, so
-// that the answer is there before it is needed; where a CUDA graph fixes the region, it may have to be waited for.
+// A put writes directly to where the receiver reads, so it must not overwrite rows that are still in use. When a rank
+// begins operation n + 1 it has finished reading the rows of operation n, because its kernels run in order, and it
+// tells all peers (`begun`). An operation that uses the region last used by operation m first waits until all peers
+// have begun operation m + 1. Eager operations alternate between two regions, so this condition usually holds already.
+// In a CUDA graph the region is fixed, and the wait may take one network latency.
 //
-// The number of an operation lives on the device, so that a graph can be replayed. Nothing waits for the completion of
-// a put (quiet): the receiver's next `begun` says that it has the rows.
+// `begun` also covers the send buffer: a peer that has begun operation m + 1 has received all rows of operation m. So
+// nothing calls nvshmem_quiet, whose wait has no limit.
+//
+// Operation numbers are kept in device memory, so that graphs can be replayed.
 #include "device/wait.cuh"
 #include "nvshmem/signal.cuh"
 
@@ -21,7 +24,7 @@ __device__ __forceinline__ Waiting waiting(const RailArgs& args) {
     return {args.record, &args.state->failed, args.timeout_nanoseconds};
 }
 
-// Ranks of the rail without `without`, numbered from 0.
+// Conversion between ranks of the rail and their numbers among the peers of rank `without`.
 __device__ __forceinline__ int peer_number(int rank, int without) { return rank - (rank > without ? 1 : 0); }
 __device__ __forceinline__ int peer_rank(int number, int without) { return number + (number >= without ? 1 : 0); }
 
@@ -37,7 +40,7 @@ __device__ __forceinline__ void tell_failure(const RailArgs& args) {
     }
 }
 
-// wait_for_signal, which also ends when a peer has given up; what failed here first is told to all peers.
+// wait_for_signal for signals of the rail: ends when a peer has given up, and reports a failure to all peers.
 __device__ __forceinline__ bool wait_for_peer(const RailArgs& args, uint64_t* signal, uint64_t expected, int phase,
                                               int peer) {
     const auto any_given_up = [&] {
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kWaitThreads) begin_kernel(const __grid_consta
     const int peers = args.num_ranks - 1;
     for (int peer = threadIdx.x; peer < peers; peer += blockDim.x) {
         const int rank = peer_rank(peer, args.rank);
-        // Adding commutes: two of these may overtake each other on the way.
+        // Additions, because two of these signals may arrive in either order.
         nvshmemx_signal_op(&args.signals.begun[peer_number(args.rank, rank)], 1, NVSHMEM_SIGNAL_ADD, args.pes[rank]);
     }
     const long long last_use = args.state->last_use[args.region];

@@ -1,4 +1,4 @@
-// Signals between PEs, and waiting for one with a bound.
+// Bounded waits for NVSHMEM signals.
 #pragma once
 
 #include <nvshmem.h>
@@ -15,7 +15,7 @@ __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
     return v;
 }
 
-// A debug build waits up to 64 us before each put, a different time for each, so that orders that rarely happen do.
+// In a debug build: a random delay of up to 64 us before a put, to provoke rare interleavings.
 __device__ __forceinline__ void delay_put() {
 #ifdef DEEPEP_MOE_DELAY_PUTS
     unsigned mixed = static_cast<unsigned>(clock64()) * 2654435761u ^ blockIdx.x * 40503u;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void delay_put() {
 #endif
 }
 
-// The first failure of this rank, for its host; kernels of this rank do nothing after it. True for the first caller.
+// Record a failure of this rank. Its kernels do nothing afterwards. Returns true for the first failure only.
 __device__ __forceinline__ bool report_failure(const Waiting& waiting, int phase, int peer, uint64_t expected,
                                                uint64_t seen) {
     if (atomicExch(waiting.failed, 1) != 0) return false;
@@ -39,9 +39,9 @@ __device__ __forceinline__ bool report_failure(const Waiting& waiting, int phase
     return true;
 }
 
-// Wait until `signal`, which only grows, has come to `expected`: the data that was put with it can then be read. False
-// after the timeout, once given_up() returns the number of a peer that will not come (else -1), or once this rank has
-// failed elsewhere. Whoever reports the failure calls tell().
+// Wait until `signal`, which only grows, has reached `expected`. The data that was put with it can then be read.
+// Returns false after the timeout, when given_up() returns the number of a peer that has given up (otherwise -1), or
+// when this rank has failed elsewhere. The thread that records the failure calls tell().
 template <typename GivenUp, typename Tell>
 __device__ __forceinline__ bool wait_for_signal(const Waiting& waiting, uint64_t* signal, uint64_t expected, int phase,
                                                 int peer, const GivenUp& given_up, const Tell& tell) {
@@ -62,8 +62,8 @@ __device__ __forceinline__ bool wait_for_signal(const Waiting& waiting, uint64_t
             return false;
         }
     }
-    // Where a NIC writes this GPU's memory, data may become visible after its signal. The library's own test takes the
-    // step that prevents this, on every transport, and returns at once as the condition holds.
+    // With some transports data written by a NIC may become visible after its signal. nvshmem_uint64_test does what is
+    // needed on the transport in use. It returns at once because the condition holds.
     return nvshmem_uint64_test(signal, NVSHMEM_CMP_GE, expected) != 0;
 }
 

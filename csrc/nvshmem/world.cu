@@ -40,7 +40,7 @@ void start(int rank, int num_ranks, const std::string& id, int device) {
     nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
     check_nvshmem(nvshmemx_set_attr_uniqueid_args(rank, num_ranks, &unique_id, &attributes),
                   "nvshmemx_set_attr_uniqueid_args");
-    // nvshmemx_init_attr ends the process where it fails, so what can fail goes first.
+    // nvshmemx_init_attr exits the process on failure, so the host library is initialised by a separate call first.
     started_host_library = !is_started();
     if (started_host_library) {
         const int status = nvshmemx_hostlib_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes);
@@ -48,8 +48,7 @@ void start(int rank, int num_ranks, const std::string& id, int device) {
         if (!is_started())
             throw std::runtime_error("NVSHMEM did not start: status " + std::to_string(nvshmemx_init_status()));
     }
-    // Device state belongs to each shared library: this initialises that of this one. After another library's start
-    // the attributes are ignored.
+    // Each shared library with NVSHMEM kernels has its own device state; this initialises the one of this module.
     check_nvshmem(nvshmemx_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes), "nvshmemx_init_attr");
 }
 
@@ -67,7 +66,7 @@ Address allocate(int64_t bytes) { return reinterpret_cast<Address>(nvshmem_callo
 bool is_mapped(Address address, int pe) { return nvshmem_ptr(at<void>(address), pe) != nullptr; }
 
 std::string remote_transport() {
-    // NVSHMEM has no public call for this; the structure has been stable within version 3.
+    // NVSHMEM has no public call for this. The layout of the structure is versioned.
     nvshmemi_device_host_state_t state;
     check(cudaMemcpyFromSymbol(&state, nvshmemi_device_state_d, sizeof(state)), "reading NVSHMEM's device state");
     if (state.ibgda_is_initialized) return "ibgda";

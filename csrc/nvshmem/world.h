@@ -1,6 +1,5 @@
-// NVSHMEM in this process: start, end, symmetric memory, and how a PE reaches another.
-//
-// Host code without NVSHMEM's headers, so that bindings.cpp needs none. A PE is a process as NVSHMEM numbers it.
+// NVSHMEM on the host: initialisation, symmetric memory, and the transport to each PE. A PE is a process, as numbered
+// by NVSHMEM. Does not depend on NVSHMEM's headers.
 #pragma once
 
 #include <array>
@@ -10,28 +9,29 @@
 
 namespace deepep_moe {
 
-// 128 bytes for the other processes, by which start() finds them. Needs no GPU.
+// A new unique id, 128 bytes, which all processes pass to start(). Needs no GPU.
 std::string new_unique_id();
 
-// Whether some library of this process has started NVSHMEM. Its PEs are then those of that start.
+// Whether NVSHMEM is initialised in this process, by this module or another library.
 bool is_started();
 
-// Start NVSHMEM, or only this module's device code where is_started(). Collective over all processes that have `id`.
+// Initialise NVSHMEM, or only this module's device state if is_started(): `id` is then not used and the PEs stay what
+// they are. Collective over all processes that pass `id`.
 void start(int rank, int num_ranks, const std::string& id, int device);
 
-// Collective over all PEs.
+// Finalise NVSHMEM. Collective over all PEs.
 void finish();
 
 int this_pe();
 int num_pes();
 
-// Symmetric memory, zeroed. Collective over all PEs. 0 where NVSHMEM has too little.
+// Allocate zeroed symmetric memory. Collective over all PEs. Returns 0 on failure.
 Address allocate(int64_t bytes);
 
-// Whether kernels store straight into the memory of `pe`, for symmetric memory at `address`.
+// Whether the memory of `pe` is mapped here, so that puts to it are stores (P2P). `address`: of symmetric memory.
 bool is_mapped(Address address, int pe);
 
-// What carries a put to a PE that is not mapped: "ibgda", "proxy" (a CPU thread posts it) or "none".
+// The transport to PEs that are not mapped: "ibgda", "proxy" (a CPU thread posts transfers) or "none".
 std::string remote_transport();
 
 std::array<int, 3> built_version();

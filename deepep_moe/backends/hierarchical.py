@@ -53,6 +53,7 @@ from deepep_moe.backends.hierarchical_planner import Planner, Request
 from deepep_moe.backends.local import RowFormat, expand_rows, pack_rows, sum_packed_rows
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Blocks, Rail, TorchRail
+from deepep_moe.backends.rail_nvshmem import NvshmemRail
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError, PeerError
@@ -85,7 +86,10 @@ class HierarchicalBackend(Shared):
         self._geometry = Geometry(self.nodes, groups, device)
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
         self._node = Exchange(groups.node, device, config.timeout_seconds)
-        self.rail: Rail = TorchRail(groups.rail, device, config)
+        by_nvshmem = config.rail == NvshmemRail.name
+        self.rail: Rail = (
+            NvshmemRail(groups.rail, device, config, group) if by_nvshmem else TorchRail(groups.rail, device, config)
+        )
         # What ranks share is compared here, over all nodes.
         engine = NVLinkBackend if device.type == "cuda" else CollectiveBackend
         self.engine: Backend = engine(groups.node, device, replace(config, check_agreement=False))
@@ -107,15 +111,17 @@ class HierarchicalBackend(Shared):
     def supports(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig | None = None) -> str | None:
         if (reason := given_up(group, device)) is not None:
             return reason
-        if config is not None and config.rail == "nvshmem":
-            return "rail=nvshmem is not there yet, rail=nccl is"
         nodes = find_nodes(group, device, config or DispatcherConfig())
         if (reason := nodes.why_unequal() or nodes.groups_apart) is not None:
             return f"hierarchical needs nodes of equal size: {reason}"
         groups = node_groups(group, nodes)
         engine = NVLinkBackend if device.type == "cuda" else CollectiveBackend
         reason = engine.supports(groups.node, device) or TorchRail.supports(groups.rail, device)
-        return None if reason is None else f"inside the nodes: {reason}"
+        if reason is not None:
+            return f"inside the nodes: {reason}"
+        if config is not None and config.rail == NvshmemRail.name and (missing := NvshmemRail.supports(device)):
+            return f"rail=nvshmem cannot run here (rail=nccl can): {missing}"
+        return None
 
     @staticmethod
     def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:

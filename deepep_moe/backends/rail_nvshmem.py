@@ -1,10 +1,10 @@
-"""The rail transport ``nvshmem``: kernels put rows and signals into the memory of the other nodes' GPUs.
+"""The rail transport ``nvshmem``: kernels write rows and signals directly into the memory of GPUs in other nodes.
 
-No host stands between the network and NVLink: counts stay on the device (:attr:`Blocks.used`), and a layer over several
-nodes can be captured in a CUDA graph once it has run. csrc/nvshmem/rail.cu has the protocol.
+The host takes no part in a transfer. Row counts stay on the device (:attr:`Blocks.used`), so a layer over several nodes
+can be captured in a CUDA graph after one eager run. The protocol is described in csrc/nvshmem/rail.cu.
 
-Memory is symmetric and grows with the largest batch, but never while a graph is captured. Of the four regions two serve
-gathers and two serve dispatches and combines: operations of a kind alternate between them.
+Rows are sent from and received in symmetric memory. It has four regions: gathers alternate between two of them, and
+dispatches and combines between the other two. Regions grow when a batch needs more, except during graph capture.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _WORD_BYTES = 8
 
 @dataclass
 class _Region:
-    """Memory of one operation at a time."""
+    """Symmetric memory, used by one operation at a time."""
 
     part: nvshmem.Part | None = None
-    kept: list[nvshmem.Part] = field(default_factory=list)
-    """Former parts whose addresses a CUDA graph holds."""
     captured: bool = False
-    """A CUDA graph holds addresses in ``part``."""
+    """Whether a CUDA graph uses ``part``."""
+    kept: list[nvshmem.Part] = field(default_factory=list)
+    """Replaced parts that a CUDA graph still uses."""
 
 
 class NvshmemRail:
@@ -46,7 +46,7 @@ class NvshmemRail:
         rail: the ranks of the rail.
         device: this rank's GPU.
         config: ``nvshmem_bytes`` and ``timeout_seconds`` apply.
-        group: all ranks of the backend, over which NVSHMEM is started if it does not run.
+        group: all ranks of the backend. NVSHMEM is initialised over it unless that was done before.
     """
 
     name = "nvshmem"
@@ -61,7 +61,7 @@ class NvshmemRail:
         self._peers = nvshmem.initialize(group, device, config).of(rail)
         self._rank, self._ranks = dist.get_rank(rail), dist.get_world_size(rail)
         self._names = [dist.get_group_rank(group, dist.get_global_rank(rail, one)) for one in range(self._ranks)]
-        """[N] numbers of the ranks in ``group``, for errors."""
+        """[N] ranks in ``group``, for error messages."""
         self._failure: Exception | None = None
         self._closed = False
         self._regions = [_Region() for _ in range(self._module.RAIL_REGIONS)]
@@ -88,8 +88,8 @@ class NvshmemRail:
         torch.cuda.synchronize(device)
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device) -> str | None:
-        """The reason why ``device`` cannot be used, or None. Local."""
+    def supports(device: torch.device) -> str | None:
+        """The reason why this transport cannot serve ``device``, or None. Local."""
         return nvshmem.why_not_on(device)
 
     @property
@@ -125,7 +125,7 @@ class NvshmemRail:
         return self._start(_MOVE, sent, received, send, chunk, num_chunks)
 
     def _begin(self, kind: int, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
-        """Begin an operation: memory to send from and to receive in."""
+        """Begin an operation and return its send and receive buffers."""
         self._check_open()
         sent_bytes, received_bytes = send_rows * row_bytes, recv_rows * row_bytes
         half = -(-sent_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT
@@ -141,7 +141,7 @@ class NvshmemRail:
     def _start(
         self, kind: int, sent: Tensor, received: Tensor, send: Blocks, chunk: int, num_chunks: int
     ) -> Callable[[], object]:
-        """Put one chunk of the operation that :meth:`_begin` began. Returns what waits for the peers' rows of it."""
+        """Send one chunk of the current operation. Returns a function that waits for the peers' rows of the chunk."""
         if self._ranks == 1:
             return lambda: None
         if num_chunks > self._module.MAX_CHUNKS:
@@ -167,13 +167,13 @@ class NvshmemRail:
         return index
 
     def _memory(self, number: int, num_bytes: int) -> Tensor:
-        """The memory of a region, which grows where that is too little. Sizes are equal on all ranks."""
+        """The memory of a region, grown to ``num_bytes`` if necessary. ``num_bytes`` is equal on all ranks."""
         region, capturing = self._regions[number], torch.cuda.is_current_stream_capturing()
         if region.part is None or region.part.num_bytes < num_bytes:
             if capturing:
                 raise CapacityError(
-                    f"{num_bytes} bytes of symmetric memory are needed, and memory cannot be taken while a CUDA graph "
-                    "is captured: run the layer once before the capture, with as many tokens"
+                    f"{num_bytes} bytes of symmetric memory are needed, and memory cannot grow during CUDA graph "
+                    "capture: run the layer once before the capture, with the same number of tokens"
                 )
             self._grow(number, num_bytes)
         region.captured = region.captured or capturing
@@ -181,7 +181,7 @@ class NvshmemRail:
         return region.part.memory
 
     def _grow(self, number: int, num_bytes: int) -> None:
-        """Give a region, and the one it alternates with, at least ``num_bytes``. Between operations: both are idle."""
+        """Replace the memory of a region and of the one it alternates with. Both are idle between operations."""
         torch.cuda.synchronize(self.device)
         pair = [self._regions[number], self._regions[number ^ 1]]
         for region in pair:
@@ -191,7 +191,7 @@ class NvshmemRail:
                 region.part.free()
             region.part, region.captured = None, False
         for region in pair:
-            region.part = self._peers.take(max(_LEAST_BYTES, num_bytes * 5 // 4))
+            region.part = self._peers.take(max(_LEAST_BYTES, num_bytes * 9 // 8))
 
     # -- failure and end -----------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class NvshmemRail:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        nvshmem.leave_open()
+        nvshmem.do_not_finalize()
 
     def break_off(self, phase: Phase, reason: str) -> None:
         if self._failure is None and not self._closed and self._ranks > 1:
@@ -236,8 +236,8 @@ class NvshmemRail:
             return
         self._closed = True
         if self._failure is not None:
-            return  # something may still be on its way: the memory stays taken
+            return  # transfers may be pending, so the memory is not given back
         torch.cuda.synchronize(self.device)
         for region in self._regions:
             for part in [*region.kept, *([region.part] if region.part is not None else [])]:
-                part.free()  # the signals stay taken: one of the last may arrive later than the rows
+                part.free()  # but not the signals: a signal of the last operation may arrive after its rows

@@ -1,7 +1,7 @@
-"""``python -m deepep_moe nvshmem``: prove in a minute that NVSHMEM moves rows between these GPUs.
+"""``python -m deepep_moe nvshmem``: test NVSHMEM between the GPUs of a run, within about a minute.
 
-Under torchrun every rank sends patterned chunks with signals to every other and checks what arrives, as the rail
-transport does; then bandwidth and latency of each pair.
+Under torchrun every rank sends patterned data with signals to every other rank and checks what arrives. The command
+also measures bandwidth and latency of each pair of ranks.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PART_BYTES = 2 * _MANY_CHUNKS * _CHUNK_BYTES + _SIGNALS
 
 @dataclass
 class Shift:
-    """What one rank measured while every rank sent to the rank ``shift`` after it."""
+    """Measured by one rank while every rank sent to the rank that is ``shift`` after it."""
 
     to: int
     wrong_words: int
     gigabytes_per_second: float
     microseconds: float
-    """One way: half of a round trip of 8 bytes and a signal."""
+    """One-way latency: half of a round trip of 8 bytes with a signal."""
     mapped: bool
 
 
@@ -57,7 +57,7 @@ class Prober:
     def shift(self, shift: int) -> Shift:
         """Send to the rank ``shift`` after this one, receive from the one as far before. Collective."""
         to = (self.rank + shift) % self.size
-        self._run(shift, rounds=1, chunks=1, chunk_bytes=8, check=True)  # the first use of a path may set it up
+        self._run(shift, rounds=1, chunks=1, chunk_bytes=8, check=True)  # warm-up
         self._run(shift, rounds=20, chunks=_MANY_CHUNKS, chunk_bytes=_CHUNK_BYTES, check=True)
         wrong = int(self._wrong.item())
         self._wrong.zero_()
@@ -112,7 +112,7 @@ class Prober:
     def _raise_failure(self) -> None:
         failed, phase, peer, expected, seen = self._record.tolist()
         if failed:
-            nvshmem.leave_open()
+            nvshmem.do_not_finalize()
             what = "rows of" if phase == 0 else "the answer of"
             raise PeerTimeoutError(
                 f"rank {self.rank} waited {self.peers.timeout_seconds:g} s for {what} rank {peer}: "
@@ -127,7 +127,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def measure(peers: nvshmem.Peers) -> tuple[list[list[Shift]], str]:
-    """[rank][shift - 1] of all ranks, and what carries puts to ranks that are not mapped. Collective."""
+    """Measurements [rank][shift - 1] of all ranks, and the transport to ranks that are not mapped. Collective."""
     prober = Prober(peers)
     mine = [vars(prober.shift(shift)) for shift in range(1, prober.size)]
     told = gather("self-test", peers.group, peers.device, peers.timeout_seconds, mine)
@@ -135,7 +135,7 @@ def measure(peers: nvshmem.Peers) -> tuple[list[list[Shift]], str]:
 
 
 def report(measured: list[list[Shift]], remote: str) -> tuple[str, bool]:
-    """The result as text, and whether everything that arrived was right."""
+    """The report as text, and whether all received data was correct."""
     ranks = len(measured)
 
     def matrix(title: str, text: Any) -> str:
@@ -150,13 +150,13 @@ def report(measured: list[list[Shift]], remote: str) -> tuple[str, bool]:
         matrix("transport", lambda shift: "P2P" if shift.mapped else remote),
         matrix("GB/s, all ranks sending at once", lambda shift: f"{shift.gigabytes_per_second:.1f}"),
         matrix("latency, us, one way, 8 bytes and a signal", lambda shift: f"{shift.microseconds:.1f}"),
-        f"values: {'all right' if not wrong else f'{wrong} words of 8 bytes were wrong or came after their signal'}",
+        f"values: {f'{wrong} words of 8 bytes were wrong or arrived after their signal' if wrong else 'all correct'}",
     ]
     return "\n\n".join(parts), not wrong
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Returns the exit status: 0 where every row arrived as it was sent."""
+    """Run the command. Returns the exit status: 0 if all received data was correct."""
     parser = argparse.ArgumentParser(
         prog="torchrun --nproc-per-node 2 -m deepep_moe nvshmem",
         description="Send patterned rows with signals between all ranks by NVSHMEM, check them, measure each pair.",

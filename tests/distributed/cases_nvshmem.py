@@ -63,7 +63,7 @@ class Library:
 @contextmanager
 def process(library: Library, reason: str | None = None) -> Iterator[None]:
     """This process as if nothing had used NVSHMEM but ``library``."""
-    state = {"_world": None, "_stuck": None, "_peers_lost": True}
+    state = {"_world": None, "_hung": None, "_finalize_at_exit": False}
     calls = {
         "module": lambda: library,
         "why_not_on": lambda device: reason,
@@ -109,13 +109,13 @@ def another_library_has_started_it_first(group: dist.ProcessGroup) -> None:
     with process(Library(pe, ranks)):  # over the same processes, in another order
         assert nvshmem.initialize(group, CPU, CONFIG).pes == (1, 2, 0)
     with process(Library(pe, ranks + 1)):  # over more: all would have to allocate
-        with raises(UnsupportedError, "another library started NVSHMEM over 4 processes, this group has 3"):
+        with raises(UnsupportedError, "another library initialised NVSHMEM over 4 processes, this group has 3"):
             nvshmem.initialize(group, CPU, CONFIG)
     with process(Library(None if rank == 1 else pe, 2)):  # over fewer
-        with raises(UnsupportedError, "already runs over processes of which rank 1 of this group is none"):
+        with raises(UnsupportedError, "was initialised before, without rank 1 of this group"):
             nvshmem.initialize(group, CPU, CONFIG)
     with process(Library(0, 1)):  # every process by itself
-        with raises(UnsupportedError, "another library started NVSHMEM over 1 processes"):
+        with raises(UnsupportedError, "another library initialised NVSHMEM over 1 processes"):
             nvshmem.initialize(group, CPU, CONFIG)
 
 
@@ -153,8 +153,8 @@ def a_start_that_does_not_return_is_a_timeout(group: dist.ProcessGroup) -> None:
     with process(library):
         config = DispatcherConfig(timeout_seconds=1, nvshmem_bytes=4 * MIB)
         began = time.monotonic()
-        with raises(PeerTimeoutError, "starting NVSHMEM did not end within 1 s"):
+        with raises(PeerTimeoutError, "initialising NVSHMEM did not end within 1 s"):
             nvshmem.initialize(group, CPU, config)
         assert time.monotonic() - began < 8
-        with raises(UnsupportedError, "rank 0, 1: starting NVSHMEM did not end"):
+        with raises(UnsupportedError, "rank 0, 1: initialising NVSHMEM did not end"):
             nvshmem.initialize(group, CPU, config)

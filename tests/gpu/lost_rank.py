@@ -1,8 +1,9 @@
 """One of two ranks that train a small MoE layer, of which rank 1 is lost on the way; started by test_robustness.py.
 
-    python -m tests.gpu.lost_rank PORT RANK HOW
+    python -m tests.gpu.lost_rank PORT RANK HOW [SETTINGS]
 
-PORT is that of a TCPStore. HOW is an entry of :data:`WAYS`, and rank 0 prints what it got to know as one line of JSON;
+PORT is that of a TCPStore. SETTINGS are those of DispatcherConfig, as JSON. HOW is an entry of :data:`WAYS`, and rank 0
+prints what it got to know as one line of JSON;
 or it is :data:`UNCAUGHT`, and rank 0 is a program that catches nothing and cleans nothing up.
 """
 
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ LAST_STEP = 5
 TOKENS, HIDDEN, TOPK, EXPERTS = 256, 256, 2, 8
 
 
-def main(port: int, rank: int, how: str) -> None:
+def main(port: int, rank: int, how: str, settings: dict[str, Any]) -> None:
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -41,7 +43,8 @@ def main(port: int, rank: int, how: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=30),
     )
-    dispatcher = TokenDispatcher(None, EXPERTS, DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS), device=device)
+    config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, **settings)
+    dispatcher = TokenDispatcher(None, EXPERTS, config, device=device)
     if how == UNCAUGHT:
         train(dispatcher, rank, how, {})
     progress = {"steps": 0, "since": time.monotonic()}
@@ -87,4 +90,4 @@ def train(dispatcher: TokenDispatcher, rank: int, how: str, progress: dict[str, 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})

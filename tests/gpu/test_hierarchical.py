@@ -1,6 +1,7 @@
 """The hierarchical backend on GPUs of one host that is cut into nodes, beside the collective backend on the CPU.
 
-Needs a GPU per rank, because rows between nodes go through NCCL: two ranks (2 x 1) or four (2 x 2 and 4 x 1).
+Needs a GPU per rank, because plans go through NCCL: two ranks (2 x 1) or four (2 x 2 and 4 x 1). Everything runs over
+each rail transport; ``-k nccl`` or ``-k nvshmem`` takes one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe import DispatcherConfig, TokenDispatcher, nvshmem
 from deepep_moe.backends import Layout, Plan, Wire, get_backend
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
@@ -27,6 +28,15 @@ pytestmark = pytest.mark.skipif(
     or int(os.environ.get("WORLD_SIZE", "1")) > torch.cuda.device_count(),
     reason="needs two or four ranks with a GPU each",
 )
+# No network card is needed between GPUs of one host, and no NVLink multicast.
+os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
+RAILS = [
+    "nccl",
+    pytest.param(
+        "nvshmem", marks=pytest.mark.skipif(nvshmem.why_missing() is not None, reason="built without NVSHMEM")
+    ),
+]
 CHUNKS = (0, 2000)  # bytes: one chunk for small batches, and as many as there can be
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}  # rounded once more, per hop
 
@@ -36,15 +46,25 @@ def cuts() -> list[int]:
     return [1, 2] if os.environ.get("WORLD_SIZE") == "4" else [1]
 
 
+@pytest.fixture(scope="module", params=RAILS)
+def rail(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module", params=[(cut, chunk) for cut in cuts() for chunk in CHUNKS], ids=str)
-def nodes(ranks: Ranks, request: pytest.FixtureRequest) -> Iterator[HierarchicalBackend]:
+def nodes(ranks: Ranks, rail: str, request: pytest.FixtureRequest) -> Iterator[HierarchicalBackend]:
     cut, chunk = request.param
     config = DispatcherConfig(
-        backend="hierarchical", ranks_per_node=cut, rail_chunk_bytes=chunk, timeout_seconds=TIMEOUT_SECONDS
+        backend="hierarchical",
+        ranks_per_node=cut,
+        rail_chunk_bytes=chunk,
+        rail=rail,
+        timeout_seconds=TIMEOUT_SECONDS,
     )
     backend = get_backend(ranks.group, ranks.device, config)
     assert isinstance(backend, HierarchicalBackend)
-    assert backend.engine.name == "nvlink" and backend.rail.name == "nccl"
+    assert backend.engine.name == "nvlink" and backend.rail.name == rail
     yield backend
     backend.close()
 
@@ -278,3 +298,81 @@ def test_a_layer_in_a_cuda_graph(ranks: Ranks, nodes: HierarchicalBackend) -> No
         for got, wanted in zip(captured, step(reference, new[0].requires_grad_(), new[1], new[2].requires_grad_())):
             torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
     del graph
+
+
+@pytest.mark.parametrize("cut", cuts())
+def test_transports_give_the_same_bits(ranks: Ranks, cut: int) -> None:
+    """Sums too: the order of a sum does not depend on who moves the rows."""
+    if nvshmem.why_missing() is not None:
+        pytest.skip("built without NVSHMEM")
+    results = []
+    for rail in ("nccl", "nvshmem"):
+        config = DispatcherConfig(
+            backend="hierarchical",
+            ranks_per_node=cut,
+            rail_chunk_bytes=40_000,
+            rail=rail,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        backend = get_backend(ranks.group, ranks.device, config)
+        got = []
+        for seed in range(6):
+            case = Case.draw(ranks, 40 + seed)
+            plan = backend.plan(case.topk_idx.to(ranks.device), case.num_experts, alignment=case.alignment)
+            x, weights = case.x.to(ranks.device), case.weights.to(ranks.device)
+            for layout in Layout:
+                rows = backend.dispatch(plan, x, layout=layout, weights=weights)
+                back = backend.combine(plan, rows.x, layout=layout, weights=rows.weights)
+                got += [rows.x, rows.weights, back.x, back.weights]
+        results.append(got)
+        backend.close()
+    for one, other in zip(*results):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("cut", cuts())
+def test_a_captured_layer_is_replayed_a_thousand_times(ranks: Ranks, cut: int) -> None:
+    """With new routing each time, made on the device; every expert gives its rows back, so the sum is known."""
+    if nvshmem.why_missing() is not None:
+        pytest.skip("built without NVSHMEM")
+    tokens, experts, topk, replays = 128, 4 * ranks.size, 4, 1000
+    config = DispatcherConfig(
+        backend="hierarchical",
+        ranks_per_node=cut,
+        rail="nvshmem",
+        capacity_factor=float(ranks.size),
+        max_tokens_per_rank=tokens,
+        timeout_seconds=TIMEOUT_SECONDS,
+    )
+    dispatcher = TokenDispatcher(ranks.group, experts, config, device=ranks.device)
+    x = torch.randn((tokens, 256), device=ranks.device, dtype=torch.float32)
+    token = torch.arange(tokens, dtype=torch.int64, device=ranks.device).unsqueeze(1)
+    choice = torch.arange(topk, dtype=torch.int64, device=ranks.device)
+    step = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    worst = torch.zeros((), dtype=torch.float32, device=ranks.device)
+
+    def layer() -> None:
+        topk_idx = (token * 7 + step * 13 + ranks.rank * 3 + choice * (experts // topk)) % experts
+        weights = ((token + step + choice) % 5 + 1).float()
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        out = dispatcher.combine(sent.rows, sent, weights=sent.weights)
+        error = (out - x * weights.sum(1, keepdim=True)).abs().max()
+        worst.copy_(torch.maximum(worst, torch.nan_to_num(error, nan=torch.inf)))
+        step.add_(1)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            layer()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        layer()
+    for _ in range(replays):
+        graph.replay()
+    torch.cuda.synchronize()
+    dispatcher.backend.check()
+    assert int(step.item()) == replays + 2
+    assert worst.item() < 1e-3
+    del graph
+    dispatcher.backend.close()

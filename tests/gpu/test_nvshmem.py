@@ -5,7 +5,9 @@ Puts between GPUs of one host are stores over NVLink or PCIe: this proves order,
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,7 +19,9 @@ from deepep_moe import DispatcherConfig, nvshmem
 from deepep_moe.backends.rail import Blocks
 from deepep_moe.backends.rail_nvshmem import NvshmemRail
 from deepep_moe.errors import CapacityError, HandleError, PeerError, PeerTimeoutError
+from tests.gpu import lost_rank
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
+from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
 
 # No network card is needed between GPUs of one host, and no NVLink multicast.
 os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
@@ -103,7 +107,7 @@ def test_rows_arrive_as_they_were_sent(ranks: Ranks, rail: NvshmemRail) -> None:
         sizes = [(draw[1] % 150) // chunks + (chunk % 2) for chunk in range(chunks)]
         operation(ranks, rail, number, sizes, 16 * (1 + draw[2] % 100), bool(draw[3] % 2), before=draw[3] % 5)
     operation(ranks, rail, 1000, [0], 16, partly=False)
-    operation(ranks, rail, 1001, [3000, 1, 0, 2999], 14336, partly=True)  # memory grows
+    operation(ranks, rail, 1001, [600, 1, 0, 599], 14336, partly=True)  # memory grows
     operation(ranks, rail, 1002, [5], 16, partly=False)
 
 
@@ -225,3 +229,24 @@ def test_a_rank_that_breaks_off_tells_the_others(ranks: Ranks) -> None:
             fresh.check()
     torch.distributed.barrier(ranks.group)
     fresh.close()
+
+
+@pytest.mark.timeout(END_SECONDS + 40)
+@pytest.mark.parametrize("how", ["killed inside a step", "failed inside a step"])
+def test_a_process_that_ends_is_named_and_the_other_goes_on(ranks: Ranks, how: str) -> None:
+    """Two nodes of one rank. The survivor hears of it within its timeout, still computes, and its process ends."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    if mps_is_running():
+        pytest.skip("must not run under CUDA MPS: a killed client can take the server's other clients with it")
+    settings = json.dumps({"backend": "hierarchical", "ranks_per_node": 1, "rail": "nvshmem"})
+    survivor, lost = on_first_rank(ranks, lambda: run_ranks(how, "tests.gpu.lost_rank", 2, settings))
+    assert lost.status == (-signal.SIGKILL if how.startswith("killed") else 1), lost.output
+    assert survivor.status == 0, survivor.output
+    told = json.loads(next(line for line in survivor.output.splitlines() if line.startswith("{")))
+    print(f"\n{how}: {told['seconds']:.1f} s: {told['message']}")
+    assert told["backend"] == "hierarchical"
+    assert "rank 1" in told["message"], told
+    assert told["steps"] == lost_rank.LAST_STEP
+    assert told["seconds"] < lost_rank.TIMEOUT_SECONDS + 7
+    assert told["still computes"]

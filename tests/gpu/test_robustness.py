@@ -123,7 +123,7 @@ class Ended:
     output: str
 
 
-def run_ranks(how: str, module: str = "tests.gpu.lost_rank", count: int = 2) -> list[Ended]:
+def run_ranks(how: str, module: str = "tests.gpu.lost_rank", count: int = 2, *arguments: str) -> list[Ended]:
     """All ranks of ``module``, each on its GPU. The store lives here, so that it outlasts any of them."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "DEEPEP_MOE_"))}
@@ -131,7 +131,7 @@ def run_ranks(how: str, module: str = "tests.gpu.lost_rank", count: int = 2) -> 
     processes = []
     try:
         for rank in range(count):
-            command = [sys.executable, "-m", module, str(store.port), str(rank), how]
+            command = [sys.executable, "-m", module, str(store.port), str(rank), how, *arguments]
             processes.append(
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -62,14 +62,14 @@ def test_why_it_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_that_does_not_return_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    monkeypatch.setattr(nvshmem, "_stuck", None)
+    monkeypatch.setattr(nvshmem, "_hung", None)
     caller, never = nvshmem._Caller(), threading.Event()
     assert caller.problem_of(lambda: None, "a call", 5) is None
     assert caller.problem_of(lambda: 1 // 0, "a call", 5) == "a call: integer division or modulo by zero"
-    with pytest.raises(nvshmem.PeerTimeoutError, match=r"starting NVSHMEM did not end within 0\.1 s"):
-        caller.problem_of(lambda: never.wait(30), "starting NVSHMEM", 0.1)
+    with pytest.raises(nvshmem.PeerTimeoutError, match=r"initialising NVSHMEM did not end within 0\.1 s"):
+        caller.problem_of(lambda: never.wait(30), "initialising NVSHMEM", 0.1)
     never.set()
-    assert "starting NVSHMEM did not end" in str(nvshmem._stuck)
+    assert "initialising NVSHMEM did not end" in str(nvshmem._hung)
 
 
 # -- symmetric memory ---------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def test_parts_are_taken_where_all_ranks_have_room() -> None:
     assert mine == [(300, 700)]
     theirs = nvshmem._without(whole, 500, 100)
     assert theirs == [(0, 500), (600, 400)]
-    assert nvshmem._common_holes([mine, theirs]) == [(300, 200), (600, 400)]
-    assert nvshmem._common_holes([mine, theirs, []]) == []
+    assert nvshmem._common_ranges([mine, theirs]) == [(300, 200), (600, 400)]
+    assert nvshmem._common_ranges([mine, theirs, []]) == []
     assert nvshmem._merged([*mine, (0, 300)]) == whole
     assert nvshmem._without(whole, 0, 1000) == []
 
@@ -164,7 +164,7 @@ def test_report_says_what_is_wrong() -> None:
         return [Shift(to, wrong, 123.45, 2.5, mapped=to == 1)]
 
     text, good = report([one(1, 0), one(0, 0)], "ibgda")
-    assert good and "values: all right" in text
+    assert good and "values: all correct" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["0", "-", "P2P"] in lines and ["1", "ibgda", "-"] in lines and ["0", "-", "123.5"] in lines
     text, good = report([one(1, 0), one(0, 7)], "ibgda")
