@@ -154,6 +154,18 @@ class Part:
         self.num_bytes = 0
 
 
+_unused: list[tuple[list[Part], list[Tensor]]] = []
+"""What :func:`release` was given since the last :meth:`Peers.take`."""
+
+
+def release(parts: list[Part], tensors: list[Tensor]) -> None:
+    """Free ``parts`` and drop ``tensors`` when no kernel can use them any more. Local; does not wait for the device.
+
+    For finalisers: the garbage collector may run them while kernels use the memory.
+    """
+    _unused.append((parts, tensors))
+
+
 @dataclass(frozen=True)
 class Peers:
     """The PE numbers of a group's ranks."""
@@ -177,6 +189,11 @@ class Peers:
         """
         assert _world is not None
         num_bytes = -(-num_bytes // PART_ALIGNMENT) * PART_ALIGNMENT
+        torch.cuda.synchronize(self.device)
+        for parts, _ in _unused:
+            for part in parts:
+                part.free()
+        _unused.clear()
         told = gather("set-up", self.group, self.device, self.timeout_seconds, [num_bytes, _world.free])
         if len({wanted for wanted, _ in told}) > 1:
             raise PeerError(f"ranks ask for different amounts of symmetric memory: {[wanted for wanted, _ in told]}")

@@ -26,6 +26,7 @@ from deepep_moe.errors import CapacityError, HandleError, PeerError, PeerTimeout
 _LEAST_BYTES = 1 << 20  # of memory that is taken at once
 _GATHER, _MOVE = 0, 2  # the first region of each kind of operation
 _WORD_BYTES = 8
+_kept_alive: list[Tensor] = []  # of rails that were dropped while a CUDA graph or a pending kernel may still use them
 
 
 @dataclass
@@ -56,6 +57,7 @@ class NvshmemRail:
         self, rail: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, group: dist.ProcessGroup
     ) -> None:
         self.device = device
+        self._closed = True  # until it is complete
         self._module = nvshmem.module()
         self._timeout_seconds = config.timeout_seconds
         self._peers = nvshmem.initialize(group, device, config).of(rail)
@@ -63,10 +65,10 @@ class NvshmemRail:
         self._names = [dist.get_group_rank(group, dist.get_global_rank(rail, one)) for one in range(self._ranks)]
         """[N] ranks in ``group``, for error messages."""
         self._failure: Exception | None = None
-        self._closed = False
         self._regions = [_Region() for _ in range(self._module.RAIL_REGIONS)]
         self._turn = {_GATHER: 0, _MOVE: 0}
         if self._ranks == 1:
+            self._closed = False
             return
         self._signals = self._peers.take(self._module.rail_signal_bytes(self._ranks))
         self._record = torch.zeros(self._module.RAIL_FAILURE_WORDS, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -86,6 +88,7 @@ class NvshmemRail:
             for region in range(self._module.RAIL_REGIONS)
         ]
         torch.cuda.synchronize(device)
+        self._closed = False
 
     @staticmethod
     def supports(device: torch.device) -> str | None:
@@ -231,13 +234,25 @@ class NvshmemRail:
         self.check()
 
     def close(self) -> None:
-        if self._closed or self._ranks == 1:
-            self._closed = True
+        if self._closed:
             return
         self._closed = True
-        if self._failure is not None:
-            return  # transfers may be pending, so the memory is not given back
+        if self._failure is not None or self._ranks == 1:
+            return  # after a failure transfers may be pending, so the memory is not reused
         torch.cuda.synchronize(self.device)
-        for region in self._regions:
-            for part in [*region.kept, *([region.part] if region.part is not None else [])]:
-                part.free()  # but not the signals: a signal of the last operation may arrive after its rows
+        for part in self._parts():
+            part.free()
+
+    def __del__(self) -> None:
+        if self._closed or self._ranks == 1:
+            return
+        tensors = [self._record, self._state, self._pes]
+        if self._failure is not None or any(region.captured or region.kept for region in self._regions):
+            _kept_alive.extend(tensors)
+        else:
+            nvshmem.release(self._parts(), tensors)
+
+    def _parts(self) -> list[nvshmem.Part]:
+        """The memory of all regions. Signals are not reused: one of the last operation may arrive after its rows."""
+        current = [region.part for region in self._regions if region.part is not None]
+        return current + [part for region in self._regions for part in region.kept]

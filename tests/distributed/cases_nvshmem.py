@@ -63,7 +63,7 @@ class Library:
 @contextmanager
 def process(library: Library, reason: str | None = None) -> Iterator[None]:
     """This process as if nothing had used NVSHMEM but ``library``."""
-    state = {"_world": None, "_hung": None, "_finalize_at_exit": False}
+    state = {"_world": None, "_hung": None, "_finalize_at_exit": False, "_unused": []}
     calls = {
         "module": lambda: library,
         "why_not_on": lambda device: reason,
@@ -94,8 +94,7 @@ def starts_once_and_parts_are_at_the_same_place(group: dist.ProcessGroup) -> Non
             peers.of(pair).take(MIB // 2)
         # Rank 1 of three has room where the pair has not: the group takes what is free on all.
         dist.barrier(group)
-        part.free()
-        part.free()
+        nvshmem.release([part], [])
         assert peers.take(MIB).first == MIB
         with raises(CapacityError, "4194304 bytes of symmetric memory are needed, and of 4194304 at most"):
             peers.take(4 * MIB)

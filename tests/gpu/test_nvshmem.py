@@ -5,6 +5,7 @@ Puts between GPUs of one host are stores over NVLink or PCIe: this proves order,
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -181,10 +182,31 @@ def test_memory_is_not_taken_while_a_graph_captures(ranks: Ranks) -> None:
 
 def test_too_little_memory_is_an_error_on_all_ranks(ranks: Ranks) -> None:
     fresh = new_rail(ranks)
-    with pytest.raises(CapacityError, match="bytes of symmetric memory are needed, and of 536870912 at most"):
-        fresh.buffers(1 << 19, 1 << 19, 1024)
+    with pytest.raises(CapacityError, match=r"bytes of symmetric memory are needed, and of \d+ at most"):
+        fresh.buffers(1 << 20, 1 << 20, 1024)
     operation(ranks, fresh, 1, [7], 64, partly=False)
     fresh.close()
+
+
+def test_a_dropped_rail_gives_its_memory_back(ranks: Ranks) -> None:
+    def free_bytes() -> int:
+        assert nvshmem._world is not None
+        return sum(size for _, size in nvshmem._world.free)
+
+    fresh = new_rail(ranks)
+    operation(ranks, fresh, 1, [100], 4096, partly=False)
+    del fresh
+    gc.collect()
+    torch.distributed.barrier(ranks.group)
+    new_rail(ranks).close()  # takes memory, which is when released memory becomes free
+    before = free_bytes()
+    for number in range(3):
+        fresh = new_rail(ranks)
+        operation(ranks, fresh, number, [100], 4096, partly=False)
+        del fresh
+        gc.collect()
+    new_rail(ranks).close()
+    assert before - free_bytes() < 1 << 20  # signals are kept
 
 
 def test_a_rank_that_does_not_come_is_named(ranks: Ranks) -> None:
