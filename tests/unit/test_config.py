@@ -212,3 +212,44 @@ def test_low_latency_size_hint_holds_two_results() -> None:
         hint(128, 7168, 8, 10)
     with pytest.raises(ValueError, match="hidden = 0"):
         hint(128, 0, 8, 256)
+
+
+LIMITS: list[tuple[str, float, float]] = [  # smallest and largest value
+    ("expert_alignment", 1, 2**16),
+    ("num_sms", 0, 2**31 - 1),
+    ("max_tokens_per_rank", 0, 2**31 - 1),
+    ("capacity_factor", 0.0, 1e6),
+    ("num_chunks", 1, 2**16),
+    ("rail_chunk_bytes", 0, 2**31 - 1),
+    ("ranks_per_node", 0, 2**31 - 1),
+    ("timeout_seconds", 1e-3, 1e6),
+]
+
+
+@pytest.mark.parametrize(("key", "smallest", "largest"), LIMITS)
+def test_limits_belong_to_the_allowed_values(key: str, smallest: float, largest: float) -> None:
+    for value in (smallest, largest):
+        assert getattr(DispatcherConfig(**{key: value}), key) == value
+    step = 1 if isinstance(smallest, int) else 1e-4
+    for value in (smallest - step, largest + step):
+        with pytest.raises(ConfigError, match=f"{key} = "):
+            DispatcherConfig(**{key: value})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_every_spelling_of_a_boolean(value: bool) -> None:
+    for text in ("1", "true", "yes", "on") if value else ("0", "false", "no", "off"):
+        for spelling in (text, text.upper(), f" {text} "):
+            assert load(DEEPEP_MOE_DEBUG_WAITS=spelling).debug_waits is value
+            assert load(DEEPEP_MOE_CHECK_AGREEMENT=spelling).check_agreement is value
+
+
+def test_size_hints_reserve_what_a_node_and_its_rows_need() -> None:
+    config = Config(2, 1, 1, 1, 1)  # one channel, one token in flight
+    assert config.get_rdma_buffer_size_hint(1, 8) == 0
+    assert config.get_rdma_buffer_size_hint(1, 9) > 0
+    # Of one peer: the row, a scale per 128 bytes, 128 indices and weights.
+    assert config.get_nvl_buffer_size_hint(256, 1) >= 256 + 2 * 4 + 128 * (8 + 4)
+    per_peer = config.get_nvl_buffer_size_hint(2**20, 1)
+    assert 7.9 * per_peer < config.get_nvl_buffer_size_hint(2**20, 8) < 8.1 * per_peer
+    assert config.get_nvl_buffer_size_hint(2**20, 16) < 8.1 * per_peer  # peers of one node only
