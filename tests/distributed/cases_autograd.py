@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -149,9 +150,14 @@ def operators_give_the_same_bits_as_direct_calls(group: dist.ProcessGroup) -> No
         gradients = torch.autograd.grad(out, wanted, torch.cos(out.detach().float()).to(out.dtype)) if wanted else ()
         return [sent.rows, sent.weights, out, *gradients]
 
-    for settings in ({}, {"fp8_dispatch": True}, {"fp8_dispatch_grad": True}):
+    for settings, requires_grad in (
+        ({}, ([], [x], [weights], [x, weights])),
+        ({"fp8_dispatch": True}, ([x, weights],)),
+        ({"fp8_dispatch_grad": True}, ([x, weights],)),
+        ({"capacity_factor": 4.0}, ([x, weights],)),
+    ):
         dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig(**settings))
-        for wanted in ([], [x], [weights], [x, weights]):
+        for wanted in requires_grad:
             direct = results(dispatcher, wanted)
             with Recorder() as recorder:
                 recorded = results(dispatcher, wanted)
@@ -160,6 +166,9 @@ def operators_give_the_same_bits_as_direct_calls(group: dist.ProcessGroup) -> No
             assert recorder.calls[:4] == ["plan", "dispatch", "combine", "combine"]
             # The backward of a combine is a dispatch, and the other way round.
             assert sorted(recorder.calls[4:]) == (["combine", "dispatch", "dispatch"] if wanted else [])
+    for wanted in ([], [x]):  # a rank under a dispatch mode agrees with ranks that call directly
+        with Recorder() if dispatcher.rank == 0 else nullcontext():
+            results(dispatcher, wanted)
 
 
 @case(ranks=(2,))

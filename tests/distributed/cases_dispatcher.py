@@ -383,6 +383,7 @@ def capacity_mode_has_fixed_sizes_and_reports_overflow(group: dist.ProcessGroup)
     dispatched = roomy.dispatch(x, topk_idx, weights)
     assert dispatched.tokens_per_expert_host is None
     assert dispatched.rows.shape[0] == 16 * 2 * 2 * world + 8
+    assert dispatched.plan.num_recv == 16 * min(2, world) * 2 * world  # a token comes once per rank
     assert dispatched.rows[dispatched.tokens_per_expert.sum() :].abs().sum() == 0
     out = roomy.combine(run_experts(dispatched.rows, dispatched, own), dispatched, weights=dispatched.weights)
     torch.testing.assert_close(out, dense_moe(x, topk_idx, weights, matrices))
@@ -395,6 +396,41 @@ def capacity_mode_has_fixed_sizes_and_reports_overflow(group: dist.ProcessGroup)
     dropped = tight.dispatch(x, torch.full_like(topk_idx, -1), weights)  # and it goes on
     assert dropped.rows.shape == (8, 8)
     assert not tight.combine(dropped.rows, dropped).any()
+
+    huge = TokenDispatcher(group, 2 * world, DispatcherConfig(capacity_factor=1e6, max_tokens_per_rank=10**6))
+    with raises(InputError, "capacity_factor = 1000000", f"{2 * 10**12} rows, at most {2**31 - 1}"):
+        huge.dispatch(x, topk_idx, weights)
+
+
+@case(ranks=(1, 2))
+def counts_on_the_host_are_those_on_the_device(group: dist.ProcessGroup) -> None:
+    for alignment in (1, 2, 3, 8):
+        dispatcher = TokenDispatcher(
+            group, 2 * dist.get_world_size(group), DispatcherConfig(expert_alignment=alignment)
+        )
+        x, topk_idx, _ = random_batch(dispatcher.rank, 9, 8, 2, dispatcher.num_experts)
+        sent = dispatcher.dispatch(x, topk_idx)
+        assert sent.tokens_per_expert_host is not None
+        assert sent.tokens_per_expert_host.tolist() == sent.tokens_per_expert.tolist()
+
+
+@case(ranks=(1, 2))
+def combine_takes_weights_of_any_float_type(group: dist.ProcessGroup) -> None:
+    dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group))
+    x, topk_idx, weights = random_batch(dispatcher.rank, 9, 8, 2, dispatcher.num_experts)
+    sent = dispatcher.dispatch(x, topk_idx, weights)
+    assert sent.weights is not None
+    for dtype in (torch.bfloat16, torch.float64):
+        given = sent.weights.detach().to(dtype).requires_grad_()
+        exact = given.detach().float().requires_grad_()
+        out, wanted = (dispatcher.combine(sent.rows, sent, weights=each) for each in (given, exact))
+        assert torch.equal(out, wanted)
+        (gradient,), (exact_gradient,) = (
+            torch.autograd.grad(y.square().sum(), w) for y, w in ((out, given), (wanted, exact))
+        )
+        assert gradient.dtype == dtype and torch.equal(gradient, exact_gradient.to(dtype))
+    with raises(InputError, "weights = torch.int64: must be floating point"):
+        dispatcher.combine(sent.rows, sent, weights=sent.weights.long())
 
 
 @case(ranks=(1, 2, 3))

@@ -118,6 +118,7 @@ def plans_and_results_of_others(group: dist.ProcessGroup) -> None:
         (sent.rows, "dispatched is a Tensor"),
         (foreign, "another group or configuration"),
         (Dispatched(sent.rows, None, foreign.plan), "another group or configuration"),
+        (Dispatched(sent.rows, None, None), "plan is None"),
     ):
         one_errs(
             group,
