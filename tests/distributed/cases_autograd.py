@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe import DispatcherConfig, TokenDispatcher, ops
 from deepep_moe.errors import UnsupportedError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from deepep_moe.grouped import Groups, grouped_linear
@@ -169,6 +169,23 @@ def operators_give_the_same_bits_as_direct_calls(group: dist.ProcessGroup) -> No
     for wanted in ([], [x]):  # a rank under a dispatch mode agrees with ranks that call directly
         with Recorder() if dispatcher.rank == 0 else nullcontext():
             results(dispatcher, wanted)
+
+
+@case(ranks=(1, 2))
+def weights_that_come_back_beside_the_rows_have_gradients(group: dist.ProcessGroup) -> None:
+    dispatcher = TokenDispatcher(group, 2 * dist.get_world_size(group))
+    number = ops.register_backend(dispatcher.backend)
+    x, topk_idx, weights = random_batch(dispatcher.rank, 9, 8, 2, dispatcher.num_experts)
+    factors = torch.linspace(1, 2, weights.numel()).view_as(weights)
+    for mode in (nullcontext(), Recorder()):
+        with mode:
+            sent = dispatcher.dispatch(x, topk_idx, weights)
+            out, returned = ops.combine(sent.rows, sent.weights, sent.plan, number, False, False)
+            torch.testing.assert_close(out, 2 * x)
+            torch.testing.assert_close(returned, weights)
+            of_x, of_weights = torch.autograd.grad((returned * factors).sum() + out.sum(), (x, weights))
+        torch.testing.assert_close(of_x, torch.full_like(x, 2.0))
+        torch.testing.assert_close(of_weights, factors)
 
 
 @case(ranks=(2,))
