@@ -56,8 +56,8 @@ _FIELDS = {
     "HANDLE": "handle (the number of its dispatch)",
 }
 _REASONS = {
-    "TIMEOUT": "it waited in vain for another rank",
-    "PEER_FAILED": "another rank had given up before",
+    "TIMEOUT": "it timed out waiting for another rank",
+    "PEER_FAILED": "another rank had failed before",
     "MISMATCH": "it found ranks in different calls",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -409,9 +410,7 @@ def test_a_late_rank_and_its_peers(ranks: Ranks) -> None:
         backend.plan(topk_idx, experts).known_sizes()
     assert time.monotonic() - begun < 5
     if late:
-        assert "gave up (it waited in vain for another rank)" in str(raised.value) or "had given up" in str(
-            raised.value
-        )
+        assert re.search(r"gave up \((it timed out waiting for another|another rank had failed)", str(raised.value))
     else:
         assert "rank 0" in str(raised.value) or "gave up" in str(raised.value)
         assert isinstance(raised.value, PeerTimeoutError) or "gave up" in str(raised.value)
