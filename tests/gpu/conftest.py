@@ -10,6 +10,7 @@ torchrun everything is skipped.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,16 @@ class Ranks:
     size: int
     device: torch.device
     num_sms: int  # small enough that the kernels of all ranks on one GPU fit beside each other
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: the other ranks may wait for this one until the launch is stopped."""
+    if report.failed:
+        print(
+            f"rank {os.environ.get('RANK', '0')}: {report.nodeid} failed\n{report.longreprtext}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
