@@ -49,6 +49,9 @@ class DispatcherConfig:
     capacity_factor: float = 0.0
     """Above 0: outputs have a fixed size, this factor over the balanced load, and nothing waits for the host.
     The load is that of ``max_tokens_per_rank`` tokens on each rank, or of this rank's own tokens where that is 0."""
+    replay_on_overflow: bool = False
+    """With ``capacity_factor``, in the plugins and recipes: a forward that overflows runs again with more room
+    (:func:`deepep_moe.overflow.replay_on_overflow`, which other programs call themselves)."""
     num_chunks: int = 1
     """Cut a layer's tokens in this many chunks, so that one chunk communicates while another computes."""
     rail_chunk_bytes: int = 0
@@ -120,6 +123,7 @@ _SHARED = (
     "fp8_dispatch",
     "fp8_dispatch_grad",
     "capacity_factor",
+    "replay_on_overflow",
     "num_chunks",
     "rail_chunk_bytes",
     "ranks_per_node",
@@ -136,6 +140,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fp8_dispatch": (lambda v: True, "true or false"),
     "fp8_dispatch_grad": (lambda v: True, "true or false"),
     "capacity_factor": (lambda v: 0 <= v <= 1e6, "a number from 0 (exact sizes) to 1000000"),
+    "replay_on_overflow": (lambda v: True, "true or false"),
     "num_chunks": (lambda v: 1 <= v <= 2**16, "an integer from 1 to 65536"),
     "rail_chunk_bytes": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (automatic) to {_MOST}"),
     "rail": (lambda v: v in get_args(RailName), "one of " + ", ".join(get_args(RailName))),

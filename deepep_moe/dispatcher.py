@@ -87,6 +87,8 @@ class TokenDispatcher(Shared):
         rank, world_size: this process in the group, and the size of the group.
         num_experts, num_local_experts: experts of the group, and of each rank (L).
         config: the settings in effect.
+        capacity_factor: ``config.capacity_factor`` at first; :mod:`deepep_moe.overflow` raises it.
+        least_tokens: the capacity is at least that of so many tokens of a rank; 0 unless an overflow asked for it.
 
     Raises:
         InputError: no process group, ``num_experts`` is no multiple of its size, or an argument of the wrong type.
@@ -103,12 +105,17 @@ class TokenDispatcher(Shared):
         device: torch.device | str | None = None,
     ) -> None:
         self.config = _as_config(config)
-        self.backend: Backend = get_backend(_as_group(group), _as_device(device), self.config)
+        self.use_backend(get_backend(_as_group(group), _as_device(device), self.config))
         self.rank, self.world_size = self.backend.rank, self.backend.world_size
         check_num_experts(num_experts, self.world_size)
         self.num_experts = operator.index(num_experts)
         self.num_local_experts = self.num_experts // self.world_size
-        self._backend_number = ops.register_backend(self.backend)
+        self.capacity_factor, self.least_tokens = self.config.capacity_factor, 0
+
+    def use_backend(self, backend: Backend) -> None:
+        """Let ``backend`` execute the calls from now on."""
+        self.backend = backend
+        self._backend_number = ops.register_backend(backend)
 
     @property
     def local_experts(self) -> range:
@@ -250,10 +257,11 @@ class TokenDispatcher(Shared):
         """Fixed numbers of received and expert rows in capacity mode; a balanced load is K routes per own token."""
         check_tensor("topk_idx", topk_idx)
         assert topk_idx is not None
-        factor = self.config.capacity_factor
+        factor = self.capacity_factor
         if factor == 0 or topk_idx.dim() != 2:
             return ops.NO_LIMIT, ops.NO_LIMIT
         tokens, topk = self.config.max_tokens_per_rank or topk_idx.shape[0], topk_idx.shape[1]
+        tokens = max(tokens, self.least_tokens)
         alignment = self.config.expert_alignment
         received = math.ceil(factor * tokens * min(topk, self.world_size))
         rows = math.ceil(factor * tokens * topk) + self.num_local_experts * (alignment - 1)

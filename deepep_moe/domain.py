@@ -61,6 +61,8 @@ _REASONS = {
     "MISMATCH": "it found ranks in different calls",
 }
 
+_OVERFLOWS = ("RECV_OVERFLOW", "ROWS_OVERFLOW", "STAGING")
+
 SEVERAL_HOSTS = "ranks of the group are on several hosts"
 
 # The stream of the last call of this process, by GPU: its address, and the stream object.
@@ -78,6 +80,7 @@ class Domain:
 
     Attributes:
         runtime: the object of the CUDA extension on which engines are created.
+        defers_overflow: whether :meth:`raise_failure` leaves an overflow for later.
         captured: whether a CUDA graph has captured a call; the memory it uses must then not move.
         describe: for a ``_C.Field`` by name, a function that gives its values in words.
     """
@@ -88,6 +91,7 @@ class Domain:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.captured = False
+        self.defers_overflow = False
         self.describe: dict[str, Callable[[int], str]] = {}
         self._index: int = device.index
         self.runtime = _C.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
@@ -132,10 +136,13 @@ class Domain:
     def raise_failure(self) -> None:
         """Raise the error of work that is already enqueued, if there is one. Local; does not wait for the device.
 
-        A permanent failure is raised by every call. Any other error is raised once, and later kernels work again.
+        A permanent failure is raised by every call. Any other error is raised once, and later kernels work again. With
+        ``defers_overflow`` an overflow is not raised: calls are enqueued as before, and their kernels do nothing.
         """
         report = self.runtime.failure
         if report is not None:
+            if self.defers_overflow and _C.Failure(report[0]).name in _OVERFLOWS:
+                return
             if not self.runtime.broken:
                 self.resume()
             raise self._error(*report)
@@ -200,13 +207,18 @@ class Domain:
         if kind == "STAGING":
             return CapacityError(
                 f"a rank has {seen} tokens, but staging memory holds {expected} per rank and cannot grow without the "
-                f"host: set max_tokens_per_rank to at least {seen}. Nothing was sent by this plan."
+                f"host: set max_tokens_per_rank to at least {seen}. Nothing was sent by this plan.",
+                needed=seen,
+                room=expected,
+                staging=True,
             )
         what = "received tokens" if kind == "RECV_OVERFLOW" else "expert rows"
         return CapacityError(
             f"rank {peer} needs room for {seen} {what}, there is room for {expected}: multiply capacity_factor by "
             f"{seen / max(expected, 1):.3g} or more (num_worst_tokens: at least {seen}). Nothing was sent by this "
-            "plan, its outputs are NaN."
+            "plan, its outputs are NaN.",
+            needed=seen,
+            room=expected,
         )
 
 

@@ -41,7 +41,16 @@ class PeerTimeoutError(PeerError, TimeoutError):
 
 
 class CapacityError(DeepEPMoEError):
-    """More rows arrived than the outputs or the staging memory hold. The message states the size needed."""
+    """More rows arrived than the outputs or the staging memory hold. The message states the size needed.
+
+    Attributes:
+        needed, room: what did not fit, and what would have, in the same unit; 0 where it is not about numbers of rows.
+        staging: they are tokens of one rank, of which staging memory must hold ``needed``; else rows of an output.
+    """
+
+    def __init__(self, message: str, *, needed: int = 0, room: int = 0, staging: bool = False) -> None:
+        self.needed, self.room, self.staging = needed, room, staging
+        super().__init__(message)
 
 
 class UnsupportedError(DeepEPMoEError, NotImplementedError):

@@ -39,6 +39,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from deepep_moe.dispatcher import Dispatched
 from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer
+from deepep_moe.overflow import replay_of
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -408,13 +409,16 @@ def _train(
             elapsed = time.perf_counter() - since
             entry = {"step": done, "train_loss": mean, "tokens_per_second": tokens_per_step * steps_since / elapsed}
             entry.update(meter.report(elapsed))
+            replay = replay_of(engine.module)
+            if replay is not None:
+                entry.update(replays=replay.replays, capacity_factor=replay.capacity_factor)
             shares = "".join(
                 f"  {phase} {entry[f'{phase}_percent']:.1f}%" for phase in ("dispatch", "combine") if meter.measures
             )
             journal.add(
                 entry,
                 f"step {done:>5}  loss {mean:.4f}  {entry['tokens_per_second']:,.0f} tokens/s{shares}  "
-                f"busiest expert {entry['imbalance']:.2f}x the mean",
+                f"busiest expert {entry['imbalance']:.2f}x the mean" + ("" if replay is None else f"  {replay}"),
             )
             losses.clear()
             since, steps_since = time.perf_counter(), 0

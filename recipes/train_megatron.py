@@ -39,6 +39,8 @@ import deepep_moe.integrations.megatron  # makes the type "deepep" known to Mega
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import DeepEPMoEError
 from deepep_moe.integrations.megatron import cpu
+from deepep_moe.integrations.megatron.replay import replay_on_overflow
+from deepep_moe.overflow import replay_of
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -364,7 +366,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     data = common.fill(Data, "data", settings["data"])
     train = common.fill(Train, "train", settings["train"])
     # Fields of DispatcherConfig; a YAML file ($DEEPEP_MOE_CONFIG) and DEEPEP_MOE_<FIELD> variables override them.
-    DispatcherConfig.load(settings["dispatcher"], source="section dispatcher")
+    dispatcher = DispatcherConfig.load(settings["dispatcher"], source="section dispatcher")
     deepep_moe.integrations.megatron.register(settings=settings["dispatcher"])
 
     expert_parallel = train.expert_parallel or world.size
@@ -378,6 +380,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     tensor_parallel.model_parallel_cuda_manual_seed(train.seed)
     config = transformer_config(settings["model"], world, expert_parallel, train.precision)
     model = build_model(config, gpt, data.sequence_length, world)
+    if dispatcher.capacity_factor and dispatcher.replay_on_overflow:
+        replay_on_overflow(model)
     optimizer = common.Adam(
         list(model.parameters()), train.learning_rate, train.weight_decay, train.warmup_steps, train.steps
     )
@@ -447,12 +451,16 @@ def _train(
             entry.update(meter.report(elapsed))
             used = common.utilization(world, flops * entry["tokens_per_second"])
             entry.update({} if used is None else {"mfu_percent": used})
+            replay = replay_of(model)
+            if replay is not None:
+                entry.update(replays=replay.replays, capacity_factor=replay.capacity_factor)
             journal.add(
                 entry,
                 f"step {done:>5}  loss {loss:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
                 + ("" if used is None else f"MFU {used:.1f}%  ")
                 + f"dispatch {entry['dispatch_percent']:.1f}%  combine {entry['combine_percent']:.1f}%  "
-                f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean",
+                f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean"
+                + ("" if replay is None else f"  {replay}"),
             )
             losses.clear()
             since = time.perf_counter()

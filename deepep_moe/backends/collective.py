@@ -180,9 +180,8 @@ class CollectiveBackend(Shared):
         if limit is None:
             return rows
         if rows.shape[0] > limit:
-            raise CapacityError(
-                overflow_text(self.config, self.rank, rows.shape[0], "received tokens", "max_recv", limit)
-            )
+            text = overflow_text(self.config, self.rank, rows.shape[0], "received tokens", "max_recv", limit)
+            raise CapacityError(text, needed=rows.shape[0], room=limit)
         return torch.cat([rows, rows.new_full((limit - rows.shape[0], *rows.shape[1:]), -1)])
 
     def _place(self, recv_topk_idx: Tensor, experts_here: int, alignment: int, max_rows: int | None) -> _Placed:
@@ -195,7 +194,8 @@ class CollectiveBackend(Shared):
         needed = int(offsets[-1])
         num_rows = needed if max_rows is None else max_rows
         if needed > num_rows:
-            raise CapacityError(overflow_text(self.config, self.rank, needed, "expert rows", "max_rows", num_rows))
+            text = overflow_text(self.config, self.rank, needed, "expert rows", "max_rows", num_rows)
+            raise CapacityError(text, needed=needed, room=num_rows)
 
         order = order[: int(counts.sum())]
         expert = routes[order]

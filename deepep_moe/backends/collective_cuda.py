@@ -237,7 +237,8 @@ class CollectiveOnGPU(CollectiveBackend):
 
     def _room(self, needed: int, what: str, setting: str, limit: int | None) -> int:
         if limit is not None and needed > limit:
-            raise CapacityError(overflow_text(self.config, self.rank, needed, what, setting, limit))
+            text = overflow_text(self.config, self.rank, needed, what, setting, limit)
+            raise CapacityError(text, needed=needed, room=limit)
         return needed if limit is None else limit
 
     def _place_rows(
@@ -326,7 +327,7 @@ class CollectiveOnGPU(CollectiveBackend):
                 )
                 with suppress(PeerError):  # this rank has a reason of its own
                     host = exchange.to_host("plan", self._swap(message.to(self.device)))
-                    exchange.compare_headers("plan", {}, host, str(error) or type(error).__name__)
+                    exchange.compare_headers("plan", {}, host, error)
             raise error
         finally:
             del error

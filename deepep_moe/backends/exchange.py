@@ -32,7 +32,7 @@ from torch import Tensor
 
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.rollcall import Note, explain, roll_call
-from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 
 Fact: TypeAlias = int | float | torch.dtype | Enum
 _PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -144,7 +144,8 @@ class Exchange:
 
         Raises:
             RankMismatchError: on every rank, when facts differ or ranks are in different calls.
-            PeerError: another rank could not go on; its message is repeated.
+            CapacityError: another rank had too little room; its message is repeated.
+            PeerError: another rank could not go on for another reason; its message is repeated.
         """
         self.check_usable(phase)
         mine = Agreement()
@@ -156,11 +157,11 @@ class Exchange:
             yield mine
         except Exception as error:
             with suppress(PeerError):  # this rank has a reason of its own
-                self._exchange_headers(phase, Agreement(), str(error) or type(error).__name__, words)
+                self._exchange_headers(phase, Agreement(), error, words)
             raise
         self._exchange_headers(phase, mine, None, words)
 
-    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: str | None, words: int) -> None:
+    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None, words: int) -> None:
         """Tell the others ``problem``, or compare facts with them and fill in ``mine.shared``."""
         private, width = mine.private, words or self.world_size
         if not isinstance(private, Tensor):
@@ -184,18 +185,19 @@ class Exchange:
         unused = [_UNUSED] * (_MAX_FACTS - len(facts))
         return [int(refused), _PHASES.index(phase), self._state.plans, *map(_encode, facts.values()), *unused]
 
-    def compare_headers(self, phase: Phase, facts: Mapping[str, Fact], headers: Tensor, problem: str | None) -> None:
+    def compare_headers(
+        self, phase: Phase, facts: Mapping[str, Fact], headers: Tensor, problem: Exception | None
+    ) -> None:
         """Raise what the ``headers`` of all ranks, [R, at least HEADER_WORDS] on the CPU, say is wrong.
 
         If a rank refuses, all ranks exchange their reasons: this one's is ``problem``, and then it returns.
         """
         self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
         if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
-            reasons = self.gather(phase, problem)
+            reasons = self.gather(phase, None if problem is None else reason_of(problem))
             if problem is not None:
                 return
-            told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None)
-            raise PeerError(f"{phase} was refused by another rank of the group: {told}")
+            raise refused_by({rank: reason for rank, reason in enumerate(reasons) if reason is not None}, phase)
         compare_facts(facts, headers)
 
     @contextmanager
@@ -397,6 +399,24 @@ def compare(facts: Mapping[str, Sequence[str]]) -> None:
 
 
 _NO_FURTHER_USE = "Make a new group: this one is of no further use."
+
+
+def reason_of(error: Exception) -> tuple[str, int, int]:
+    """What the others are told of ``error``: the text, and what a :class:`CapacityError` needed and had room for."""
+    needed, room = (error.needed, error.room) if isinstance(error, CapacityError) else (0, 0)
+    return str(error) or type(error).__name__, needed, room
+
+
+def refused_by(reasons: Mapping[int, tuple[str, int, int]], phase: str) -> DeepEPMoEError:
+    """The error of a rank whose peers refuse ``phase``. ``reasons``: by rank, see :func:`reason_of`."""
+    told = "; ".join(f"rank {rank}: {message}" for rank, (message, *_) in reasons.items())
+    text = f"{phase} was refused by another rank of the group: {told}"
+    if not all(needed for _, needed, _ in reasons.values()):
+        return PeerError(text)
+    _, needed, room = max(reasons.values(), key=lambda reason: reason[1] / max(reason[2], 1))
+    return CapacityError(text, needed=needed, room=room)
+
+
 _HINTS = {
     "plan": "plans are counted as they are made: ranks call in another order, or one leaves a result unused",
     "backward": "what requires gradients must be the same on all ranks",

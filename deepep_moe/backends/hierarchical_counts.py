@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.checks import overflow_text
+from deepep_moe.backends.exchange import reason_of, refused_by
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError, PeerError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError
 from deepep_moe.topology import NodeGroups, Nodes
 
 SHARES = 8
@@ -228,13 +229,13 @@ class Counts:
         )
 
     def raise_problems(self, config: DispatcherConfig, most_tokens: int) -> None:
-        """Raise what :meth:`bad` marks: the error itself on the rank that it is about, PeerError on the others."""
+        """Raise what :meth:`bad` marks: the error itself on the rank that it is about; on the others CapacityError where
+        that is for lack of room alone, else PeerError."""
         problems = {rank: self._problem(rank, config, most_tokens) for rank in self._bad_ranks(most_tokens)}
         if self.geometry.nodes.rank in problems:
             raise problems[self.geometry.nodes.rank]
         if problems:
-            told = "; ".join(f"rank {rank}: {error}" for rank, error in problems.items())
-            raise PeerError(f"plan was refused by another rank of the group: {told}")
+            raise refused_by({rank: reason_of(error) for rank, error in problems.items()}, "plan")
 
     def _bad_ranks(self, most_tokens: int) -> list[int]:
         return [rank for rank, bad in enumerate(self.bad(most_tokens).tolist()) if bad]
@@ -250,7 +251,8 @@ class Counts:
         needed, limit, what, setting = self.received, self.max_recv, "received tokens", "max_recv"
         if int(needed[rank]) <= int(limit[rank]):
             needed, limit, what, setting = self.rows, self.max_rows, "expert rows", "max_rows"
-        return CapacityError(overflow_text(config, rank, int(needed[rank]), what, setting, int(limit[rank])))
+        rows, room = int(needed[rank]), int(limit[rank])
+        return CapacityError(overflow_text(config, rank, rows, what, setting, room), needed=rows, room=room)
 
 
 def too_many_tokens(rank: int, tokens: int, most_tokens: int) -> str:

@@ -412,6 +412,10 @@ class NVLinkBackend(Shared):
         finally:
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
 
+    def reserve_tokens(self, tokens: int) -> None:
+        """Let staging hold ``tokens`` of each rank, as an overflow of staging memory asks for. Collective."""
+        self._reserve(tokens, 0, 0)
+
     # -- memory --------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int, topk: int) -> None:

@@ -38,6 +38,7 @@ from deepep_moe.grouped import Groups
 from deepep_moe.integrations.deepspeed import tensor_parallel
 from deepep_moe.integrations.deepspeed.experts import LocalExperts
 from deepep_moe.integrations.deepspeed.routing import Load, call_gate, dropless_routes, load, serves
+from deepep_moe.overflow import replay_of, replay_on_overflow
 from deepep_moe.overlap import Overlap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +62,7 @@ class MoE(StockMoE):  # type: ignore[misc]
         self, *args: Any, deepep_moe: DispatcherConfig | Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        convert(self, deepep_moe)
+        _convert(self, deepep_moe)  # a forward that may be run again is that of the whole model
         self.deepspeed_moe.has_own_settings = deepep_moe is not None
 
 
@@ -80,6 +81,18 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
         UnsupportedError: ZeRO-3 has partitioned the parameters, a layer has a forward of its own or BatchNorm in its
             experts, or the configured backend cannot run here.
     """
+    settings = _convert(model, config)
+    replay_if_set(model, settings)
+    return model
+
+
+def replay_if_set(model: nn.Module, settings: DispatcherConfig) -> None:
+    """:func:`~deepep_moe.overflow.replay_on_overflow` for ``model``, if the settings ask for it."""
+    if settings.replay_on_overflow and settings.capacity_factor > 0 and replay_of(model) is None:
+        replay_on_overflow(model)
+
+
+def _convert(model: nn.Module, config: DispatcherConfig | Mapping[str, Any] | None) -> DispatcherConfig:
     settings = config if isinstance(config, DispatcherConfig) else DispatcherConfig.load(config)
     layers = native_layers(model)
     if not layers:
@@ -93,7 +106,7 @@ def convert(model: Model, config: DispatcherConfig | Mapping[str, Any] | None = 
         check_layer(layer)
     for layer in layers:
         convert_layer(layer, settings)
-    return model
+    return settings
 
 
 def check_layer(layer: Any) -> None:

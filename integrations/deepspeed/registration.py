@@ -25,7 +25,13 @@ from torch import nn
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import ConfigError, UnsupportedError
 from deepep_moe.integrations.deepspeed import auto_ep
-from deepep_moe.integrations.deepspeed.moe import DispatchedMOELayer, check_layer, convert_layer, native_layers
+from deepep_moe.integrations.deepspeed.moe import (
+    DispatchedMOELayer,
+    check_layer,
+    convert_layer,
+    native_layers,
+    replay_if_set,
+)
 
 BLOCK = "deepep_moe"
 SUPPORTED = "0.19.8 or a later 0.19"
@@ -60,6 +66,7 @@ def register() -> None:
         for layer in native_layers(model):
             if isinstance(layer, DispatchedMOELayer):  # by the block, by convert, or by our MoE
                 check_native(engine, layer.settings)
+                replay_if_set(model, layer.settings)
         return original(engine, model, *args, **kwargs)
 
     setattr(configure, _MARK, original)
@@ -138,6 +145,11 @@ def check_native(engine: DeepSpeedEngine, settings: DispatcherConfig) -> None:
         raise UnsupportedError(
             "zero_optimization.stage = 3 (ds_config): DeepSpeed's native MoE does not work with ZeRO-3, with or "
             "without deepep_moe; set stage 0, 1 or 2, or use AutoEP (expert_parallel), which supports ZeRO-3"
+        )
+    if settings.replay_on_overflow and engine.pipeline_parallelism:
+        raise UnsupportedError(
+            f"{BLOCK}.replay_on_overflow = true (ds_config): not with DeepSpeed's pipeline parallelism, whose stages "
+            "run different numbers of forwards at a time; set capacity_factor to 0"
         )
     device = get_accelerator().device_name()
     if engine.fp16_enabled() and device == "cpu":

@@ -9,6 +9,7 @@ first that all of them are where they should be, and does nothing for configurat
 ``MoELayer.__init__``                builds the dispatcher; for us its ``alltoall`` branch builds our class
 ``MoELayer.forward``                 runs the dispatcher; for us what goes wrong on one rank is told to all
 ``should_free_input``                says which inputs the 1F1B communication overlap may free after the forward pass
+``DistributedDataParallel``          wraps a model chunk; ``replay_on_overflow`` lets its forward run again (replay.py)
 ``MegatronModule``                   learns ``copy.deepcopy`` for models with our dispatcher (copying.py)
 ===================================  ==================================================================================
 
@@ -77,6 +78,7 @@ def _attach(version: str) -> None:
     layer_class = _find(layers.__name__, "MoELayer", version)
     _find(layers.__name__, "MoEAlltoAllTokenDispatcher", version)
     module_class = _find("megatron.core.transformer.module", "MegatronModule", version)
+    wrapper_class = _find("megatron.core.distributed", "DistributedDataParallel", version)
     schedule = _schedule_module(version)
     field = getattr(config_class, "__dataclass_fields__", {}).get(_FIELD)
     if field is None or get_origin(field.type) is not Literal:
@@ -90,6 +92,7 @@ def _attach(version: str) -> None:
     _wrap(layer_class, "__init__", functools.partial(_layer_init, layers))
     _wrap(layer_class, "forward", _layer_forward)
     _wrap(schedule, "should_free_input", _should_free_input)
+    _wrap(wrapper_class, "__init__", _data_parallel_init)
     copying.attach(module_class)
 
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -205,6 +208,16 @@ def _layer_forward(original: Callable[..., Any], layer: Any, *args: Any, **kwarg
         return original(layer, *args, **kwargs)
     with layer.token_dispatcher.tell_peers():
         return original(layer, *args, **kwargs)
+
+
+def _data_parallel_init(
+    original: Callable[..., None], wrapper: Any, config: Any, ddp_config: Any, module: Any, *args: Any, **kwargs: Any
+) -> None:
+    if config.moe_token_dispatcher_type == NAME:
+        from deepep_moe.integrations.megatron import replay
+
+        replay.attach(module)
+    original(wrapper, config, ddp_config, module, *args, **kwargs)
 
 
 def _check_experts(layer: Any, config: Any) -> None:

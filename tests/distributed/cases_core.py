@@ -13,6 +13,7 @@ include(
     "tests.distributed.cases_elastic",
     "tests.distributed.cases_low_latency",
     "tests.distributed.cases_overlap",
+    "tests.distributed.cases_overflow",
     "tests.distributed.cases_defaults",
     "tests.distributed.cases_nn",
     "tests.distributed.cases_refusals",

@@ -10,6 +10,7 @@ from tests.distributed.deepspeed_util import GatedMLP, Setup, WithBiasBeside, na
 from tests.launch import case, include
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+REPLAYED = {"capacity_factor": 0.3, "replay_on_overflow": True}
 MATRIX = {
     **{
         f"{'capacity' if drop else 'dropless'}_top{k}": Setup(k=k, drop=drop)
@@ -50,6 +51,9 @@ MATRIX = {
     "in_chunks": Setup(k=2, settings={"num_chunks": 3}),
     "padded_to_an_alignment": Setup(k=2, settings={"expert_alignment": 8}),
     "fixed_sizes": Setup(k=2, settings={"capacity_factor": 4.0}),
+    "replayed": Setup(k=2, settings=REPLAYED),
+    "replayed_zero2": Setup(k=2, stage=2, accumulate=2, evaluate=True, settings=REPLAYED),
+    "replayed_checkpointed": Setup(k=2, reentrant=False, stage=1, settings=REPLAYED),
 }
 
 

@@ -193,3 +193,33 @@ def section_dispatcher_reaches_the_dispatchers(group: dist.ProcessGroup) -> None
     finally:
         register(settings={})
     parallel_state.destroy_model_parallel()
+
+
+@case(ranks=(2,))
+def a_capacity_that_overflows_trains_to_the_same_losses(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    text = common.ByteText(common.read_text("python-docs"), LENGTH, seed=3)
+    train = recipe.Train(steps=4, sequences=SEQUENCES, accumulate=2, warmup_steps=0, learning_rate=1e-2)
+
+    def losses(**settings: float) -> tuple[list[float], Any]:
+        register = recipe.deepep_moe.integrations.megatron.register
+        register(settings=settings)
+        try:
+            model = build(world, 2, grouped=True, hidden_dropout=0.1, moe_router_load_balancing_type="seq_aux_loss")
+        finally:
+            register(settings={})
+        if settings:
+            recipe.replay_on_overflow(model)
+        optimizer = common.Adam(list(model.parameters()), train.learning_rate, 0.1, 0, train.steps)
+        found = [recipe.train_step(model, optimizer, text, train, world, step).item() for step in range(train.steps)]
+        return found, recipe.replay_of(model)
+
+    expected, nothing = losses()
+    actual, replay = losses(capacity_factor=0.4)
+    assert nothing is None
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    assert replay.forwards == train.steps * train.accumulate
+    assert 0 < replay.replays < replay.forwards
+    assert replay.capacity_factor > 0.8
+    parallel_state.destroy_model_parallel()

@@ -24,6 +24,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import deepep_moe.integrations.deepspeed  # noqa: E402, F401  makes the block known
+from deepep_moe.overflow import replay_of  # noqa: E402
 
 HIDDEN, INNER, EXPERTS = 16, 24, 4
 
@@ -311,6 +312,9 @@ def parity(setup: Setup, reduce: bool = False, stock_setup: Setup | None = None)
         assert {type(layer).__name__ for layer in engine.moe_layers} == {"DispatchedMOELayer"}
         ours = train(engine, setup)
         compare(ours, stock, setup.tolerance, reduce)
+        replay = replay_of(engine.module)
+        assert (replay is not None) == setup.settings.get("replay_on_overflow", False)
+        assert replay is None or replay.replays > 0
         if setup.bf16:
             fp32 = replace(setup, bf16=False, clear_routes=True)
             compare_errors(ours, stock, train(engine_for(fp32, ours=False), fp32))

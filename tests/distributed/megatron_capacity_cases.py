@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe.errors import CapacityError
-from tests.distributed.megatron_refusal_cases import refused, through
+from tests.distributed.megatron_refusal_cases import through
 from tests.launch import case, on_ranks
 
 _util = on_ranks("tests.distributed.megatron_util")
@@ -56,6 +56,43 @@ def one_layer(group: dist.ProcessGroup) -> None:
 
 
 @case(ranks=(2,))
+def data_parallel_models_replay_what_overflows(group: dist.ProcessGroup) -> None:
+    """The setting alone: ``DistributedDataParallel`` makes the model replay. Logs count a forward once."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from deepep_moe.integrations.megatron.replay import _logged
+    from deepep_moe.overflow import replay_of
+
+    util = _util()
+    config = util.configure("deepep", hidden_dropout=0.1, **util.parallel(ep=2))
+    results = []
+    for settings in ({"capacity_factor": 0.0}, {"capacity_factor": 0.3, "replay_on_overflow": 1}):
+        with util.capacity_mode(**settings):
+            model = util.gpt(config, grouped_experts=True)
+            wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        for values in _logged().values():
+            values.zero_()
+        wrapped.zero_grad_buffer()
+        found = {}
+        for step in (1, 2):
+            tokens, positions, mask, labels = util.batch(step)
+            loss = wrapped(tokens, positions, mask, labels=labels)
+            loss.mean().backward()
+            found[f"loss {step}"] = loss.detach()
+        wrapped.finish_grad_sync()
+        found |= {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+        found |= {f"log of {name}": values.clone() for name, values in _logged().items()}
+        found |= {f"random {name}": state.float() for name, state in get_cuda_rng_tracker().get_states().items()}
+        results.append(found)
+        replay = replay_of(model)
+        assert (replay is not None) == (settings["capacity_factor"] > 0)
+    assert any(name.startswith("log of") for name in results[0])
+    assert replay is not None and replay.forwards == 2 and replay.replays > 0
+    util.assert_all_near(results[1], results[0])
+
+
+@case(ranks=(2,))
 def a_rank_without_tokens_is_told_which_settings_give_it_room(group: dist.ProcessGroup) -> None:
     """Its room follows from its own tokens, unless ``max_tokens_per_rank`` is set: no factor makes it more."""
     util = _util()
@@ -66,11 +103,10 @@ def a_rank_without_tokens_is_told_which_settings_give_it_room(group: dist.Proces
     routing_map[:, 4:6] = True  # rank 1's
     with util.capacity_mode():
         dispatcher = util.moe_layer(config, grouped_experts=True).token_dispatcher
-    with refused(
-        dist.get_rank() == 1,
-        CapacityError,
-        r"rank 1 needs room for 8 received tokens, but capacity_factor = 2 with max_tokens_per_rank = 0 .* room for 0",
-    ):
+    needs = (
+        "rank 1 needs room for 8 received tokens, but capacity_factor = 2 with max_tokens_per_rank = 0 .* room for 0"
+    )
+    with pytest.raises(CapacityError, match=needs):
         through(dispatcher, x, routing_map, routing_map.float())
     with util.capacity_mode(max_tokens_per_rank=8):
         dispatcher = util.moe_layer(config, grouped_experts=True).token_dispatcher
