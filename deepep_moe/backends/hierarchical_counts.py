@@ -229,8 +229,8 @@ class Counts:
         )
 
     def raise_problems(self, config: DispatcherConfig, most_tokens: int) -> None:
-        """Raise what :meth:`bad` marks: the error itself on the rank that it is about; on the others CapacityError where
-        that is for lack of room alone, else PeerError."""
+        """Raise what :meth:`bad` marks: the error itself on the rank that it is about; on the others CapacityError
+        where it is about a lack of room alone, else PeerError."""
         problems = {rank: self._problem(rank, config, most_tokens) for rank in self._bad_ranks(most_tokens)}
         if self.geometry.nodes.rank in problems:
             raise problems[self.geometry.nodes.rank]
