@@ -342,10 +342,11 @@ def nodes(
         for one in layers:
             one.check(world.size)
         done = run.steps(
-            sum(len(candidates) for _, candidates in cases) + len(layers) * (1 + len(bench_nodes.BACKENDS))
+            sum(len(candidates) + 2 for _, candidates in cases) + len(layers) * (1 + len(bench_nodes.BACKENDS))
         )
         for case, candidates in cases:
             run.report.add(bench_nodes.dispatcher_table(world, case, size, candidates, repeats, done))
+            run.report.add(bench_nodes.own_cost_table(world, case, size, repeats, done))
         for one in layers:
             run.report.add(bench_nodes.layer_table(world, one, size, tokens, repeats, done))
 

@@ -10,19 +10,27 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks import dispatcher, megatron_layer
-from benchmarks.megatron_layer import Candidate, Layer, megatron_missing, with_settings
+from benchmarks.megatron_layer import Candidate, Layer, Step, megatron_missing, with_settings
 from benchmarks.ops import Shape, routing
 from benchmarks.report import Table
+from benchmarks.timing import Phases
+from deepep_moe.backends import why_not
+from deepep_moe.backends.rail import TorchRail
 from deepep_moe.config import ENV_PREFIX
 from deepep_moe.errors import InputError
 from deepep_moe.tools.world import World
 
 BACKENDS = ("collective", "hierarchical")
 ROWS, FLOOR = "rows across per token", "floor"
+_WITHOUT_TRANSFER = {"nvlink": "over all ranks", "hierarchical": "without rows between nodes"}
 _RANKS_PER_NODE = f"{ENV_PREFIX}RANKS_PER_NODE"
 
 
@@ -89,6 +97,38 @@ def dispatcher_table(
             kind = next(kind for kind in rows if kind in row.setting)
             table.rows[index] = replace(row, details={ROWS: rows[kind], FLOOR: rows["hierarchical"]})
     return table
+
+
+def own_cost_table(world: World, shape: Shape, size: int, repeats: int, done: Callable[[str], None]) -> Table:
+    """What ``hierarchical`` costs beside the transfer between nodes, which is left out. Collective.
+
+    Beside it ``nvlink`` over all ranks where it can run: that is the same work on one node.
+    """
+    nodes = world.size // size
+    title = f"Own cost over {nodes} nodes of {size}: {shape}"
+    notes = [
+        "hierarchical without rows between nodes: all that a step does but the transfer itself; nvlink: all ranks as "
+        "one node. Results are not compared.",
+    ]
+    table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, notes)
+    found = []
+    for name in ("nvlink", "hierarchical"):
+        if why_not(name, dist.group.WORLD, world.device) is None:
+            build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
+            found.append(
+                Candidate(f"{name} {_WITHOUT_TRANSFER.get(name, '')}".strip(), partial(_without_transfer, build))
+            )
+    return megatron_layer.measure(world, table, found, repeats, done)
+
+
+def _without_transfer(build: Callable[[], Step]) -> Step:
+    step = build()
+
+    def without(phase: Phases) -> Tensor:
+        with mock.patch.object(TorchRail, "start", return_value=lambda: None):
+            return torch.ones_like(step(phase))  # the values of rows that were not sent mean nothing
+
+    return without
 
 
 def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int, done: Callable[[str], None]) -> Table:
