@@ -181,15 +181,10 @@ class HierarchicalBackend(Shared):
         if phase == "plan":
             self._open().count_plan()
         try:
-            with self._refusal(phase):
+            with self._agreed(phase) if phase == "plan" else self._agreement(phase):
                 raise error
         finally:
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
-
-    def _refusal(self, phase: Phase) -> AbstractContextManager[Agreement]:
-        if phase == "plan":
-            return self._open().agreement(phase, words=self._planner.words)
-        return self._agreement(phase)
 
     # -- moving rows ---------------------------------------------------------------------------------------------
 
@@ -371,6 +366,10 @@ class HierarchicalBackend(Shared):
                 f"a row of {row_bytes} bytes must be a multiple of {VECTOR_BYTES} bytes on GPUs",
             )
 
+    def _agreed(self, phase: Phase) -> AbstractContextManager[Agreement]:
+        """As large as a plan's: ranks that are in different calls find out that they are."""
+        return self._open().agreement(phase, words=self._planner.words)
+
     @contextmanager
     def _agreement(self, phase: Phase) -> Iterator[Agreement]:
         """What ranks must share in a call.
@@ -380,7 +379,7 @@ class HierarchicalBackend(Shared):
         """
         exchange = self._open()
         if self.device.type == "cpu":
-            with exchange.agreement(phase) as agreement:
+            with self._agreed(phase) as agreement:
                 yield agreement
             return
         mine = Agreement()
@@ -388,11 +387,11 @@ class HierarchicalBackend(Shared):
             yield mine
         except Exception:
             agreed_before = any(known[0] == phase for known in self._known)
-            with exchange.moving(phase) if agreed_before else exchange.agreement(phase):
+            with exchange.moving(phase) if agreed_before else self._agreed(phase):
                 raise
         formats = (phase, str({name: value for name, value in mine.facts.items() if name != "plan"}))
         if self.config.check_agreement and formats not in self._known:
-            with exchange.agreement(phase) as agreement:
+            with self._agreed(phase) as agreement:
                 agreement.facts = mine.facts
             self._known.add(formats)
         self._history = zlib.crc32(f"{formats}{mine.facts['plan']}".encode(), self._history)
