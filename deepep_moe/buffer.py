@@ -48,6 +48,7 @@ class Handle(tuple):
 
     @classmethod
     def of(cls, plan: Plan, is_token_in_rank: Tensor, owner: object) -> Handle:
+        """The handle of ``plan`` for ``owner``, which identifies the Buffer."""
         handle = cls(
             (
                 plan.rank_prefix.to(torch.int32),

@@ -141,6 +141,30 @@ def test_settings_come_from_megatron_then_environment(monkeypatch: pytest.Monkey
     assert dispatcher_config(quantised).expert_alignment == 48  # 6 from the file and 16 of the FP8 recipe
 
 
+def test_megatrons_default_of_20_sms_counts_only_where_communication_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_overlap": True}
+    assert dispatcher_config(config()).num_sms == 0  # the backend's choice
+    assert dispatcher_config(config(moe_deepep_num_sms=20)).num_sms == 0
+    assert dispatcher_config(config(moe_deepep_num_sms=21)).num_sms == 21
+    assert dispatcher_config(config(moe_deepep_num_sms=20, **shared)).num_sms == 20
+    both = config(moe_deepep_num_sms=12)
+    both.moe_flex_dispatcher_num_sms = 14  # newer releases call it so
+    assert dispatcher_config(both).num_sms == 14
+    both.moe_flex_dispatcher_num_sms = 20
+    both.overlap_moe_expert_parallel_comm = True
+    assert dispatcher_config(both).num_sms == 20
+
+
+def test_alignments_of_both_sides_are_combined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPEP_MOE_EXPERT_ALIGNMENT", "24")
+    assert dispatcher_config(config()).expert_alignment == 24
+    quantised = config()
+    quantised.moe_router_padding_for_quantization = True
+    for recipe, alignment in ((None, 48), ("mxfp8", 96)):  # lcm with 16 and with 32
+        quantised.fp8, quantised.fp8_recipe = "e4m3" if recipe else None, recipe
+        assert dispatcher_config(quantised).expert_alignment == alignment
+
+
 def test_unsupported_version_gets_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     info = importlib.import_module("megatron.core.package_info")
     for minor, version in ((15, "0.15.0"), (20, "0.20.0")):
