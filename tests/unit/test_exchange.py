@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe.backends.exchange import Exchange
-from deepep_moe.errors import PeerError
+from deepep_moe.errors import PeerError, RankMismatchError
 
 
 @pytest.fixture
@@ -61,3 +62,17 @@ def test_a_wait_for_the_device_ends_when_another_thread_finds_a_failure(group: d
         exchange.wait_for("dispatch", Event(float("inf")))  # type: ignore[arg-type]
     assert time.monotonic() - began < 30
     finder.join()
+
+
+def test_the_next_call_raises_the_first_failure_that_another_thread_found(group: dist.ProcessGroup) -> None:
+    exchange = Exchange(group, torch.device("cpu"), timeout_seconds=60)
+    exchange.check_usable("plan")
+    exchange.give_up_later(
+        "dispatch", 0.1, "ignored", RankMismatchError("hidden size differs: 8 on rank 0, 16 on rank 1")
+    )
+    exchange.give_up_later("combine", 0.1, "the connection was reset")
+    told = "dispatch: hidden size differs: 8 on rank 0, 16 on rank 1"
+    for start in ("", "combine: the group was given up after an earlier error. Make a new group. ("):
+        with pytest.raises(RankMismatchError, match=f"^{re.escape(start + told)}"):
+            exchange.check_usable("combine")
+    assert not exchange.usable
