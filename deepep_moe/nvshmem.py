@@ -20,6 +20,7 @@ import ctypes
 import importlib.util
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,7 +40,7 @@ from deepep_moe.errors import CapacityError, PeerError, PeerTimeoutError, Unsupp
 from deepep_moe.extension import runs_on
 
 PART_ALIGNMENT = 256
-_FINALIZE_SECONDS = 10.0  # at exit, the longest wait for nvshmem_finalize
+_FINALIZE_SECONDS = 5.0  # at exit, the longest wait for nvshmem_finalize
 
 
 def _library_directory() -> Path | None:
@@ -379,8 +380,12 @@ def _compare_versions(versions: list[list[int]]) -> None:
 
 
 def _finish() -> None:
-    """Finalise NVSHMEM at exit. The wait is limited: other processes may exit much later."""
-    if _world is not None and _hung is None and _finalize_at_exit:
+    """Finalise NVSHMEM at exit. The wait is limited: other processes may exit much later.
+
+    After an uncaught exception the others are probably still running.
+    """
+    uncaught = getattr(sys, "last_type", None) is not None
+    if _world is not None and _hung is None and _finalize_at_exit and not uncaught:
         with suppress(PeerTimeoutError):
             _caller().problem_of(module().finish, "finalising NVSHMEM", _FINALIZE_SECONDS)
 

@@ -150,12 +150,13 @@ class NvshmemRail:
         if num_chunks > self._module.MAX_CHUNKS:
             raise ValueError(f"num_chunks = {num_chunks}: at most {self._module.MAX_CHUNKS}")
         args, module = self._args[kind + self._turn[kind]], self._module
+        used = None if send.used is None else send.used.contiguous()  # a slice of a table of all chunks
         described = module.RailChunk(
             chunk=chunk,
             last=chunk == num_chunks - 1,
             block_rows=sent.shape[0] // (self._ranks - 1),
             row_bytes=sent.shape[1],
-            used=0 if send.used is None else send.used.data_ptr(),
+            used=0 if used is None else used.data_ptr(),
             sent=sent.data_ptr(),
             received=received.data_ptr(),
         )

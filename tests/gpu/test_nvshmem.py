@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ def operation(
             came[peer] = used_rows(peer, me, number, chunk, size) if partly else size
             rows[index * size : (index + 1) * size] = pattern(me, peer, number, chunk, size, row_bytes, device)
         blocks = tuple(size * (rank != me) for rank in range(ranks.size))
-        used = [torch.tensor(one, dtype=torch.int32, device="cpu").to(device) for one in (sent, came)]
+        tables = [torch.tensor([one, one], dtype=torch.int32, device="cpu").t().contiguous() for one in (sent, came)]
+        used = [table.to(device)[:, 1] for table in tables]  # not contiguous, like a slice of a table of all chunks
         send, recv = (Blocks(blocks, one if partly else None) for one in used)
         finishes.append(rail.start("dispatch", rows, arriving[before:][place], send, recv, chunk, len(sizes)))
         places.append(place)
@@ -209,8 +211,18 @@ def test_a_dropped_rail_gives_its_memory_back(ranks: Ranks) -> None:
     assert before - free_bytes() < 1 << 20  # signals are kept
 
 
-def test_a_rank_that_does_not_come_is_named(ranks: Ranks) -> None:
-    fresh = new_rail(ranks, timeout_seconds=2)
+@pytest.fixture
+def own_group(ranks: Ranks) -> Iterator[Ranks]:
+    """The same ranks as a group of their own, which may be given up."""
+    group = torch.distributed.new_group(list(range(ranks.size)))
+    yield replace(ranks, group=group)
+    torch.distributed.barrier(ranks.group)
+
+
+def test_a_rank_that_does_not_come_is_named(own_group: Ranks) -> None:
+    ranks, fresh = own_group, new_rail(own_group, timeout_seconds=2)
+    operation(ranks, fresh, 1, [7], 64, partly=False)  # memory is there now: the host takes no part in what follows
+    torch.distributed.barrier(ranks.group)
     silent = ranks.size - 1
     began = time.monotonic()
     if ranks.rank != silent:
@@ -233,9 +245,10 @@ def test_a_rank_that_does_not_come_is_named(ranks: Ranks) -> None:
     fresh.close()
 
 
-def test_a_rank_that_breaks_off_tells_the_others(ranks: Ranks) -> None:
-    fresh = new_rail(ranks)
+def test_a_rank_that_breaks_off_tells_the_others(own_group: Ranks) -> None:
+    ranks, fresh = own_group, new_rail(own_group)
     operation(ranks, fresh, 1, [7], 64, partly=False)
+    torch.distributed.barrier(ranks.group)
     if ranks.rank == 0:
         fresh.break_off("dispatch", "for a test")
         with pytest.raises(PeerError, match="this rank broke off: for a test"):
