@@ -287,51 +287,68 @@ class ByteText:
 class Adam:
     """AdamW on fp32 copies of the parameters (fp32 parameters are their own copy).
 
-    NVIDIA Apex's fused Adam where ``apex.optimizers`` can be imported, else torch's fused one. The learning rate
-    rises over ``warmup_steps`` and falls to a tenth along a cosine.
+    On a GPU torch.compile makes one kernel of an update: gradient, moments, copy and parameter each cross the memory
+    once. The learning rate rises over ``warmup`` steps and falls to a tenth along a cosine. Weights of one dimension
+    do not decay.
     """
+
+    BETAS, EPSILON = (0.9, 0.95), 1e-8
 
     def __init__(
         self, parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, warmup: int, steps: int
     ) -> None:
         self.parameters = parameters
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in parameters]
-        self.learning_rate, self.warmup, self.steps = learning_rate, warmup, steps
-        groups = [
-            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.inner, self.name = self._make(groups, parameters[0].device)
+        self.means, self.squares = ([torch.zeros_like(m, requires_grad=False) for m in self.masters] for _ in range(2))
+        self.learning_rate, self.weight_decay, self.warmup, self.steps = learning_rate, weight_decay, warmup, steps
+        on_gpu = parameters[0].is_cuda
+        self.update: Callable[..., None] = self._update
+        if on_gpu:
+            self.update = torch.compile(self._update, dynamic=True)
+        self.name = "AdamW (compiled)" if on_gpu else "AdamW"
 
-    @staticmethod
-    def _make(groups: list[dict[str, Any]], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-        betas = (0.9, 0.95)
-        if device.type == "cuda":
-            try:
-                from apex.optimizers import FusedAdam
-
-                return FusedAdam(groups, betas=betas, adam_w_mode=True), "Apex FusedAdam"
-            except (ImportError, RuntimeError):
-                pass  # not installed, PyPI's unrelated package of that name, or built without its CUDA extension
-        return torch.optim.AdamW(groups, betas=betas, fused=True), "torch AdamW (fused)"
-
+    @torch.no_grad()
     def step(self, step: int, gradient_scale: float | Tensor) -> float:
         """Update the parameters from their gradients times ``gradient_scale``; clears them, returns the rate used."""
         rate = self.learning_rate * self._schedule(step)
-        for group in self.inner.param_groups:
-            group["lr"] = rate
-        # One element, not a scalar: BF16 times an fp32 vector is fp32, in one pass.
-        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=self.masters[0].device).reshape(1)
-        for parameter, master in zip(self.parameters, self.masters):
-            gradient, parameter.grad = parameter.grad, None  # freed one by one, as their fp32 copies appear
-            master.grad = None if gradient is None else gradient * scale
-        self.inner.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters):
-                if parameter is not master:
-                    parameter.copy_(master)
-                master.grad = None
+        corrections = [1 - beta ** (step + 1) for beta in self.BETAS]
+        numbers = [rate, 1 - rate * self.weight_decay, 1.0, *corrections]
+        scalars = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        device = self.masters[0].device
+        if device.type == "cuda":
+            scalars = scalars.pin_memory().to(device, non_blocking=True)
+        rate_now, decay, no_decay, *corrections_now = scalars.unbind()
+        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=device)
+        for parameter, master, mean, square in zip(self.parameters, self.masters, self.means, self.squares):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                tensors = [t.detach().view(-1) for t in (parameter, master, gradient, mean, square)]
+                kept = decay if parameter.dim() >= 2 else no_decay
+                self.update(*tensors, scale, rate_now, kept, *corrections_now)
         return rate
+
+    @classmethod
+    def _update(
+        cls,
+        parameter: Tensor,
+        master: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        scale: Tensor,
+        rate: Tensor,
+        decay: Tensor,
+        mean_correction: Tensor,
+        square_correction: Tensor,
+    ) -> None:
+        """One tensor's update, in place; all of one dimension, or scalars. An fp32 ``parameter`` is the ``master``."""
+        gradient = gradient.float() * scale
+        mean.lerp_(gradient, 1 - cls.BETAS[0])
+        square.lerp_(gradient.square(), 1 - cls.BETAS[1])
+        step = (mean / mean_correction) / ((square / square_correction).sqrt() + cls.EPSILON)
+        master.mul_(decay).sub_(rate * step)
+        if parameter.dtype != torch.float32:
+            parameter.copy_(master)
 
     def _schedule(self, step: int) -> float:
         if step < self.warmup:
@@ -340,13 +357,13 @@ class Adam:
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
+        return {name: [t.detach() for t in getattr(self, name)] for name in ("masters", "means", "squares")}
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"]):
-                master.copy_(saved)
+        for name, saved in state.items():
+            for tensor, value in zip(getattr(self, name), saved, strict=True):
+                tensor.copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -422,10 +439,14 @@ class PhaseTimer:
         marked = dict(zip(places, _OnBackward.apply(hook, *(values[i] for i in places))))
         return tuple(marked.get(i, value) for i, value in enumerate(values))
 
-    def collect(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
+    def wait(self) -> None:
+        """Until the device has done what was enqueued."""
         if self.cuda:
             torch.cuda.synchronize()
+
+    def collect(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        self.wait()
         seconds = {
             phase: sum(stop - start if not self.cuda else start.elapsed_time(stop) / 1000 for start, stop in pairs)
             for phase, pairs in self._pairs.items()

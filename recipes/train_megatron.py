@@ -312,7 +312,8 @@ class DispatcherMeter:
 
     def __init__(self, model: GPTModel, world: World) -> None:
         self.timer = common.PhaseTimer(world.device)
-        self.world = world
+        self.timer.active = False
+        self.world, self.elapsed = world, 1.0
         self.loads: list[Tensor] = []  # one [local experts] per MoE layer: tokens since the last report
         for layer in (module for module in model.modules() if isinstance(module, MoELayer)):
             dispatcher = layer.token_dispatcher
@@ -333,19 +334,24 @@ class DispatcherMeter:
         return call
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, nothing is measured: evaluation is no part of a training step."""
-        self.timer.active = False
+    def measuring(self) -> Iterator[None]:
+        """Around the steps that are measured. Not all are: events and hooks cost the host several ms a step."""
+        self.timer.wait()
+        self.timer.active, began = True, time.perf_counter()
         yield
-        self.timer.active = True
+        self.timer.wait()
+        self.timer.active = False
+        self.elapsed = time.perf_counter() - began
 
-    def report(self, elapsed: float) -> dict[str, float]:
-        """Percent of ``elapsed`` seconds per phase (mean over ranks); busiest expert over the mean (mean over layers).
+    def report(self) -> dict[str, float]:
+        """Of the measured steps: percent of the time per phase (mean over ranks), busiest expert over the mean (mean
+        over layers).
 
         Collective.
         """
         seconds = self.timer.collect()
-        entry = {f"{phase}_percent": self.world.mean(100 * seconds.get(phase, 0.0) / elapsed) for phase in self.PHASES}
+        shares = {phase: 100 * seconds.get(phase, 0.0) / self.elapsed for phase in self.PHASES}
+        entry = {f"{phase}_percent": self.world.mean(share) for phase, share in shares.items()}
         if self.loads:
             local = torch.stack(self.loads).to(self.world.device)
             parts = [torch.empty_like(local) for _ in range(parallel_state.get_expert_model_parallel_world_size())]
@@ -407,8 +413,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     )
     try:
         if not first:
-            with meter.paused():
-                loss = held_out_loss(model, text, data, train, world)
+            loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": 0, "held_out_loss": loss}, f"step {0:>5}  held-out loss {loss:.4f}")
         model.train()
         flops = flops_per_token(model, config, data.sequence_length)
@@ -438,17 +443,18 @@ def _train(
     losses: list[Tensor] = []
     since = time.perf_counter()
     for step in range(first, train.steps):
-        done = step + 1
-        with common.profiled(journal) if done == train.profile_step else nullcontext():
+        done, last = step + 1, step + 1 == train.steps
+        logs = done % train.log_every == 0 or last
+        profiled = common.profiled(journal) if done == train.profile_step else nullcontext()
+        with profiled, meter.measuring() if logs else nullcontext():
             losses.append(train_step(model, optimizer, text, train, world, step))
         journal.advance()
-        last = done == train.steps
 
-        if done % train.log_every == 0 or last:
+        if logs:
             loss = world.mean(torch.stack(losses).mean().item())  # waits for the device
             elapsed = time.perf_counter() - since
             entry = {"step": done, "train_loss": loss, "tokens_per_second": tokens_per_step * len(losses) / elapsed}
-            entry.update(meter.report(elapsed))
+            entry.update(meter.report())
             used = common.utilization(world, flops * entry["tokens_per_second"])
             entry.update({} if used is None else {"mfu_percent": used})
             replay = replay_of(model)
@@ -466,8 +472,7 @@ def _train(
             since = time.perf_counter()
         paused = time.perf_counter()
         if done % train.evaluate_every == 0 or last:
-            with meter.paused():
-                loss = held_out_loss(model, text, data, train, world)
+            loss = held_out_loss(model, text, data, train, world)
             journal.add({"step": done, "held_out_loss": loss}, f"step {done:>5}  held-out loss {loss:.4f}")
         if train.save_every and (done % train.save_every == 0 or last):
             checkpoints.save(done, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
