@@ -84,7 +84,7 @@ def get_backend(
 
 def default_device(group: dist.ProcessGroup) -> torch.device:
     """The current CUDA device when the group can use it, else the CPU."""
-    on_gpu = torch.cuda.is_available() and "nccl" in dist.get_backend(group)
+    on_gpu = torch.cuda.is_available() and "nccl" in dist.get_backend_config(group)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
