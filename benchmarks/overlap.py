@@ -37,7 +37,7 @@ from benchmarks.report import Measurement, Table
 from benchmarks.timing import Phases, step_samples
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import Dispatched, TokenDispatcher
-from deepep_moe.grouped import Groups, grouped_linear
+from deepep_moe.nn import GroupedExperts
 from deepep_moe.overlap import Overlap
 from deepep_moe.tools.world import World
 
@@ -73,7 +73,6 @@ class MoELayer:
     def __init__(self, world: World, shape: Layer, tokens: int, config: DispatcherConfig) -> None:
         self.dispatcher = TokenDispatcher(dist.group.WORLD, shape.experts, config, device=world.device)
         self.overlap = Overlap(self.dispatcher)
-        local = shape.experts // world.size
         generator = torch.Generator(world.device).manual_seed(SEED + world.rank)
 
         def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -81,8 +80,10 @@ class MoELayer:
             return (values * scale).requires_grad_()
 
         inner, outer = shape.hidden**-0.5, shape.ffn**-0.5
-        self.experts_in = draw(local, 2 * shape.ffn, shape.hidden, scale=inner)
-        self.experts_out = draw(local, shape.hidden, shape.ffn, scale=outer)
+        torch.manual_seed(SEED + world.rank)
+        self.grouped_experts = GroupedExperts(
+            self.dispatcher.local_experts, shape.hidden, shape.ffn, device=world.device, dtype=torch.bfloat16
+        )
         self.shared_in = draw(2 * shape.ffn, shape.hidden, scale=inner)
         self.shared_out = draw(shape.hidden, shape.ffn, scale=outer)
         self.x, self.gradient = draw(tokens, shape.hidden), draw(tokens, shape.hidden).detach()
@@ -95,6 +96,7 @@ class MoELayer:
         """Forward and backward; returns the output."""
         for leaf in (value for value in vars(self).values() if isinstance(value, Tensor)):
             leaf.grad = None
+        self.grouped_experts.zero_grad()
         out = order(self)
         phase("forward")
         out.backward(self.gradient)
@@ -102,9 +104,8 @@ class MoELayer:
         return out
 
     def experts(self, arrived: Dispatched) -> Tensor:
-        groups = Groups(arrived.tokens_per_expert, arrived.tokens_per_expert_host)
-        gate, value = grouped_linear(arrived.rows, self.experts_in, groups).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * value, self.experts_out, groups)
+        counts = arrived.tokens_per_expert_host
+        return self.grouped_experts(arrived.rows, arrived.tokens_per_expert if counts is None else counts)
 
     def shared_first(self) -> Tensor:
         gate, value = F.linear(self.x, self.shared_in).chunk(2, dim=-1)

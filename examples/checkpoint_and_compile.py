@@ -59,7 +59,6 @@ def train_one(net: nn.Module, device: torch.device) -> list[float]:
 
 
 def train() -> dict[str, list[float]]:
-    dist.init_process_group()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -80,9 +79,10 @@ def train() -> dict[str, list[float]]:
         results[name] = train_one(DDP(prepare_ddp(net)), device)
         if dist.get_rank() == 0:
             print(f"{name}: loss {results[name][0]:.6f} -> {results[name][-1]:.6f}")
-    dist.destroy_process_group()
     return results
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     train()
+    dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -40,7 +40,6 @@ def batch(step: int, rank: int, world: int, device: torch.device) -> tuple[Tenso
 
 
 def train() -> list[float]:
-    dist.init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -64,9 +63,10 @@ def train() -> list[float]:
         losses.append(mean.item())
     if rank == 0:
         print(f"{world} ranks, {EXPERTS // world} experts each: loss {losses[0]:.6f} -> {losses[-1]:.6f}")
-    dist.destroy_process_group()
     return losses
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     train()
+    dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -49,7 +49,6 @@ def batch(step: int, rank: int, world: int, device: torch.device) -> tuple[Tenso
 
 
 def train(expert_ranks: int = 0) -> list[float]:
-    dist.init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -84,11 +83,12 @@ def train(expert_ranks: int = 0) -> list[float]:
         losses.append(mean.item())
     if rank == 0:
         print(f"{world} ranks, {EXPERTS // expert_ranks} experts each: loss {losses[0]:.6f} -> {losses[-1]:.6f}")
-    dist.destroy_process_group()
     return losses
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="An MoE net under FSDP2.")
     parser.add_argument("--experts", type=int, default=0, help="ranks that share the experts; default: all")
+    dist.init_process_group()
     train(parser.parse_args().experts)
+    dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/huggingface.py
 
-In transformers 5 an MoE block holds all experts in two tensors, ``gate_up_proj`` [E, 2 I, H] and ``down_proj`` [E, H, I],
+In transformers 5 the experts of a block are two tensors, ``gate_up_proj`` [E, 2 I, H] and ``down_proj`` [E, H, I],
 which is the layout of ``GroupedExperts``. So a conversion keeps the router, copies the slices of this rank's experts,
 and replaces the block. The converted model is compared with the original, then trained.
 """
@@ -55,7 +55,6 @@ def convert(model: nn.Module, dispatcher: TokenDispatcher) -> nn.Module:
 
 
 def train() -> tuple[float, list[float]]:
-    dist.init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -97,9 +96,10 @@ def train() -> tuple[float, list[float]]:
     if rank == 0:
         print(f"largest difference of logits to the original model: {difference.item():.1e}")
         print(f"{world} ranks, {config.num_experts // world} experts each: loss {losses[0]:.6f} -> {losses[-1]:.6f}")
-    dist.destroy_process_group()
     return difference.item(), losses
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     train()
+    dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -55,7 +55,6 @@ class Policy(nn.Module):
 
 
 def train() -> tuple[list[float], float]:
-    dist.init_process_group()
     rank, world = dist.get_rank(), dist.get_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -88,9 +87,10 @@ def train() -> tuple[list[float], float]:
     if rank == 0:
         print(f"{world} ranks: mean reward {rewards[0]:.3f} -> {rewards[-1]:.3f}")
         print(f"log probabilities of rollout (BF16) and training differ by at most {largest:.3f}")
-    dist.destroy_process_group()
     return rewards, largest
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     train()
+    dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -36,7 +36,6 @@ def titan_layer(layer: MoELayer, x: Tensor) -> Tensor:
 
 
 def compare() -> tuple[float, float]:
-    dist.init_process_group()
     rank = dist.get_rank()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -71,9 +70,10 @@ def compare() -> tuple[float, float]:
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     if rank == 0:
         print(f"relative difference to torchtitan's layer: output {errors[0]:.4f}, gradients {errors[1:].max():.4f}")
-    dist.destroy_process_group()
     return errors[0].item(), errors[1:].max().item()
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     compare()
+    dist.destroy_process_group()

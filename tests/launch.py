@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,11 @@ def environment() -> dict[str, str]:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of the session that ``process`` leads: torchrun and every rank it started."""
+    """End torchrun and every rank it started. Ranks lead sessions of their own: torchrun stops them on SIGTERM."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

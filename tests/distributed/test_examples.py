@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from tests.launch import ROOT, environment, torchrun
 
@@ -33,7 +34,11 @@ def on_one_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(variable, str(value))
-    return runpy.run_path(str(ROOT / "examples" / name))["train"]()
+    dist.init_process_group("gloo")
+    try:
+        return runpy.run_path(str(ROOT / "examples" / name))["train"]()
+    finally:
+        dist.destroy_process_group()
 
 
 def losses(output: str, start: str) -> tuple[float, float]:
@@ -44,7 +49,7 @@ def losses(output: str, start: str) -> tuple[float, float]:
 
 
 def run(name: str) -> str:
-    return torchrun(2, f"examples/{name}", env={"CUDA_VISIBLE_DEVICES": ""}).stdout
+    return torchrun(2, f"examples/{name}", env={"CUDA_VISIBLE_DEVICES": ""}, timeout=200).stdout
 
 
 def test_the_table_lists_every_example() -> None:
@@ -84,7 +89,7 @@ def test_fsdp2_as_slurm_starts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         env={**environment(), **variables},
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     first, last = losses(done.stdout, "2 ranks, 8 experts each")

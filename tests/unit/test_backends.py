@@ -255,3 +255,13 @@ def test_second_derivatives_of_a_linear_path(group: dist.ProcessGroup) -> None:
     total = weights.sum(1, keepdim=True)
     torch.testing.assert_close(got[0], (6 * x * total).detach())
     torch.testing.assert_close(got[1], (3 * x.square()).sum(1, keepdim=True).expand(4, 2).detach())
+
+
+def test_the_default_device_is_that_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a group that was made without naming a backend, which has NCCL for GPUs and gloo for CPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "undefined")
+    for config, device in (("cpu:gloo,cuda:nccl", torch.device("cuda", 3)), ("cpu:gloo,cuda:gloo", CPU)):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group: config)  # noqa: B023
+        assert backends.default_device(object()) == device
