@@ -3,9 +3,9 @@
     pip install torchtitan
     torchrun --nproc-per-node 2 examples/torchtitan_deepep.py
 
-A torchtitan run needs the first two lines below before torchtitan is imported, and ``expert_parallel_comm_backend =
-"deepep"`` in its configuration. This file calls torchtitan's dispatch and combine directly and compares outputs and
-gradients with ``deepep_moe.nn.MoELayer``.
+In a training run the first two lines below come before torchtitan is imported, and the model's configuration says
+``moe_comm_backend="deepep"``. This file calls torchtitan's dispatch and combine directly, and compares outputs and
+gradients with those of ``deepep_moe.nn.MoELayer``. Tested with torchtitan 0.3.0.
 """
 
 import deepep_moe.compat
