@@ -1,5 +1,6 @@
 """Expert-parallel communication for mixture-of-experts training: tokens to their experts and back.
 
+* :mod:`deepep_moe.nn`: an MoE layer for plain PyTorch, also under DDP and FSDP2.
 * :class:`TokenDispatcher`: expert-grouped rows, differentiable; what framework integrations use.
 * :func:`scale_rows`: rows times routing weights, for experts that scale their own output.
 * :class:`DispatcherConfig`: every setting, from arguments, YAML or ``DEEPEP_MOE_*`` variables.
