@@ -1,6 +1,6 @@
 """``benchmarks deepspeed``: DeepSpeed's two kinds of MoE layer as they are, and on this library.
 
-Candidates and clocks are those of megatron_layer.py. No engine is made: a layer runs alone, on expert-parallel groups
+Candidates and clocks are those of candidates.py. No engine is made: a layer runs alone, on expert-parallel groups
 that DeepSpeed makes from the ranks of this run.
 """
 
@@ -16,16 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.megatron_layer import (
-    SEED,
-    Candidate,
-    Layer,
-    Step,
-    by_budget,
-    layer_step,
-    measure,
-    with_settings,
-)
+from benchmarks.candidates import Candidate, Step, by_budget, measure, with_settings
+from benchmarks.megatron_layer import SEED, Layer, layer_step
 from benchmarks.report import Table
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import UnsupportedError

@@ -1,6 +1,6 @@
 """``benchmarks dispatcher``: tokens to expert rows and back, beside Megatron-Core's own ``alltoall`` dispatcher.
 
-What candidates have in common is in megatron_layer.py. Each runs from an idle GPU and, where there is one, also behind
+What candidates have in common is in candidates.py. Each runs from an idle GPU and, where there is one, also behind
 other work of the GPU: in a training step attention and router still run when the host comes to the dispatch.
 """
 
@@ -15,16 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.megatron_layer import (
-    Candidate,
-    Step,
-    by_budget,
-    measure,
-    megatron_missing,
-    megatron_modules,
-    transformer_config,
-    with_settings,
-)
+from benchmarks import peers
+from benchmarks.candidates import Candidate, Step, by_budget, measure, with_settings
+from benchmarks.megatron_layer import megatron_missing, megatron_modules, transformer_config
 from benchmarks.ops import Shape, routing
 from benchmarks.report import Table
 from benchmarks.timing import Phases
@@ -51,7 +44,10 @@ BUSY_NOTE = (
 
 
 def candidates(world: World, shape: Shape, budgets: list[int]) -> list[Candidate]:
-    """alltoall if Megatron-Core is there, our dispatcher inside Megatron and alone, per SM budget. Collective."""
+    """Megatron-Core's alltoall and flex, our dispatcher inside Megatron and alone, per SM budget. Collective.
+
+    Those of Megatron-Core only where it is installed, flex only where DeepEP is too.
+    """
     found = []
     settings = by_budget(world, budgets)
     if megatron_missing(world) is None:
@@ -62,6 +58,9 @@ def candidates(world: World, shape: Shape, budgets: list[int]) -> list[Candidate
                     lambda: megatron_dispatcher(world, shape, "deepep"), num_sms=budget, capacity_factor=factor
                 )
                 found.append(Candidate(f"Megatron deepep, {mode}{label}", build))
+        if peers.missing(world) is None:
+            name = f"Megatron flex, deep_ep {peers.version()}"
+            found.append(Candidate(name, lambda: megatron_dispatcher(world, shape, "flex")))
     for label, budget in settings:
         build = with_settings(lambda: token_dispatcher(world, shape), num_sms=budget)
         found.append(Candidate(f"TokenDispatcher, {label}", build))
@@ -89,6 +88,8 @@ def dispatcher_table(
         )
     else:
         table.notes.append(f"Megatron's dispatchers are missing: {missing}.")
+    if (missing := peers.missing(world)) is not None:
+        table.notes.append(f"Megatron's flex dispatcher is not timed: {missing}.")
     if world.on_gpu:
         table.notes.append(BUSY_NOTE)
     return measure(world, table, candidates, repeats, done, busy_too=True)
@@ -124,7 +125,9 @@ def megatron_dispatcher(world: World, shape: Shape, kind: str) -> Step:
     local = shape.experts // world.size
     own = list(range(world.rank * local, (world.rank + 1) * local))
     dispatcher_class: Any = megatron.token_dispatcher.MoEAlltoAllTokenDispatcher
-    if kind == "deepep":
+    if kind == "flex":
+        dispatcher_class = megatron.token_dispatcher.MoEFlexTokenDispatcher
+    elif kind == "deepep":
         dispatcher_class = importlib.import_module("deepep_moe.integrations.megatron.dispatcher").DeepEPTokenDispatcher
     dispatcher = dispatcher_class(local, own, config, pg_collection=megatron.moe_utils.get_default_pg_collection())
     x, grad, topk_idx, topk_weights = _inputs(world, shape)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.ops import Shape, Traffic, routing
+from benchmarks.ops import Shape, Traffic, all_to_all, parse_sizes, routing
 from benchmarks.report import Measurement, Table
 from benchmarks.timing import WARMUP, host_samples, kernel_samples
 from deepep_moe.backends import Backend, get_backend
@@ -51,13 +51,7 @@ class Layer(NamedTuple):
     def parse(cls, text: str) -> Layer:
         """``7168,8,288``: hidden size, top-k, experts of the whole group."""
         rule = "three positive integers hidden,topk,experts with topk <= experts, such as 7168,8,288"
-        try:
-            layer = cls(*map(int, text.split(",")))
-        except (TypeError, ValueError):
-            raise InputError("--layer", text, rule) from None
-        if min(layer) < 1 or layer.topk > layer.experts:
-            raise InputError("--layer", text, rule)
-        return layer
+        return parse_sizes(cls, "--layer", text, rule)
 
     def check(self, ranks: int) -> None:
         """Raise InputError where the ranks cannot serve it."""
@@ -156,16 +150,6 @@ def measure_case(world: World, layer: Layer, tokens: int, repeats: int, done: Ca
     case.calls.close()
     done(f"{tokens} tokens")
     return table
-
-
-def all_to_all(world: World, traffic: Traffic, row_bytes: int) -> Callable[[], Any]:
-    """The same rows to other ranks, sorted already."""
-    sent, received = traffic.rows[world.rank].clone(), traffic.rows[:, world.rank].clone()
-    sent[world.rank] = received[world.rank] = 0
-    source = torch.zeros(int(sent.sum()), row_bytes, dtype=torch.uint8, device=world.device)
-    target = torch.empty(int(received.sum()), row_bytes, dtype=torch.uint8, device=world.device)
-    splits = (received.tolist(), sent.tolist())
-    return lambda: dist.all_to_all_single(target, source, *splits)
 
 
 def graph_samples(world: World, run: Callable[[], Any], repeats: int) -> list[float]:

@@ -1,85 +1,26 @@
-"""``benchmarks megatron``: Megatron-Core's MoE layer on our dispatcher and on its own; what candidates share.
-
-Nothing is cached: every step plans anew. Candidates run one after the other in the same processes, from the same
-tokens, routing and weights; that their outputs agree is checked. Phases are cut by CUDA events on the current stream,
-so a phase holds the host's waits in it.
-"""
+"""``benchmarks megatron``: Megatron-Core's MoE layer on our dispatcher and on its own; Megatron-Core for benchmarks."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import importlib.metadata
-import os
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.ops import say_budget
-from benchmarks.report import Measurement, Table
-from benchmarks.timing import MemoryWatch, Phases, step_samples
-from deepep_moe.backends import get_backend
-from deepep_moe.config import ENV_PREFIX, DispatcherConfig
+from benchmarks.candidates import Candidate, Step, by_budget, measure, with_settings
+from benchmarks.ops import parse_sizes
+from benchmarks.report import Table
+from benchmarks.timing import Phases
 from deepep_moe.errors import InputError, UnsupportedError
 from deepep_moe.tools.world import World
 
-AGREEMENT = 0.02  # outputs may differ by this, relative to the largest: bf16 is rounded in other places
 SEED = 1234
-
-Step = Callable[[Phases], Tensor]
-
-
-class Candidate(NamedTuple):
-    """Something to time. ``build`` gives a step, which returns its output."""
-
-    name: str
-    build: Callable[[], Step]
-
-
-def measure(
-    world: World,
-    table: Table,
-    candidates: list[Candidate],
-    repeats: int,
-    done: Callable[[str], None],
-    busy_too: bool = False,
-) -> Table:
-    """Fill ``table`` with the phases of each candidate. Collective; the first candidate is the reference.
-
-    Steps start from an idle GPU; with ``busy_too`` also, in further columns, from one that is busy. A CPU has no such
-    steps: what it computes it does in the call.
-    """
-    reference: Tensor | None = None
-    for name, build in candidates:
-        watch = MemoryWatch(world)
-        step = build()
-        samples = step_samples(world, step, repeats)
-        memory = watch.peak()
-        busy = step_samples(world, step, repeats, busy=True) if busy_too and world.on_gpu else {}
-        for phase, times in samples.items():
-            of_total = memory if phase == "total" else None
-            table.rows.append(Measurement(phase, times, name, busy_us=busy.get(phase, []), memory=of_total))
-        output = step(Phases(world)).detach().float().cpu()
-        if reference is None:
-            reference = output
-        error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
-        error = world.largest([error])[0]
-        if error > AGREEMENT:
-            table.notes.append(
-                f"Not the same work: outputs of {name} and {candidates[0].name} differ by {error:.1%} of the largest."
-            )
-        del step, output
-        gc.collect()
-        done(name)
-    table.reference = candidates[0].name
-    table.rows.sort(key=lambda row: list(samples).index(row.name))  # stable: candidates stay in order
-    return table
 
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -99,13 +40,7 @@ class Layer(NamedTuple):
         if text in LAYERS:
             return LAYERS[text]
         rule = f"{', '.join(LAYERS)}, or hidden,ffn,experts,topk with topk <= experts, such as 7168,2048,32,8"
-        try:
-            layer = cls(*map(int, text.split(",")))
-        except (TypeError, ValueError):
-            raise InputError("--layer", text, rule) from None
-        if min(layer) < 1 or layer.topk > layer.experts:
-            raise InputError("--layer", text, rule)
-        return layer
+        return parse_sizes(cls, "--layer", text, rule)
 
     def check(self, ranks: int) -> None:
         """Raise InputError unless every rank gets the same number of experts."""
@@ -276,28 +211,3 @@ def transformer_config(world: World, kind: str, **options: Any) -> Any:
     if not world.on_gpu:
         values.update(cpu.CONFIG)
     return megatron_modules(world).transformer_config.TransformerConfig(**{**values, **options})
-
-
-def by_budget(world: World, budgets: list[int]) -> list[tuple[str, int]]:
-    """(what tables say, SM budget); one in all where nvlink cannot run. Collective."""
-    backend = get_backend(dist.group.WORLD, world.device, DispatcherConfig.load()).name
-    return [(say_budget(n), n) for n in budgets] if backend == "nvlink" else [(backend, budgets[0])]
-
-
-def with_settings(build: Callable[[], Step], **settings: float | str) -> Callable[[], Step]:
-    """``build`` with these fields of ``DispatcherConfig``: read when a dispatcher is made, and the environment wins."""
-    variables = {f"{ENV_PREFIX}{name.upper()}": str(value) for name, value in settings.items()}
-
-    def built() -> Step:
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        try:
-            return build()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-
-    return built

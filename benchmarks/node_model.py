@@ -14,9 +14,8 @@ experts, which is what load balancing aims at.
 from __future__ import annotations
 
 import math
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -87,12 +86,7 @@ MEASURED = (  # (kind, cluster, us): sockets between two parts of one host, docs
 )
 
 
-def model(
-    shape: Annotated[str, typer.Option(help="Tokens per rank, hidden size, top-k, experts.")] = "4096,7168,8,256",
-    size: Annotated[int, typer.Option(min=1, help="Ranks of a node.")] = 8,
-    network: Annotated[float, typer.Option(min=0.001, help="GB/s of a rank's network, each direction.")] = 50.0,
-    nodes: Annotated[str, typer.Option(help="Numbers of nodes, comma-separated.")] = "1,2,4,8,16,32",
-) -> None:
+def model(shape: str, size: int, network: float, nodes: str) -> None:
     """Predict what dispatch and combine, forward and backward, take over several nodes, beside what was measured."""
     one, console = Shape.parse(shape), Console(highlight=False)
     table = Table("measured", "us", "predicted", "error", title="Two nodes of two H100s, NCCL over sockets", box=None)

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import dispatcher, megatron_layer
-from benchmarks.megatron_layer import Candidate, Layer, Step, megatron_missing, with_settings
+from benchmarks.candidates import Candidate, Step, measure, with_settings
+from benchmarks.megatron_layer import Layer, megatron_missing
 from benchmarks.ops import Shape, routing
 from benchmarks.report import Table
 from benchmarks.timing import Phases
@@ -90,7 +91,7 @@ def dispatcher_table(
     nodes = world.size // size
     title = f"Dispatchers over {nodes} nodes of {size}: {shape}"
     table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, list(dispatcher.NOTES))
-    table = megatron_layer.measure(world, table, candidates, repeats, done)
+    table = measure(world, table, candidates, repeats, done)
     rows = crossing_rows(shape, world.size, size)
     for index, row in enumerate(table.rows):
         if row.name == "total":
@@ -113,12 +114,13 @@ def own_cost_table(world: World, shape: Shape, size: int, repeats: int, done: Ca
     table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, notes)
     found = []
     for name in ("nvlink", "hierarchical"):
+        assert dist.group.WORLD is not None  # made by ranks_of_this_run
         if why_not(name, dist.group.WORLD, world.device) is None:
             build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
             found.append(
                 Candidate(f"{name} {_WITHOUT_TRANSFER.get(name, '')}".strip(), partial(_without_transfer, build))
             )
-    return megatron_layer.measure(world, table, found, repeats, done)
+    return measure(world, table, found, repeats, done)
 
 
 def _without_transfer(build: Callable[[], Step]) -> Step:
@@ -141,4 +143,4 @@ def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int
     for name in BACKENDS:
         build = megatron_layer.layer_builder(world, layer, tokens, "deepep", grouped=True)
         found.append(Candidate(f"deepep, {name}", with_settings(build, backend=name)))
-    return megatron_layer.measure(world, table, found, repeats, done)
+    return measure(world, table, found, repeats, done)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks import peers
+from benchmarks.candidates import disagreement, say_budget
 from benchmarks.report import Measurement, Table
 from benchmarks.timing import call_samples, host_samples, kernel_samples
 from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend, why_not
@@ -42,6 +44,24 @@ NOTES = [
 ]
 
 
+T = TypeVar("T", bound=tuple)
+
+
+def parse_sizes(kind: type[T], option: str, text: str, rule: str) -> T:
+    """A named tuple of positive integers with a ``topk`` and ``experts``, from ``text`` such as ``4096,7168,8,256``.
+
+    Raises:
+        InputError: with ``option`` and ``rule``, where it is none or asks for more experts than there are.
+    """
+    try:
+        sizes: Any = kind(*map(int, text.split(",")))  # type: ignore[arg-type]  # of a named tuple
+    except (TypeError, ValueError):
+        raise InputError(option, text, rule) from None
+    if min(sizes) < 1 or sizes.topk > sizes.experts:
+        raise InputError(option, text, rule)
+    return sizes  # type: ignore[no-any-return]
+
+
 class Shape(NamedTuple):
     """What every rank brings: its tokens, and where they may go."""
 
@@ -54,13 +74,7 @@ class Shape(NamedTuple):
     def parse(cls, text: str) -> Shape:
         """``4096,7168,8,256``: tokens, hidden size, top-k, experts of the whole group."""
         rule = "four positive integers tokens,hidden,topk,experts with topk <= experts, such as 4096,7168,8,256"
-        try:
-            shape = cls(*map(int, text.split(",")))
-        except (TypeError, ValueError):
-            raise InputError("--shape", text, rule) from None
-        if min(shape) < 1 or shape.topk > shape.experts:
-            raise InputError("--shape", text, rule)
-        return shape
+        return parse_sizes(cls, "--shape", text, rule)
 
     def check(self, ranks: int) -> None:
         """Raise InputError unless every rank gets the same number of experts."""
@@ -190,24 +204,45 @@ class Case:
             name = f"call: plan + {kind}dispatch + {kind}combine BF16"
             yield Operation(name, 2 * bf16, lambda layout=layout: round_trip(layout))  # type: ignore[misc]
 
+    def peer_kernels(self, calls: peers.Calls) -> Iterator[Operation]:
+        """:meth:`kernels` of DeepEP, as far as it has them."""
+        rows, handle = calls.first(self.x)
+        yield Operation("dispatch BF16", self.bf16_bytes, lambda: calls.dispatch(self.x, handle))
+        if self.fp8 is not None:
+            yield Operation("dispatch FP8", self.fp8_bytes, lambda: calls.dispatch(self.fp8, handle))
+        yield Operation("combine BF16", self.bf16_bytes, lambda: calls.combine(rows, handle))
+
+    def peer_results(self, calls: peers.Calls) -> tuple[Tensor, Tensor]:
+        """The result of a dispatch and a combine of DeepEP, and what it must be: a token times the ranks it goes to."""
+        owners = self.topk_idx // (self.shape.experts // self.world.size)
+        ranks = torch.stack([(owners == rank).any(1) for rank in range(self.world.size)]).sum(0)
+        return calls.combine(*calls.first(self.x)).float(), self.x.float() * ranks.unsqueeze(1)
+
+    def peer_calls(self, calls: peers.Calls) -> Iterator[Operation]:
+        """:meth:`calls` of DeepEP, as far as it has them."""
+        yield Operation("call: plan + dispatch BF16", self.bf16_bytes, lambda: calls.first(self.x))
+        if self.fp8 is not None:
+            yield Operation("call: plan + dispatch FP8", self.fp8_bytes, lambda: calls.first(self.fp8))
+        name = "call: plan + dispatch + combine BF16"
+        yield Operation(name, 2 * self.bf16_bytes, lambda: calls.combine(*calls.first(self.x)))
+
     def all_to_alls(self, traffic: Traffic) -> Iterator[Operation]:
         """``all_to_all_single`` of the rows of one dispatch, with and without those that stay on their rank."""
         for kind, row_bytes in (("BF16", self.bf16_bytes), ("FP8", self.fp8_bytes if self.fp8 else 0)):
-            for own in (False, True) if row_bytes else ():
-                sent, received = traffic.rows[self.world.rank].clone(), traffic.rows[:, self.world.rank].clone()
-                if not own:
-                    sent[self.world.rank] = received[self.world.rank] = 0
-                source = torch.zeros(int(sent.sum()), row_bytes, dtype=torch.uint8, device=self.world.device)
-                target = torch.empty(int(received.sum()), row_bytes, dtype=torch.uint8, device=self.world.device)
-                splits = (received.tolist(), sent.tolist())
-                name = (
-                    f"{self.world.collectives} all_to_all_single {kind}, own rows {'included' if own else 'excluded'}"
-                )
-                yield Operation(
-                    name,
-                    row_bytes,
-                    lambda a=target, b=source, s=splits: dist.all_to_all_single(a, b, *s),  # type: ignore[misc]
-                )
+            for own in ("excluded", "included") if row_bytes else ():
+                name = f"{self.world.collectives} all_to_all_single {kind}, own rows {own}"
+                yield Operation(name, row_bytes, all_to_all(self.world, traffic, row_bytes, own == "included"))
+
+
+def all_to_all(world: World, traffic: Traffic, row_bytes: int, own_rows: bool = False) -> Callable[[], Any]:
+    """``all_to_all_single`` of as many rows, sorted by destination already; ``own_rows``: with those that stay."""
+    sent, received = traffic.rows[world.rank].clone(), traffic.rows[:, world.rank].clone()
+    if not own_rows:
+        sent[world.rank] = received[world.rank] = 0
+    source = torch.zeros(int(sent.sum()), row_bytes, dtype=torch.uint8, device=world.device)
+    target = torch.empty(int(received.sum()), row_bytes, dtype=torch.uint8, device=world.device)
+    splits = (received.tolist(), sent.tolist())
+    return lambda: dist.all_to_all_single(target, source, *splits)
 
 
 def make_backends(world: World, budgets: list[int]) -> dict[str, Backend]:
@@ -219,10 +254,6 @@ def make_backends(world: World, budgets: list[int]) -> dict[str, Backend]:
             return {backend.name: backend}  # its kernels are torch.distributed's, on which the budget has no hold
         backends[say_budget(num_sms)] = backend
     return backends
-
-
-def say_budget(num_sms: int) -> str:
-    return f"{num_sms} SMs" if num_sms else "all SMs"
 
 
 def measure_case(
@@ -246,20 +277,31 @@ def measure_case(
         link, logical = traffic.link * row_bytes, traffic.logical * row_bytes
         table.rows.append(Measurement(name, samples, setting, link, logical))
 
-    for setting, backend in backends.items():
-        plan = case.plan(backend)  # makes this backend's staging large enough, too
-        for name, row_bytes, run in case.kernels(backend, plan):
+    def add_operations(setting: str, kernels: Iterator[Operation], calls: Iterator[Operation]) -> None:
+        for name, row_bytes, run in kernels:
             add(name, kernel_samples(world, run, repeats), setting, row_bytes)
-        for name, row_bytes, run in case.calls(backend, plan):
+        for name, row_bytes, run in calls:
             wall, events = call_samples(world, run, repeats)
             add(f"{name}, wall clock", wall, setting, row_bytes)
             if events:
                 add(f"{name}, events", events, setting, row_bytes)
+
+    for setting, backend in backends.items():
+        plan = case.plan(backend)  # makes this backend's staging large enough, too
+        add_operations(setting, case.kernels(backend, plan), case.calls(backend, plan))
         for name, samples in _host_times(world, case, backend, plan, repeats):
             add(name, samples, setting)
         backend.check()
         done(f"{shape}, {load}: {setting}")
 
+    if (missing := peers.missing(world)) is None:
+        sizes = (shape.hidden, shape.experts, shape.tokens)
+        for setting, calls in peers.interfaces(case.topk_idx, case.weights, *sizes).items():
+            add_operations(setting, case.peer_kernels(calls), case.peer_calls(calls))
+            table.notes += disagreement(world, *case.peer_results(calls), f"tokens through {setting} and their copies")
+            calls.close()
+    else:
+        table.notes.append(f"DeepEP is not timed: {missing}.")
     hot = max(1, shape.experts // 8)
     spread = f" makes experts 0 to {hot - 1} {HOT} times as likely as others" if imbalanced else " is uniform at random"
     share = traffic.logical / (traffic.rows.sum().item() / world.size)

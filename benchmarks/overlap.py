@@ -22,16 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.megatron_layer import (
-    AGREEMENT,
-    SEED,
-    Layer,
-    Step,
-    by_budget,
-    layer_step,
-    moe_layer,
-    with_settings,
-)
+from benchmarks.candidates import Step, by_budget, disagreement, with_settings
+from benchmarks.megatron_layer import SEED, Layer, layer_step, moe_layer
 from benchmarks.ops import Shape, routing
 from benchmarks.report import Measurement, Table
 from benchmarks.timing import Phases, step_samples
@@ -312,12 +304,7 @@ def overlap_table(
         table.rows.append(Measurement(row, samples, setting, details=details))
         timelines.append(Timeline(name, spans))
         reference = output if reference is None else reference
-        error = ((output - reference).abs().max() / reference.abs().max()).nan_to_num(nan=torch.inf).item()
-        error = world.largest([error])[0]
-        if error > AGREEMENT:
-            table.notes.append(
-                f"Not the same work: outputs of {name} and the first differ by {error:.1%} of the largest."
-            )
+        table.notes += disagreement(world, output, reference, f"outputs of {name} and the first")
         gc.collect()
         done(name)
     return table, timelines

@@ -29,6 +29,8 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import UnsupportedError
 from deepep_moe.tools.world import World
 
+MANY_BARS = 12  # of one table in a picture: beyond it rows with these words are left to the tables, one after the other
+_LEFT_OUT = ("call:", "grouped", "own rows included")
 _OUTPUT_OPTIONS = ("--json", "--markdown", "--plot", "--timeline", "--trace", "--commit")
 
 
@@ -177,6 +179,10 @@ class Report:
         parts += ["settings " + ", ".join(f"{key} = {value}" for key, value in settings.items())] if settings else []
         return "; ".join(parts)
 
+    def caption(self) -> str:
+        """Command, devices and versions, for a picture."""
+        return f"{self.command}\n{self.heading()}"
+
     def markdown(self) -> str:
         """All tables, each with what it takes to repeat and to judge it."""
         return "\n".join(self._markdown_of(table) for table in self.tables)
@@ -213,7 +219,7 @@ class Report:
         if self.files["markdown"]:
             _write(self.files["markdown"], self.markdown())
         if self.files["plot"]:
-            plot(self.tables, f"{self.command}\n{self.heading()}", self.files["plot"])
+            plot(self.tables, self.caption(), self.files["plot"])
 
 
 def need_matplotlib(option: str) -> None:
@@ -222,35 +228,51 @@ def need_matplotlib(option: str) -> None:
         raise UnsupportedError(f"{option} needs matplotlib: pip install matplotlib")
 
 
+def bars(table: Table) -> list[tuple[str, float, str]]:
+    """(label, value, setting) of the rows to draw, the best first; see :data:`MANY_BARS`.
+
+    GB/s over the link where bytes are known, else milliseconds; of steps that are cut into phases, the totals.
+    """
+    rows = [row for row in table.rows if row.link_bytes]
+    totals = [row for row in table.rows if row.name == "total"]
+    candidates, shown = rows or totals or table.rows, []
+    for words in _LEFT_OUT:
+        if len(candidates) > MANY_BARS:
+            candidates = [row for row in candidates if words not in row.name]
+    for row in candidates:
+        value = row.gigabytes_per_second(row.link_bytes) if rows else row.median / 1e3
+        label = row.setting if totals and not rows else ", ".join(filter(None, (row.name, row.setting)))
+        shown.append((label, value, row.setting))
+    return sorted(shown, key=lambda bar: -bar[1] if rows else bar[1])
+
+
 def plot(tables: list[Table], title: str, path: Path) -> None:
-    """One picture per table: GB/s over the link against the ceiling where bytes are known, else milliseconds."""
+    """One picture per table, of :func:`bars`; the ceiling of the link beside GB/s."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    shown = [(table, [r for r in table.rows if r.link_bytes] or table.rows) for table in tables]
-    heights = [1.2 + 0.28 * len(rows) for _, rows in shown]
+    drawn = [bars(table) for table in tables]
+    heights = [1.2 + 0.28 * len(shown) for shown in drawn]
     figure, axes = pyplot.subplots(
-        len(shown), 1, figsize=(10, sum(heights) + 0.6), squeeze=False, height_ratios=heights, layout="constrained"
+        len(tables), 1, figsize=(10, sum(heights) + 0.6), squeeze=False, height_ratios=heights, layout="constrained"
     )
-    for axis, (table, rows) in zip(axes[:, 0], shown):
-        over_link = any(row.link_bytes for row in rows)
-        labels = [", ".join(filter(None, (row.name, row.setting))) for row in rows]
-        values = [row.gigabytes_per_second(row.link_bytes) if over_link else row.median / 1e3 for row in rows]
-        settings = list(dict.fromkeys(row.setting for row in rows))
-        colours = [f"C{settings.index(row.setting) % 10}" for row in rows]
-        bars = axis.barh(range(len(rows)), values, color=colours)
-        axis.bar_label(bars, fmt="{:,.3g}", padding=3, fontsize=8)
-        axis.set_yticks(range(len(rows)), labels, fontsize=8)
-        axis.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    for axis, table, shown in zip(axes[:, 0], tables, drawn):
+        over_link = any(row.link_bytes for row in table.rows)
+        settings = list(dict.fromkeys(row.setting for row in table.rows))
+        colours = [f"C{settings.index(setting) % 10}" for _, _, setting in shown]
+        container = axis.barh(range(len(shown)), [value for _, value, _ in shown], color=colours)
+        axis.bar_label(container, fmt="{:,.3g}", padding=3, fontsize=8)
+        axis.set_yticks(range(len(shown)), [label for label, _, _ in shown], fontsize=8)
+        axis.set_ylim(len(shown) - 0.4, -0.6)  # the first row on top
         axis.margins(x=0.1)
         axis.set_xlabel("GB/s over the link, bytes of other ranks only" if over_link else "ms, median")
         axis.set_title(table.title, fontsize=9, loc="right")
         if table.ceiling and over_link:
             axis.axvline(table.ceiling, color="black", linestyle="--", linewidth=1)
             axis.annotate(
-                f"copy engine {table.ceiling:.0f}",
+                f"ceiling {table.ceiling:.0f}",
                 (table.ceiling, 0.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(-4, 6),

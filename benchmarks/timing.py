@@ -1,6 +1,8 @@
-"""How the benchmark takes time: the ranks, and what exactly lies between two readings of a clock.
+"""How the benchmarks take time: what lies between two readings of a clock.
 
-All times are microseconds. A sample is the time of the slowest rank, so that a fast rank hides nothing.
+All times are microseconds. Ranks start a sample together and a sample is the time of the slowest rank, which
+``torch.utils.benchmark`` cannot do: its Timer starts and ends on each rank by itself. When each kernel of a step ran is
+read from ``torch.profiler`` (overlap.py).
 """
 
 from __future__ import annotations

@@ -13,16 +13,17 @@ import torch
 from benchmarks.ops import Shape, routing
 from tests.launch import torchrun
 
+WITH_DEEP_EP = "tests.distributed.bench_with_compat"
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 WITH_MEGATRON = importlib.util.find_spec("megatron") is not None
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
-def bench(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
+def bench(folder: Path, *arguments: str, module: str = "benchmarks") -> tuple[str, list[dict[str, Any]]]:
     """Output and tables of one run."""
     file = folder / "bench.json"
     saving = ("--json", str(file), "--markdown", str(folder / "bench.md"), "--plot", str(folder / "bench.png"))
-    output = torchrun(2, "-m", "benchmarks", *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
+    output = torchrun(2, "-m", module, *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads(file.read_text())
     assert saved["command"].startswith(f"torchrun --nproc-per-node 2 -m benchmarks {arguments[0]}")
@@ -40,12 +41,14 @@ def bench(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
 
 def test_ops(tmp_path: Path) -> None:
     shape = Shape(tokens=40, hidden=256, topk=2, experts=8)
-    _, tables = bench(tmp_path, "ops", "--shape", "40,256,2,8", "--routing", "both", "--num-sms", "0,24")
+    _, tables = bench(tmp_path, "ops", "--shape", "40,256,2,8", "--routing", "both", module=WITH_DEEP_EP)
     assert [table["case"]["imbalanced"] for table in tables] == [False, True]
     for table in tables:
-        rows = {row["name"]: row for row in table["measurements"]}
-        assert len(rows) == len(table["measurements"])
-        assert {row["setting"] for row in table["measurements"]} == {"collective", ""}
+        deep_ep = [row for row in table["measurements"] if row["setting"].startswith("deep_ep of deepep_moe ")]
+        others = [row for row in table["measurements"] if row not in deep_ep]
+        rows = {row["name"]: row for row in others}
+        assert len(rows) == len(others)
+        assert {row["setting"] for row in others} == {"collective", ""}
 
         # Tokens with a route to the other rank, counted from the routing itself.
         goes = [
@@ -71,16 +74,23 @@ def test_ops(tmp_path: Path) -> None:
         }.items():
             assert rows[name]["link_bytes"] == link * row_bytes, name
             assert rows[name]["logical_bytes"] == logical * row_bytes, name
+        names = ["dispatch BF16", "dispatch FP8", "combine BF16"]
+        names += [f"call: plan + {name}, wall clock" for name in (*names[:2], "dispatch + combine BF16")]
+        assert [(row["name"], row["setting"].split()[-1]) for row in deep_ep] == [
+            (name, interface) for interface in ("Buffer", "ElasticBuffer") for name in names
+        ]
+        for row in deep_ep:
+            assert row["link_bytes"] == rows[row["name"]]["link_bytes"]
         assert "plan: until the host knows the counts" in rows
         assert "host time of dispatch + combine" in rows
 
 
 def test_dispatcher(tmp_path: Path) -> None:
-    _, (table,) = bench(tmp_path, "dispatcher", "--shape", "24,128,2,4")
+    _, (table,) = bench(tmp_path, "dispatcher", "--shape", "24,128,2,4", module=WITH_DEEP_EP)
     settings = ["TokenDispatcher, collective"]
     if WITH_MEGATRON:
         deepep = [f"Megatron deepep, {mode}collective" for mode in ("", "capacity mode, ")]
-        settings = ["Megatron alltoall", *deepep, *settings]
+        settings = ["Megatron alltoall", *deepep, "Megatron flex, deep_ep of deepep_moe", *settings]
     phases = ["dispatch", "experts", "combine", "backward", "total"]
     shown = [(row["name"], row["setting"]) for row in table["measurements"]]
     assert shown == [(phase, setting) for phase in phases for setting in settings]
@@ -106,7 +116,7 @@ def test_latency(tmp_path: Path) -> None:
 
 def test_nodes(tmp_path: Path) -> None:
     shape, layer = ("--shape", "24,128,2,4"), ("--layer", "64,32,4,2", "--tokens", "16")
-    _, (table, *layers) = bench(tmp_path, "nodes", "--ranks-per-node", "1", *shape, *layer)
+    _, (table, own_cost, *layers) = bench(tmp_path, "nodes", "--ranks-per-node", "1", *shape, *layer)
     settings = [f"TokenDispatcher, {name}" for name in ("collective", "hierarchical")]
     if WITH_MEGATRON:
         settings = [
@@ -116,6 +126,8 @@ def test_nodes(tmp_path: Path) -> None:
         ]
         shown = [row["setting"] for row in layers[0]["measurements"] if row["name"] == "total"]
         assert shown == ["alltoall", "deepep, collective", "deepep, hierarchical"]
+    shown = [row["setting"] for row in own_cost["measurements"] if row["name"] == "total"]
+    assert shown == ["hierarchical without rows between nodes"]
     totals = [row for row in table["measurements"] if row["name"] == "total"]
     assert [row["setting"] for row in totals] == settings
     assert table["title"].startswith("Dispatchers over 2 nodes of 1: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import ops, timing
+from benchmarks import ops, peers, timing
 from benchmarks.__main__ import parse_budgets
+from benchmarks.candidates import Candidate, measure, with_settings
 from benchmarks.dispatcher import CAPACITY_FACTOR, capacity_factor
-from benchmarks.megatron_layer import LAYERS, Candidate, Layer, measure, with_settings
+from benchmarks.megatron_layer import LAYERS, Layer
 from benchmarks.ops import HOT, LINK_BYTES, Shape, Traffic, ceiling_table, link_targets, routing, sent_bytes
-from benchmarks.report import Measurement, Report, Table, command_line
+from benchmarks.report import Measurement, Report, Table, bars, command_line
 from benchmarks.timing import CALLS, WARMUP, Phases
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import InputError
@@ -86,6 +88,33 @@ def test_link_ceiling_fills_the_memory_of_all_peers_once(ranks: int) -> None:
     assert sorted(target for targets in sent for target in targets) == wanted
     for turn in zip(*sent):  # in every turn each rank is stored to by one other
         assert len({target >> 40 for target in turn}) == ranks
+
+
+def test_deep_ep_is_left_out_in_words_where_it_is_not_installed(
+    alone: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", None)  # an import of it fails
+    backends = ops.make_backends(alone, [0])
+    table = ops.measure_case(alone, backends, Shape(4, 128, 2, 4), False, 1, 0.0, lambda name: None)
+    assert [note for note in table.notes if note.startswith("DeepEP is not timed: deep_ep is not installed")]
+    assert {row.setting for row in table.rows} == {"collective", ""}
+
+    (tmp_path / "deep_ep.py").write_text("class Buffer: ...")
+    monkeypatch.delitem(sys.modules, "deep_ep")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.missing(alone) == "deep_ep needs GPUs"
+    assert peers.missing(World(0, 1, torch.device("cuda"), "nccl")) == "deep_ep needs several ranks"
+    assert peers.missing(World(0, 2, torch.device("cuda"), "nccl")) is None
+    assert peers.version() == "of unknown version"
+
+
+def test_a_picture_has_few_bars_the_best_first() -> None:
+    phases = [Measurement(phase, [us], name) for name, us in (("a", 3e3), ("b", 1e3)) for phase in ("forward", "total")]
+    assert bars(Table("", {}, rows=phases)) == [("b", 1.0, "b"), ("a", 3.0, "a")]
+    moved = [Measurement(f"{kind}{n}", [1e3], "", link_bytes=n * 10**6) for kind in ("call: ", "") for n in range(8)]
+    shown = bars(Table("", {}, rows=[*moved, Measurement("host", [1.0])]))
+    assert [(label, value) for label, value, _ in shown] == [(f"{n}", n) for n in range(7, 0, -1)]
+    assert len(bars(Table("", {}, rows=moved[4:]))) == 11  # few enough: calls too
 
 
 def test_link_ceiling_is_bytes_over_time(alone: World) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
 
 from benchmarks import node_model
-from benchmarks.__main__ import app
+from benchmarks.__main__ import main
 from benchmarks.node_model import KINDS, MEASURED, Cluster
 from benchmarks.nodes import crossing_rows
 from benchmarks.ops import Shape
@@ -34,8 +33,10 @@ def test_one_node_sends_nothing_and_many_never_more_than_top_k() -> None:
         assert 0 < node_model.crossing_rows(kind, SHAPE, Cluster(32, 8, 50.0)) <= SHAPE.topk
 
 
-def test_the_command_prints_both_tables() -> None:
-    result = CliRunner().invoke(app, ["model", "--nodes", "1,4"])
-    assert result.exit_code == 0, result.output
-    assert "Two nodes of two H100s" in result.output
-    assert "Predicted: 4096 tokens per rank" in result.output
+def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "--nodes", "1,4"]) == 0
+    printed = capsys.readouterr().out
+    assert "Two nodes of two H100s" in printed
+    assert "Predicted: 4096 tokens per rank" in printed
+    assert main(["model", "--shape", "8,8,1,9"]) == 1
+    assert "benchmarks: --shape = 8,8,1,9: experts must be a multiple" in capsys.readouterr().err
