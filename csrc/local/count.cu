@@ -58,8 +58,17 @@ __device__ __forceinline__ void write_headers(const CountArgs& args) {
         low = expert < low ? expert : low;
         high = expert > high ? expert : high;
     }
-    atomicMin(&lowest, low);
-    atomicMax(&highest, high);
+#pragma unroll
+    for (int d = kWarpSize / 2; d > 0; d /= 2) {
+        const long long other_low = __shfl_xor_sync(kFullMask, low, d),
+                        other_high = __shfl_xor_sync(kFullMask, high, d);
+        low = other_low < low ? other_low : low;
+        high = other_high > high ? other_high : high;
+    }
+    if (threadIdx.x % kWarpSize == 0) {
+        atomicMin(&lowest, low);
+        atomicMax(&highest, high);
+    }
     __syncthreads();
     const bool any = lowest <= highest;
     for (int i = threadIdx.x; i < args.messages.num_ranks * Messages::kHeaderWords; i += kThreads) {

@@ -192,6 +192,8 @@ class Exchange:
 
         If a rank refuses, all ranks exchange their reasons: this one's is ``problem``, and then it returns.
         """
+        if agree(headers.tolist()) and problem is None and not headers[0, 0]:
+            return
         self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
         if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
             reasons = self.gather(phase, None if problem is None else reason_of(problem))
@@ -377,6 +379,11 @@ class Exchange:
         if first:
             raise kind(f"{text}. {_NO_FURTHER_USE}")
         raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
+
+
+def agree(headers: Sequence[Sequence[int]]) -> bool:
+    """Whether the headers of all ranks are equal, as they nearly always are. What follows them does not count."""
+    return all(header[:HEADER_WORDS] == headers[0][:HEADER_WORDS] for header in headers)
 
 
 def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:
