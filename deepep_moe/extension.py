@@ -40,6 +40,11 @@ def why_not_on(device: torch.device) -> str | None:
     )
 
 
+def current_stream(device: torch.device) -> int:
+    """The current CUDA stream of ``device``, as the extension takes it."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code built for one entry of ``ARCHITECTURES`` runs on a GPU of this compute capability.
 

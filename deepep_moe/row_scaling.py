@@ -136,7 +136,7 @@ def _launch(
             DTYPE_CODES[x.dtype],
             x.shape[0],
             x.shape[1] * x.element_size(),
-            torch.cuda.current_stream(x.device).cuda_stream,
+            extension.current_stream(x.device),
         )
     return sums
 

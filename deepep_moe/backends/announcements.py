@@ -138,7 +138,7 @@ class Announcements:
             header=header,
             num_ranks=exchange.world_size,
             out=out.data_ptr(),
-            stream=torch.cuda.current_stream(exchange.device).cuda_stream,
+            stream=extension.current_stream(exchange.device),
         )
         ones = [1] * exchange.world_size
         return exchange.all_to_all(phase, out, ones, ones)

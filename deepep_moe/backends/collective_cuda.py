@@ -204,7 +204,7 @@ class CollectiveOnGPU(CollectiveBackend):
             header=header,
             messages=self._messages(messages),
             send_slot=send_slot.data_ptr(),
-            stream=self._stream(),
+            stream=extension.current_stream(self.device),
         )
         return messages, send_slot
 
@@ -268,7 +268,7 @@ class CollectiveOnGPU(CollectiveBackend):
             rank=self.rank,
             starts=starts.data_ptr(),
             out=routes.data_ptr(),
-            stream=self._stream(),
+            stream=extension.current_stream(self.device),
         )
         arrived = self._exchange_rows("plan", routes, crossing)
         counted = empty(ranks * ranks + 2 * local_experts + 1, dtype=torch.int64)
@@ -287,7 +287,7 @@ class CollectiveOnGPU(CollectiveBackend):
             counted=counted.data_ptr(),
             received=received.data_ptr(),
             row_recv=row_recv.data_ptr(),
-            stream=self._stream(),
+            stream=extension.current_stream(self.device),
         )
         return _HostPlan(
             num_experts=num_experts,
@@ -466,9 +466,6 @@ class CollectiveOnGPU(CollectiveBackend):
 
     def _messages(self, messages: Tensor) -> extension._C.Messages:
         return extension._C.Messages(messages.data_ptr(), self.world_size, messages.shape[1])
-
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
 
 
 def make_collective(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> CollectiveBackend:

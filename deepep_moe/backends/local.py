@@ -140,7 +140,7 @@ def pack_rows(
         quantise=quantize,
         places=_places(places, starts),
         out=_packed_rows(out, format),
-        stream=_stream(x),
+        stream=extension.current_stream(x.device),
     )
 
 
@@ -206,7 +206,7 @@ def expand_rows(
         out_scales=_scales(into.scales),
         out_weights=_address(into.weights),
         headers=_headers(headers),
-        stream=_stream(packed),
+        stream=extension.current_stream(packed.device),
     )
     return into
 
@@ -268,7 +268,7 @@ def sum_rows(
         out_vectors_pitch=format.pitch,
         num_weights=format.num_weights,
         headers=_headers(None),
-        stream=_stream(rows),
+        stream=extension.current_stream(rows.device),
     )
 
 
@@ -329,7 +329,7 @@ def sum_packed_rows(
         out_vectors_pitch=4 * format.num_weights,
         num_weights=format.num_weights,
         headers=_headers(headers),
-        stream=_stream(packed),
+        stream=extension.current_stream(packed.device),
     )
     return out, out_weights
 
@@ -465,10 +465,6 @@ def _address(tensor: Tensor | None) -> int:
 
 def _empty(dtype: torch.dtype, like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream
 
 
 def _round_up(num_bytes: int) -> int:

@@ -16,6 +16,7 @@ include(
     "tests.distributed.cases_overflow",
     "tests.distributed.cases_defaults",
     "tests.distributed.cases_nn",
+    "tests.distributed.cases_collective_cuda",
     "tests.distributed.cases_refusals",
     "tests.distributed.cases_peers",
 )

@@ -1,0 +1,175 @@
+"""The kernels of csrc/local that make a plan, in NumPy on CPU memory, so that ``CollectiveOnGPU`` runs over gloo.
+
+What they take and write is said in csrc/local/args.h. tests/gpu/test_collective.py compares the real ones with the
+reference. Rows are moved by PyTorch's operators (backends/local.py), which need no kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deepep_moe import extension
+from deepep_moe.backends.announcements import Announcements
+from deepep_moe.backends.exchange import HEADER_WORDS
+
+ROUTE_WORDS = 2
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the collective backend use these kernels on the CPU."""
+    event = SimpleNamespace(query=lambda: True)
+    kernels = (count, announce, routes_to_send, place)
+    monkeypatch.setattr(
+        extension, "_C", SimpleNamespace(Messages=Messages, Segments=Segments, **{k.__name__: k for k in kernels})
+    )
+    monkeypatch.setattr(extension, "current_stream", lambda device: 0)
+    monkeypatch.setattr(Announcements, "_event", lambda self: event)
+    monkeypatch.setattr(Announcements, "_copy_to_host", lambda self, headers: (headers.clone(), event))
+
+
+class Messages(NamedTuple):
+    data: int
+    num_ranks: int
+    words: int
+
+    @property
+    def array(self) -> np.ndarray:
+        return at(self.data, np.int64, self.num_ranks, self.words)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        first = HEADER_WORDS + ROUTE_WORDS
+        return self.array[:, first : first + self.num_ranks]
+
+    @property
+    def routes(self) -> np.ndarray:
+        return self.array[:, HEADER_WORDS + ROUTE_WORDS + self.num_ranks :]
+
+
+class Segments(NamedTuple):
+    own_first: int
+    num_own: int
+
+
+def at(address: int, dtype: Any, *shape: int) -> np.ndarray:
+    """The array at ``address``."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype).reshape(shape)
+
+
+def count(
+    *,
+    topk_idx: int,
+    given_membership: int,
+    given_expert_counts: int,
+    num_tokens: int,
+    num_topk: int,
+    num_experts: int,
+    header: list[int],
+    messages: Messages,
+    send_slot: int,
+    stream: int,
+) -> None:
+    ranks, local = messages.num_ranks, num_experts // messages.num_ranks
+    index = at(topk_idx, np.int64, num_tokens, num_topk)
+    valid = (index >= 0) & (index < num_experts)
+    wanted = at(given_membership, np.bool_, num_tokens, ranks) if num_topk == 0 else None
+    slots = at(send_slot, np.int32, num_tokens, ranks)
+    messages.array[:, :HEADER_WORDS] = header
+    messages.array[:, HEADER_WORDS] = index.min() if index.size else -1
+    messages.array[:, HEADER_WORDS + 1] = index.max() if index.size else -1
+    for rank in range(ranks):
+        goes = (valid & (index // local == rank)).any(1) if wanted is None else wanted[:, rank]
+        slots[:, rank] = np.where(goes, goes.cumsum() - 1, -1)
+        messages.tokens[:, rank] = goes.sum()
+        if local <= messages.routes.shape[1]:
+            if num_topk:
+                counts = np.bincount(index[valid], minlength=num_experts)
+            else:
+                counts = at(given_expert_counts, np.int32, num_experts)
+            messages.routes[rank, :local] = counts[rank * local : (rank + 1) * local]
+
+
+def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
+    at(out, np.int64, num_ranks, HEADER_WORDS)[:] = header
+
+
+def routes_to_send(
+    *,
+    topk_idx: int,
+    send_slot: int,
+    messages: Messages,
+    num_tokens: int,
+    num_topk: int,
+    rank: int,
+    starts: int,
+    out: int,
+    stream: int,
+) -> None:
+    ranks = messages.num_ranks
+    sent = messages.tokens[rank].copy()
+    own, sent[rank] = int(sent[rank]), 0
+    first = at(starts, np.int32, 2, ranks)
+    first[0] = np.cumsum(sent) - sent
+    first[0, rank] = sent.sum()
+    first[1] = first[0] + own
+    first[1, rank] = 0
+    rows = at(out, np.int32, int(sent.sum()) + own, 1 + num_topk)
+    index, slots = at(topk_idx, np.int64, num_tokens, num_topk), at(send_slot, np.int32, num_tokens, ranks)
+    for token, destination in np.argwhere(slots >= 0):
+        rows[first[0, destination] + slots[token, destination]] = [token, *index[token]]
+
+
+def place(
+    *,
+    messages: Messages,
+    routes: int,
+    segments: Segments,
+    num_received: int,
+    max_recv: int,
+    max_rows: int,
+    num_topk: int,
+    local_experts: int,
+    alignment: int,
+    rank: int,
+    counted: int,
+    received: int,
+    row_recv: int,
+    stream: int,
+) -> None:
+    ranks = messages.num_ranks
+    rows = at(routes, np.int32, num_received, 1 + num_topk)
+    own = range(segments.own_first, segments.own_first + segments.num_own)
+    order = np.argsort([*own, *(n for n in range(num_received) if n not in own)])  # own rows come first
+    rows = rows[order.astype(np.int64)]
+    counts = messages.routes[:, :local_experts].sum(0)
+    padded = -(-counts // alignment) * alignment * (num_topk > 0)
+    offsets = np.concatenate([[0], padded.cumsum()])
+    at(counted, np.int64, ranks * ranks + 2 * local_experts + 1)[:] = np.concatenate(
+        [messages.tokens.cumsum(0).reshape(-1), counts, offsets]
+    )
+    words, back = at(received, np.int32, max_recv, 1 + 2 * num_topk), at(row_recv, np.int32, max_rows)
+    words[:], back[:] = -1, -1
+    words[:num_received, 0] = rows[:, 0]
+    following = offsets.copy()
+    for n in range(num_received):
+        for k in range(num_topk):
+            expert = rows[n, 1 + k] - rank * local_experts
+            if 0 <= expert < local_experts:
+                words[n, 1 + k], words[n, 1 + num_topk + k] = expert, following[expert]
+                back[following[expert]] = n
+                following[expert] += 1
+
+
+def bits(x: Tensor | None) -> Tensor | None:
+    """For comparisons of every dtype, NaN included."""
+    return None if x is None else x.contiguous().view(torch.uint8) if x.numel() else x
