@@ -10,6 +10,7 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kLoads = 8;  // expert indices of a token that a thread loads at once
 
 __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) {
     __shared__ int warp_sums[kThreads / kWarpSize];
@@ -27,13 +28,20 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
         if (token < args.num_tokens && topk == 0)
             goes = args.given_membership[static_cast<int64_t>(token) * ranks + rank];
         if (token < args.num_tokens) {
-            for (int k = 0; k < topk; ++k) {
-                const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * topk + k] - first_expert;
-                if (expert < 0 || expert >= local_experts) continue;
-                goes = true;
-                if (counted)
-                    atomicAdd(reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert))),
-                              1ull);
+            const int64_t* experts = args.topk_idx + static_cast<int64_t>(token) * topk;
+            for (int first = 0; first < topk; first += kLoads) {
+                int64_t expert[kLoads];
+#pragma unroll
+                for (int u = 0; u < kLoads; ++u) expert[u] = first + u < topk ? experts[first + u] - first_expert : -1;
+#pragma unroll
+                for (int u = 0; u < kLoads; ++u) {
+                    if (expert[u] < 0 || expert[u] >= local_experts) continue;
+                    goes = true;
+                    if (counted)
+                        atomicAdd(
+                            reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert[u]))),
+                            1ull);
+                }
             }
         }
         int all;

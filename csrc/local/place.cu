@@ -1,8 +1,8 @@
 // Place: the last steps of a plan, once the counts of all ranks are known.
 //
-//   routes_to_send  on the source: the token and the experts of each row that is sent. A block for each destination.
-//   place           on the destination: the expert row of each route, by expert, then received row, then top-k
-//   position.
+//   routes_to_send  on the source: the token and the experts of each row that is sent. Some blocks for each
+//   destination. place           on the destination: the expert row of each route, by expert, then received row, then
+//   top-k position.
 //                   A block for each local expert goes over all received rows; one more block writes the counts.
 //
 // Both depend on counts and positions alone, so the order of rows is a function of the routing.
@@ -14,6 +14,7 @@ namespace deepep_moe {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kLoads = 8;  // expert indices of a row that a thread loads at once
 
 // Rows for the ranks before `rank`, except for `own`. All threads of the block call.
 __device__ __forceinline__ int rows_before(const Messages& messages, int own, int rank, int* warp_sums) {
@@ -28,18 +29,19 @@ __global__ void __launch_bounds__(kThreads) routes_to_send_kernel(const __grid_c
     __shared__ int warp_sums[kThreads / kWarpSize];
     const int ranks = args.messages.num_ranks, topk = args.num_topk, destination = blockIdx.x, own = args.rank;
     const int start = rows_before(args.messages, own, destination == own ? ranks : destination, warp_sums);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && blockIdx.y == 0) {
         args.starts[destination] = start;
         args.starts[ranks + destination] =
             destination == own ? 0 : start + static_cast<int>(args.messages.tokens(own, own));
     }
-    for (int token = threadIdx.x; token < args.num_tokens; token += kThreads) {
+    // Consecutive threads write consecutive words.
+    const int64_t words = static_cast<int64_t>(args.num_tokens) * (1 + topk);
+    for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < words; i += gridDim.y * kThreads) {
+        const int token = static_cast<int>(i / (1 + topk)), word = static_cast<int>(i % (1 + topk));
         const int slot = args.send_slot[static_cast<int64_t>(token) * ranks + destination];
         if (slot < 0) continue;
-        int* out = args.out + static_cast<int64_t>(start + slot) * (1 + topk);
-        out[0] = token;
-        for (int k = 0; k < topk; ++k)
-            out[1 + k] = static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * topk + k]);
+        args.out[static_cast<int64_t>(start + slot) * (1 + topk) + word] =
+            word == 0 ? token : static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * topk + word - 1]);
     }
 }
 
@@ -90,7 +92,13 @@ __device__ __forceinline__ void place_expert(const PlaceArgs& args, int expert, 
         int found = 0, all;
         if (n < args.num_received) {
             routes = args.routes + static_cast<int64_t>(args.segments.own_first_row(n)) * (1 + topk) + 1;
-            for (int k = 0; k < topk; ++k) found += routes[k] == global;
+            for (int first_k = 0; first_k < topk; first_k += kLoads) {
+                int expert[kLoads];
+#pragma unroll
+                for (int u = 0; u < kLoads; ++u) expert[u] = first_k + u < topk ? routes[first_k + u] : -1;
+#pragma unroll
+                for (int u = 0; u < kLoads; ++u) found += expert[u] == global;
+            }
         }
         int row = next + block_exclusive_sum(found, warp_sums, all);
         if (found) {
@@ -147,7 +155,9 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
 }  // namespace
 
 cudaError_t launch_routes_to_send(const RoutesToSendArgs& args, cudaStream_t stream) {
-    routes_to_send_kernel<<<args.messages.num_ranks, kThreads, 0, stream>>>(args);
+    const int64_t words = static_cast<int64_t>(args.num_tokens) * (1 + args.num_topk);
+    const int parts = static_cast<int>(max(min((words + kThreads - 1) / kThreads, int64_t{16}), int64_t{1}));
+    routes_to_send_kernel<<<dim3(args.messages.num_ranks, parts), kThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ class Announced:
     phase: Phase
     facts: Mapping[str, Fact]
     began: float
+    receive: Callable[[], Tensor] | None = None
+    """Makes the current stream wait for the headers."""
     headers: Tensor | None = None
     """[R, HEADER_WORDS] int64 on the device; None where calls are not compared."""
     copy: Tensor | None = None
@@ -57,19 +59,24 @@ class Announcements:
         self._thread: threading.Thread | None = None
 
     def begin(self, phase: Phase, facts: Mapping[str, Fact]) -> Announced:
-        """Send the header of a call whose input is good. It is looked after from now on."""
+        """Start to send the header of a call whose input is good. The call is checked from now on."""
         call = Announced(phase, facts, time.monotonic())
         if self._exchange.world_size == 1:
             return call
         if self._compared:
-            call.headers = self._send(phase, self._exchange.header(phase, facts))
-            call.copy, call.arrived = self._copy_to_host(call.headers)
+            call.receive = self._send(phase, self._exchange.header(phase, facts))
         with self._lock:
             self._calls.append(call)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
                 self._thread.start()
         return call
+
+    def receive(self, call: Announced) -> None:
+        """Receive the headers of ``call``. What is enqueued between :meth:`begin` and this runs at the same time."""
+        if call.receive is not None:
+            call.headers, call.receive = call.receive(), None
+            call.copy, call.arrived = self._copy_to_host(call.headers)
 
     def end(self, call: Announced) -> None:
         """The rows of the call have been enqueued on the current stream."""
@@ -81,8 +88,8 @@ class Announcements:
 
         def tell() -> None:
             if self._compared:
-                headers = self._send(phase, self._exchange.header(phase, {}, refused=True))
-                self._exchange.to_host(phase, headers)
+                receive = self._send(phase, self._exchange.header(phase, {}, refused=True))
+                self._exchange.to_host(phase, receive())
 
         self._exchange.break_off(phase, reason, tell)
 
@@ -130,8 +137,8 @@ class Announcements:
 
     # -- on the device -------------------------------------------------------------------------------------------
 
-    def _send(self, phase: Phase, header: list[int]) -> Tensor:
-        """The headers of all ranks, [R, HEADER_WORDS] on the device; nothing waits."""
+    def _send(self, phase: Phase, header: list[int]) -> Callable[[], Tensor]:
+        """Start an exchange of headers; the result gives them, [R, HEADER_WORDS] on the device."""
         exchange = self._exchange
         out = torch.empty((exchange.world_size, HEADER_WORDS), dtype=torch.int64, device=exchange.device)
         extension._C.announce(
@@ -141,7 +148,7 @@ class Announcements:
             stream=extension.current_stream(exchange.device),
         )
         ones = [1] * exchange.world_size
-        return exchange.all_to_all(phase, out, ones, ones)
+        return exchange.start_all_to_all(phase, out, ones, ones)
 
     def _copy_to_host(self, headers: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         copy = torch.empty(headers.shape, dtype=headers.dtype, device="cpu", pin_memory=True)

@@ -351,6 +351,7 @@ class CollectiveOnGPU(CollectiveBackend):
         format = RowFormat.of(x, scales, weights, quantize=wire is not Wire.AS_GIVEN)
         packed = self._buffer(crossing, format)
         pack_rows(x, plan.send_slot, packed, format, starts=starts[0], scales=scales, weights=weights)
+        self._announcements.receive(call)
         arrived = self._exchange_rows("dispatch", packed, crossing)
         self._announcements.end(call)
         by_expert = layout is Layout.BY_EXPERT
@@ -400,6 +401,7 @@ class CollectiveOnGPU(CollectiveBackend):
             apply_weights=apply_weights,
             vectors=None if by_expert or not carried else weights,
         )
+        self._announcements.receive(call)
         arrived = self._exchange_rows("combine", packed, back)
         self._announcements.end(call)
         tokens, summed = sum_packed_rows(
