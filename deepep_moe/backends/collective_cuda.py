@@ -33,7 +33,7 @@ from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Fact, gather
+from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Fact, gather, reason_of, refused_by
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
@@ -232,8 +232,7 @@ class CollectiveOnGPU(CollectiveBackend):
         if self.rank in wrong:
             raise wrong[self.rank]
         if wrong:
-            told = "; ".join(f"rank {rank}: {error}" for rank, error in wrong.items())
-            raise PeerError(f"plan was refused by another rank of the group: {told}")
+            raise refused_by({rank: reason_of(error) for rank, error in wrong.items()}, "plan")
 
     def _room(self, needed: int, what: str, setting: str, limit: int | None) -> int:
         if limit is not None and needed > limit:
