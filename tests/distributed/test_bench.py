@@ -23,7 +23,7 @@ def bench(folder: Path, *arguments: str, module: str = "benchmarks") -> tuple[st
     """Output and tables of one run."""
     file = folder / "bench.json"
     saving = ("--json", str(file), "--markdown", str(folder / "bench.md"), "--plot", str(folder / "bench.png"))
-    output = torchrun(2, "-m", module, *arguments, "--repeats", "2", *saving, env=NO_GPU).stdout
+    output = torchrun(2, "-m", module, *arguments, "--repeats", "2", *saving, env=NO_GPU, timeout=240).stdout
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads(file.read_text())
     assert saved["command"].startswith(f"torchrun --nproc-per-node 2 -m benchmarks {arguments[0]}")
