@@ -135,12 +135,21 @@ class TokenDispatcher(Shared):
         )
 
     def plan(self, topk_idx: Tensor) -> Plan:
-        """Exchange the routing ``topk_idx [T, K]`` without sending tokens yet. Collective.
+        """Exchange the routing without sending tokens yet. Collective.
 
-        Useful where a plan serves several dispatches or is made early; :meth:`dispatch` takes it in place of indices.
+        Useful if one plan serves several dispatches, or is made early.
+
+        Args:
+            topk_idx: [T, K], as for :meth:`dispatch`.
+
+        Returns:
+            A plan that :meth:`dispatch` takes in place of ``topk_idx``, any number of times.
+
+        Raises:
+            InputError, CapacityError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
         plan = self._begin_plan(topk_idx)
-        plan.known_sizes()  # raises here what went wrong
+        plan.known_sizes()  # raises any error of the plan here
         return plan
 
     def _begin_plan(self, topk_idx: Tensor | None) -> Plan:
@@ -154,9 +163,14 @@ class TokenDispatcher(Shared):
         )
 
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
-        """Raise ``error`` and let the other ranks, who are on their way into ``phase``, raise too instead of waiting.
+        """Raise ``error``, and make the other ranks raise it as a PeerError in their next call instead of waiting.
 
-        For layers that check more than a dispatcher does. The phase of a :meth:`dispatch` without a plan is "plan".
+        For layers that find errors of their own between calls of the dispatcher.
+
+        Args:
+            phase: what the other ranks call next: ``"plan"`` (also for a :meth:`dispatch` without a plan),
+                ``"dispatch"`` or ``"combine"``.
+            error: what to raise here.
         """
         try:
             self.backend.refuse(phase, error)
@@ -171,10 +185,14 @@ class TokenDispatcher(Shared):
             topk_idx: [T, K] int32 or int64 experts of each token, -1 for a dropped route; or a plan of this dispatcher.
             topk_weights: [T, K] routing weights, any float type; they travel as fp32.
 
+        Returns:
+            The rows of this rank's experts, on the device and in the dtype of ``x``.
+
         Raises:
-            InputError: an argument of the wrong shape, dtype, device or value (on a GPU values are not looked at).
+            InputError: an argument of the wrong shape, dtype, device or value (values are not checked on a GPU).
             HandleError: a plan of another dispatcher.
             UnsupportedError: forward-mode differentiation, or another transform of torch.func.
+            CapacityError: more rows than fit, with ``capacity_factor`` above 0.
             RankMismatchError, PeerError: ranks disagree (also in what requires gradients), or another rank refused its
                 input or died.
         """
@@ -207,7 +225,7 @@ class TokenDispatcher(Shared):
 
         Raises:
             HandleError: ``dispatched`` comes from a dispatcher with another group or configuration.
-            InputError, RankMismatchError, PeerError: as for :meth:`dispatch`.
+            InputError, UnsupportedError, RankMismatchError, PeerError: as for :meth:`dispatch`.
         """
         try:
             if not isinstance(dispatched, Dispatched):

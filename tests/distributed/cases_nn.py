@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -29,6 +30,7 @@ from deepep_moe.nn import (
     load_balancing_loss,
     prepare_ddp,
 )
+from deepep_moe.overflow import replay_on_overflow
 from tests.distributed.cases_defaults import same_under_other_defaults
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import case
@@ -54,16 +56,22 @@ class DenseMoE(nn.Module):
 
 
 class Net(nn.Module):
-    """A linear layer, two MoE layers, a linear layer."""
+    """A linear layer, MoE layers, a linear layer."""
 
-    def __init__(self, dispatcher: TokenDispatcher | None, checkpointed: bool = False, balance: float = 0.0) -> None:
+    def __init__(
+        self,
+        dispatcher: TokenDispatcher | None,
+        checkpointed: bool = False,
+        balance: float = 0.0,
+        num_layers: int = 2,
+    ) -> None:
         super().__init__()
         torch.manual_seed(11)
         self.checkpointed = checkpointed
         self.first = nn.Linear(HIDDEN, HIDDEN)
         loss = (lambda scores, topk_idx: balance * load_balancing_loss(scores, topk_idx)) if balance else None
         layers = []
-        for index in range(2):
+        for index in range(num_layers):
             router = TopKRouter(HIDDEN, EXPERTS, TOPK, score=("softmax", "sigmoid")[index], balance_loss=loss)
             experts = GroupedExperts(range(EXPERTS) if dispatcher is None else dispatcher.local_experts, HIDDEN, FFN)
             shared = nn.Linear(HIDDEN, HIDDEN) if index else None
@@ -186,6 +194,46 @@ def ddp_gives_the_gradients_of_a_dense_net(group: dist.ProcessGroup) -> None:
             check_gradients(net, dense_gradients(world, steps=3, **options), dispatcher.local_experts.start)
 
 
+@case(ranks=(2,))
+def ddp_sees_through_wrappers(group: dist.ProcessGroup) -> None:
+    """Wrappers that hide their own part of parameter names, and a layer that a net has twice."""
+    rank = dist.get_rank(group)
+    dispatcher = TokenDispatcher(group, EXPERTS, CONFIG)
+    net = Net(dispatcher)
+    net.layers[1].experts.register_buffer("scale", torch.full((1,), float(rank)))
+    for index, layer in enumerate(net.layers):
+        net.layers[index] = checkpoint_wrapper(layer)
+    net.again = net.layers[0]
+    assert len(expert_parameters(net)) == 4
+    wrapped = DDP(prepare_ddp(net))
+    loss_of(wrapped, batch(rank)).backward()
+    expected = dense_gradients(2)
+    for name, p in net.named_parameters():
+        wanted = expected[name.replace("_checkpoint_wrapped_module.", "")]
+        wanted = wanted[dispatcher.local_experts.start :][: len(p)] if ".experts." in name else wanted
+        torch.testing.assert_close(p.grad, wanted, atol=1e-6, rtol=1e-4)
+    assert net.layers[1].experts.scale == rank  # DDP broadcasts other buffers
+    whole = DDP(prepare_ddp(checkpoint_wrapper(Net(dispatcher))))
+    loss_of(whole, batch(rank)).backward()
+    for name, p in whole.module.named_parameters():
+        wanted = expected[name]
+        wanted = wanted[dispatcher.local_experts.start :][: len(p)] if ".experts." in name else wanted
+        torch.testing.assert_close(p.grad, wanted, atol=1e-6, rtol=1e-4)
+
+
+@case(ranks=(2,))
+def an_overflow_is_replayed(group: dist.ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    tight = DispatcherConfig(timeout_seconds=30, capacity_factor=0.25, max_tokens_per_rank=TOKENS)
+    dispatcher = TokenDispatcher(group, EXPERTS, tight)
+    net = Net(dispatcher)
+    replay = replay_on_overflow(net)
+    wrapped = DDP(prepare_ddp(net))
+    loss_of(wrapped, batch(rank)).backward()
+    assert replay.replays > 0
+    check_gradients(wrapped, dense_gradients(2), dispatcher.local_experts.start)
+
+
 @case(ranks=(1, 2, 4))
 def fsdp2_gives_the_gradients_of_a_dense_net(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -297,14 +345,14 @@ def a_compiled_net_trains_the_same(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     dispatcher = TokenDispatcher(group, EXPERTS, CONFIG)
     compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
-    net, x = DDP(prepare_ddp(compiled(Net(dispatcher)))), batch(rank)
+    net, x = DDP(prepare_ddp(compiled(Net(dispatcher, num_layers=1)))), batch(rank)
     out = net(x)
-    torch.testing.assert_close(out, Net(dispatcher)(x))
+    torch.testing.assert_close(out, Net(dispatcher, num_layers=1)(x))
     out.square().mean().backward()
-    check_gradients(net, dense_gradients(world), dispatcher.local_experts.start)
+    check_gradients(net, dense_gradients(world, num_layers=1), dispatcher.local_experts.start)
     torch._dynamo.reset()  # the check is made while a graph is traced
     with raises(Exception, "a DistributedDataParallel that includes parameters of experts"):
-        DDP(compiled(Net(dispatcher)))(x)
+        DDP(compiled(Net(dispatcher, num_layers=1)))(x)
 
 
 @case(ranks=(1, 2))
