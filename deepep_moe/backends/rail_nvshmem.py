@@ -23,7 +23,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import enter_stream
 from deepep_moe.errors import CapacityError, HandleError, PeerError, PeerTimeoutError
 
-_LEAST_BYTES = 1 << 20  # of memory that is taken at once
+_LEAST_BYTES = 64 << 10  # of a region
 _GATHER, _MOVE = 0, 2  # the first region of each kind of operation
 _WORD_BYTES = 8
 _kept_alive: list[Tensor] = []  # of rails that were dropped while a CUDA graph or a pending kernel may still use them

@@ -1,19 +1,30 @@
-"""Cases of starting NVSHMEM over groups, with a library that only counts PEs. Own module: each case has a new process
-state, as far as deepep_moe keeps one."""
+"""Cases of NVSHMEM over groups without NVSHMEM: a stand-in for deepep_moe._nvshmem that numbers PEs, and one whose puts
+are messages between processes, so that everything but the kernels runs on CPUs."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from deepep_moe import DispatcherConfig, nvshmem
+from deepep_moe import Buffer, DispatcherConfig, nvshmem
+from deepep_moe.backends import rail_nvshmem
+from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.errors import CapacityError, PeerTimeoutError, RankMismatchError, UnsupportedError
-from tests.distributed.cases_dispatcher import raises
+from tests.distributed.cases_dispatcher import raises, random_batch
+from tests.distributed.cases_nodes import CUTS, both, compare
 from tests.launch import case
 
 MIB = 1 << 20
@@ -157,3 +168,146 @@ def a_start_that_does_not_return_is_a_timeout(group: dist.ProcessGroup) -> None:
         assert time.monotonic() - began < 8
         with raises(UnsupportedError, "rank 0, 1: initialising NVSHMEM did not end"):
             nvshmem.initialize(group, CPU, config)
+
+
+def memory_at(address: int, num_bytes: int) -> Tensor:
+    """``[num_bytes]`` uint8."""
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+
+class Messages(Library):
+    """Puts as messages over the rail's group: what csrc/nvshmem/rail.cu does, without signals."""
+
+    MAX_CHUNKS, RAIL_REGIONS, RAIL_STATE_BYTES, RAIL_FAILURE_WORDS = 8, 4, 64, 5
+    RailPhase = IntEnum("RailPhase", ["START", "ROWS", "GIVEN_UP"], start=0)
+    RailArgs = RailChunk = SimpleNamespace
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group: dist.ProcessGroup | None = None
+        self.memory = torch.zeros(0, dtype=torch.uint8, device="cpu")
+        self.begun: list[int] = []
+        self.on_the_way: list[Any] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        self.memory = torch.full((num_bytes,), 77, dtype=torch.uint8, device="cpu")
+        return self.memory.data_ptr()
+
+    def rail_signal_bytes(self, num_ranks: int) -> int:
+        return 64 * num_ranks
+
+    def rail_begin(self, args: Any, stream: int) -> None:
+        for work, _ in self.on_the_way:
+            work.wait()
+        self.on_the_way.clear()
+        self.begun.append(args.region)
+
+    def rail_put(self, args: Any, chunk: Any, stream: int) -> None:
+        block = chunk.block_rows * chunk.row_bytes
+        for number, rank in enumerate(self.peers(args)):
+            rows = memory_at(chunk.sent + number * block, block).clone()
+            used = chunk.block_rows
+            if chunk.used:
+                used = int(memory_at(chunk.used + 4 * rank, 4).view(torch.int32))
+                assert 0 <= used <= chunk.block_rows
+            rows[used * chunk.row_bytes :] = 255  # what nobody may read
+            assert self.group is not None
+            self.on_the_way.append((self.group.send([rows], rank, self.tag(args, chunk)), rows))
+
+    def rail_wait(self, args: Any, chunk: Any, stream: int) -> None:
+        block = chunk.block_rows * chunk.row_bytes
+        for number, rank in enumerate(self.peers(args)):
+            assert self.group is not None
+            self.group.recv([memory_at(chunk.received + number * block, block)], rank, self.tag(args, chunk)).wait()
+
+    def rail_give_up(self, args: Any, stream: int) -> None:
+        raise AssertionError("nobody gives up in these cases")
+
+    @staticmethod
+    def tag(args: Any, chunk: Any) -> int:
+        return int(args.region) * 8 + int(chunk.chunk) + 1000
+
+    @staticmethod
+    def peers(args: Any) -> list[int]:
+        return [rank for rank in range(args.num_ranks) if rank != args.rank]
+
+
+@contextmanager
+def nodes_by_messages(library: Messages) -> Iterator[None]:
+    def zeros(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return torch.empty(*sizes, **options).zero_()  # no GPU, no pinned memory
+
+    with (
+        process(library),
+        mock.patch.object(nvshmem, "tensor_at", lambda address, num_bytes, device: memory_at(address, num_bytes)),
+        mock.patch.object(rail_nvshmem, "enter_stream", return_value=0),
+        mock.patch.object(torch, "zeros", zeros),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+    ):
+        yield
+
+
+@case(ranks=(2, 4))
+def rows_cross_as_over_other_transports(group: dist.ProcessGroup) -> None:
+    for cut in CUTS[dist.get_world_size(group)]:
+        library = Messages()
+        with nodes_by_messages(library):
+            config = {"rail_chunk_bytes": 700, "rail": "nvshmem", "nvshmem_bytes": 16 * MIB, "timeout_seconds": 30}
+            reference, nodes = both(group, cut, **config)
+            assert isinstance(nodes, HierarchicalBackend) and nodes.rail.name == "nvshmem"
+            library.group = nodes.rail._peers.group  # type: ignore[attr-defined]
+            nodes._planner.defers = True  # as on GPUs
+            for step, tokens in enumerate((0, 9, 23)):  # memory grows
+                own = tokens * (1 + nodes.rank) // nodes.world_size
+                experts = 2 * nodes.world_size
+                seed = 100 * step + nodes.rank
+                x, topk_idx, weights = random_batch(seed, own, 128, 3, experts, torch.bfloat16, dropped=0.2)
+                limits = {"max_recv": 23 * nodes.world_size, "max_rows": 69 * nodes.world_size + 30}
+                for sizes in ({}, limits) if tokens == 23 else ({},):
+                    plans = tuple(b.plan(topk_idx, experts, alignment=4, **sizes) for b in (reference, nodes))
+                    compare(reference, nodes, plans, x.detach(), weights.detach())
+            # gathers alternate between two regions, moves between the other two
+            for regions in ([r for r in library.begun if r < 2], [r for r in library.begun if r >= 2]):
+                assert all(one != other for one, other in pairwise(regions))
+            nodes.close()
+            assert nvshmem._world is not None
+            signals = 64 * nodes.nodes.count
+            assert sum(size for _, size in nvshmem._world.free) == 16 * MIB - max(signals, nvshmem.PART_ALIGNMENT)
+            with pytest.raises(Exception, match="closed"):
+                nodes.plan(topk_idx, experts)
+
+
+@case(ranks=(2,))
+def programs_for_deepep_size_the_memory(group: dist.ProcessGroup) -> None:
+    """num_rdma_bytes of Buffer is symmetric memory, and the calls for several nodes use it."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    settings = {"BACKEND": "hierarchical", "RAIL": "nvshmem", "RANKS_PER_NODE": "1", "NVSHMEM_BYTES": str(MIB)}
+    library = Messages()
+    with (
+        nodes_by_messages(library),
+        mock.patch.dict(os.environ, {f"DEEPEP_MOE_{name}": value for name, value in settings.items()}),
+    ):
+        buffer = Buffer(group, num_rdma_bytes=3 * MIB)
+        assert library.memory.numel() == 3 * MIB
+        nodes = buffer._backend
+        assert isinstance(nodes, HierarchicalBackend)
+        library.group = nodes.rail._peers.group  # type: ignore[attr-defined]
+        x, topk_idx, weights = random_batch(rank, 17, 64, 2, 2 * ranks, torch.bfloat16)
+        x, weights = x.detach(), weights.detach()
+        *_, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 2 * ranks)
+        assert torch.equal(per_node, in_rank.sum(0, dtype=torch.int32))
+        rows, _, row_weights, _, handle, _ = buffer.internode_dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=weights,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+        back, back_weights, _ = buffer.internode_combine(rows, handle, row_weights)
+        torch.testing.assert_close(back, x * in_rank.sum(1, keepdim=True))
+        torch.testing.assert_close(back_weights, weights)
+        nodes.close()
+        buffer.destroy()
