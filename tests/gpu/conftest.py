@@ -23,6 +23,10 @@ import torch.distributed as dist
 from deepep_moe import Buffer
 
 TIMEOUT_SECONDS = 30.0
+if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+    # NVSHMEM between GPUs of one host needs no network card and no NVLink multicast.
+    os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
 
 @dataclass(frozen=True)

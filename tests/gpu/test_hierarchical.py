@@ -28,9 +28,6 @@ pytestmark = pytest.mark.skipif(
     or int(os.environ.get("WORLD_SIZE", "1")) > torch.cuda.device_count(),
     reason="needs two or four ranks with a GPU each",
 )
-# No network card is needed between GPUs of one host, and no NVLink multicast.
-os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 RAILS = [
     "nccl",
     pytest.param(

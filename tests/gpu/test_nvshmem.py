@@ -25,10 +25,6 @@ from tests.gpu import lost_rank
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
 
-# No network card is needed between GPUs of one host, and no NVLink multicast.
-os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
-os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
-
 pytestmark = [
     pytest.mark.skipif(int(os.environ.get("WORLD_SIZE", "1")) < 2, reason="needs two ranks or more"),
     pytest.mark.skipif(nvshmem.why_missing() is not None, reason=str(nvshmem.why_missing())),
