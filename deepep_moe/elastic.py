@@ -204,6 +204,7 @@ class ElasticBuffer(Shared):
             topk_idx: [T, K] int32 or int64, -1 = dropped route. Needs ``num_experts``; not together with ``handle``.
             topk_weights: [T, K] float32; allowed with ``handle`` too.
             cumulative_local_expert_recv_stats: [L] integers; the rows of each local expert are added to it.
+            num_experts: E, a multiple of R; needed with ``topk_idx``.
             num_max_tokens_per_rank: upper bound on T, equal on all ranks; a batch with more tokens is an InputError.
                 Default: the buffer's, which is a bound with ``do_cpu_sync=False`` only.
             expert_alignment: groups of the expert layout are padded with zero rows to a multiple; default 1.
