@@ -122,6 +122,7 @@ def test_fp8_wants_whole_blocks_of_channels(setting: str, monkeypatch: pytest.Mo
     monkeypatch.setenv(f"DEEPEP_MOE_{setting}", "1")
     config(hidden_size=96)  # FP32 tokens travel as they are
     config(hidden_size=256, params_dtype=torch.bfloat16)
+    config(hidden_size=96, params_dtype=torch.bfloat16, num_moe_experts=None)  # no experts, nothing is sent
     with pytest.raises(
         ConfigError, match=r"hidden_size = 96 with moe_token_dispatcher_type = 'deepep'.* multiple of 128"
     ):
