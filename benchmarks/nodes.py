@@ -112,10 +112,10 @@ def own_cost_table(world: World, shape: Shape, size: int, repeats: int, done: Ca
         "one node. Results are not compared.",
     ]
     table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, notes)
-    found = []
+    found, group = [], dist.group.WORLD
+    assert group is not None
     for name in ("nvlink", "hierarchical"):
-        assert dist.group.WORLD is not None  # made by ranks_of_this_run
-        if why_not(name, dist.group.WORLD, world.device) is None:
+        if why_not(name, group, world.device) is None:
             build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
             found.append(
                 Candidate(f"{name} {_WITHOUT_TRANSFER.get(name, '')}".strip(), partial(_without_transfer, build))

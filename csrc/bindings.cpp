@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
     bind_enumerations(m);
     bind_domain(m);
     bind_local(m);
+    bind_nodes(m);
     bind_throughput(m);
     bind_bench(m);
     bind_latency(m);

@@ -5,6 +5,7 @@
 
 namespace deepep_moe {
 
+void bind_nodes(pybind11::module_& m);
 void bind_local(pybind11::module_& m);
 void bind_throughput(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);

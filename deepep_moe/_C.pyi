@@ -364,6 +364,123 @@ class ThroughputEngine:
 def fill_peers(targets: list[int], num_bytes: int, num_blocks: int, stream: int) -> None:
     """Store ``num_bytes`` (a multiple of 16) to every address, all at once; for measuring the link."""
 
+# -- plans of several nodes -------------------------------------------------------------------------------------------
+
+class NodeMap:
+    """Nodes and rails as one rank sees them, with addresses of int64 arrays. Its methods launch kernels (csrc/nodes)."""
+
+    def __init__(
+        self,
+        *,
+        node_of: int,
+        place_of: int,
+        rail_members: int,
+        rail_nodes: int,
+        runs: int,
+        num_ranks: int,
+        num_nodes: int,
+        node_size: int,
+        rank: int,
+        node: int,
+        place: int,
+        rail_rank: int,
+    ) -> None: ...
+    def summarize(
+        self,
+        *,
+        topk_idx: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        max_recv: int,
+        max_rows: int,
+        summary: int,
+        send_slot: int,
+        send_position: int,
+        stream: int,
+    ) -> None: ...
+    def digest(
+        self,
+        *,
+        table: int,
+        stride: int,
+        num_experts: int,
+        alignment: int,
+        counted: int,
+        moved: int,
+        sent: int,
+        received: int,
+        rail_tokens: int,
+        stream: int,
+    ) -> None: ...
+    def batch(
+        self,
+        *,
+        told: int,
+        bad: int,
+        room: int,
+        num_topk: int,
+        num_experts: int,
+        routes: int,
+        recv_position: int,
+        stream: int,
+    ) -> None: ...
+    def place(
+        self,
+        *,
+        table: int,
+        stride: int,
+        node_received: int,
+        node_counted: int,
+        moved: int,
+        num_recv: int,
+        num_rows: int,
+        room: int,
+        num_topk: int,
+        local_experts: int,
+        received: int,
+        row_recv: int,
+        arrived: int,
+        stream: int,
+    ) -> None: ...
+    def parts(
+        self,
+        *,
+        num_tokens: int,
+        num_recv: int,
+        num_topk: int,
+        room: int,
+        chunks: int,
+        exact: bool,
+        most_of_share: int,
+        by_expert: bool,
+        sent: int,
+        received: int,
+        rail_tokens: int,
+        send_position: int,
+        recv_position: int,
+        slots: int,
+        node_counted: int,
+        counted_size: int,
+        experts: int,
+        experts_stride: int,
+        arrived: int,
+        batch_counts: int,
+        arrived_counts: int,
+        send_moves: int,
+        recv_moves: int,
+        recv_starts: int,
+        send_used: int,
+        recv_used: int,
+        send_rows: int,
+        home_rows: int,
+        counted: int,
+        own_slots: int,
+        chunk_slots: int,
+        placed: int,
+        stream: int,
+    ) -> None: ...
+
 # -- the latency engine -----------------------------------------------------------------------------------------------
 
 class LatencyArena:

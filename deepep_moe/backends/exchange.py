@@ -351,6 +351,8 @@ class Exchange:
         """Leave an operation that the peers are in: they are told why. ``tell`` lets them look for the reason now."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # nothing runs, so nobody waits
         with self._state.lock:
             roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
             with suppress(DeepEPMoEError):

@@ -49,14 +49,14 @@ from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact
 from deepep_moe.backends.hierarchical_counts import SHARES, Geometry
 from deepep_moe.backends.hierarchical_parts import Parts
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way
-from deepep_moe.backends.hierarchical_planner import Planner, Request
+from deepep_moe.backends.hierarchical_planner import Moving, Planner, Request
 from deepep_moe.backends.local import RowFormat, expand_rows, pack_rows, sum_packed_rows
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Blocks, Rail, TorchRail
 from deepep_moe.backends.rail_nvshmem import NvshmemRail
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import HandleError, InputError, PeerError
+from deepep_moe.errors import HandleError, InputError
 from deepep_moe.extension import VECTOR_BYTES
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from deepep_moe.shared import Shared
@@ -95,6 +95,7 @@ class HierarchicalBackend(Shared):
         self.engine: Backend = engine(groups.node, device, replace(config, check_agreement=False))
         self._known: set[tuple[Phase, str]] = set()
         self._history = 0
+        self._moving = Moving(self._exchange, self.rail, self._node)
         self._planner = Planner(
             self._geometry,
             Geometry(self.nodes, groups, torch.device("cpu")),
@@ -395,19 +396,6 @@ class HierarchicalBackend(Shared):
                 agreement.facts = mine.facts
             self._known.add(formats)
         self._history = zlib.crc32(f"{formats}{mine.facts['plan']}".encode(), self._history)
-
-    @contextmanager
-    def _moving(self, phase: Phase) -> Iterator[None]:
-        """Wrap what follows an agreement: whoever waits for this rank, in its node, its rail or the group, is told when
-        it fails."""
-        try:
-            yield
-        except Exception as error:
-            reason = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
-            self._open().break_off(phase, reason)
-            self.rail.break_off(phase, reason)
-            self._node.break_off(phase, reason)
-            raise
 
 
 def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:

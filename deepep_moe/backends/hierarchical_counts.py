@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from deepep_moe.backends.checks import overflow_text
 from deepep_moe.backends.exchange import reason_of, refused_by
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError
+from deepep_moe.extension import _C, why_not_on
 from deepep_moe.topology import NodeGroups, Nodes
 
 SHARES = 8
 """The tokens of a rank are counted in this many shares of consecutive tokens: a chunk is one or more of them."""
+# Summaries begin with these. An index below -1 or beyond the experts is marked by 1 more than it, no such index by 0.
 _TOKENS, _LOWEST, _HIGHEST, _MAX_RECV, _MAX_ROWS, _NUM_HEAD = range(6)
 _NO_LIMIT = 2**31 - 1
 
@@ -47,6 +50,22 @@ class Geometry:
         self.rail_members = self.tensor(self.rail_ranks)
         """[N] ranks of the rail."""
         self.none_bad = torch.zeros(1, dtype=torch.int32, device=device)
+        self.kernels: _C.NodeMap | None = None
+        """The kernels of csrc/nodes on these nodes, where the extension serves the device."""
+        if why_not_on(device) is None:
+            self.kernels = _C.NodeMap(
+                num_ranks=self.num_ranks,
+                num_nodes=self.num_nodes,
+                node_size=self.node_size,
+                rank=nodes.rank,
+                node=nodes.node,
+                place=nodes.place,
+                rail_rank=self.rail_rank,
+                **{
+                    name: getattr(self, name).data_ptr()
+                    for name in ("node_of", "place_of", "rail_members", "rail_nodes", "runs")
+                },
+            )
 
     def tensor(self, values: list[int] | tuple[int, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device="cpu").to(self.device)
@@ -115,38 +134,107 @@ def share_of(token: Tensor, num_tokens: Tensor | int) -> Tensor:
     return torch.div(token * SHARES, num_tokens.clamp(min=1), rounding_mode="floor")
 
 
-def summarize(
+class Counted(NamedTuple):
+    """A batch, counted on this rank alone."""
+
+    summary: Tensor
+    """[words] int64: what this rank tells all ranks. The number of tokens, marks of expert indices that do not exist,
+    the limits, tokens for each rank [R], tokens for each node and share [N, SHARES], routes to each expert [E]."""
+    send_slot: Tensor
+    """[T, R] int32: the number of each token among those for a rank, or -1."""
+    send_position: Tensor
+    """[T, N] int32: the same for the ranks of the rail; -1 for this rank."""
+
+
+def count(
+    geometry: Geometry,
+    topk_idx: Tensor,
+    num_experts: int,
+    in_rank: Tensor | None,
+    num_tokens_per_expert: Tensor | None,
+    max_recv: int | None,
+    max_rows: int | None,
+) -> Counted:
+    """Count a batch, without a host wait. Without routes, ``in_rank [T, R]`` and counts of the experts are given."""
+    limits = [_NO_LIMIT if limit is None else limit for limit in (max_recv, max_rows)]
+    (tokens, topk), device = topk_idx.shape, geometry.device
+    if geometry.kernels is None or not topk:
+        if in_rank is None:
+            in_rank = geometry.in_ranks(topk_idx, num_experts)
+        return _count_by_operators(geometry, topk_idx, num_experts, in_rank, num_tokens_per_expert, limits)
+    counted = Counted(
+        torch.zeros(geometry.summary_words(num_experts), dtype=torch.int64, device=device),
+        torch.empty((tokens, geometry.num_ranks), dtype=torch.int32, device=device),
+        torch.empty((tokens, geometry.num_nodes), dtype=torch.int32, device=device),
+    )
+    geometry.kernels.summarize(
+        topk_idx=topk_idx.data_ptr(),
+        num_tokens=tokens,
+        num_topk=topk,
+        num_experts=num_experts,
+        max_recv=limits[0],
+        max_rows=limits[1],
+        **{name: tensor.data_ptr() for name, tensor in counted._asdict().items()},
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+    return counted
+
+
+def _count_by_operators(
     geometry: Geometry,
     topk_idx: Tensor,
     num_experts: int,
     in_rank: Tensor,
     num_tokens_per_expert: Tensor | None,
-    max_recv: int | None,
-    max_rows: int | None,
-) -> Tensor:
-    """What this rank tells all ranks: ``[words]`` int64 on the device. Makes no host wait.
-
-    The number of tokens, the lowest and highest expert index, the limits, tokens for each rank [R], tokens for each
-    node and share [N, SHARES], routes to each expert [E].
-    """
+    limits: list[int],
+) -> Counted:
     device, tokens = geometry.device, topk_idx.shape[0]
     in_node = geometry.in_nodes(in_rank)
     share = share_of(torch.arange(tokens, dtype=torch.int64, device=device), tokens)
     to_node = torch.zeros((SHARES, geometry.num_nodes), dtype=torch.int64, device=device)
     to_node.index_add_(0, share, in_node.long())
-    if num_tokens_per_expert is not None and not topk_idx.shape[1]:
-        to_expert = num_tokens_per_expert.long()
-    else:
-        routes = topk_idx.reshape(-1).long()
+    head = torch.zeros(_NUM_HEAD, dtype=torch.int64, device=device)
+    for word, value in zip((_TOKENS, _MAX_RECV, _MAX_ROWS), (tokens, *limits)):
+        head[word].fill_(value)  # (an assignment would copy from the host, which waits)
+    if topk_idx.shape[1]:
+        routes = topk_idx.reshape(-1)
         good = (routes >= 0) & (routes < num_experts)
         to_expert = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
         to_expert = to_expert.index_add_(0, torch.where(good, routes, num_experts), torch.ones_like(routes))[:-1]
-    limits = [_NO_LIMIT if limit is None else limit for limit in (max_recv, max_rows)]
-    head = torch.full((_NUM_HEAD,), -1, dtype=torch.int64, device=device)
-    head[_TOKENS], head[_MAX_RECV], head[_MAX_ROWS] = tokens, *limits
-    if topk_idx.numel():
-        head[_LOWEST], head[_HIGHEST] = topk_idx.amin(), topk_idx.amax()
-    return torch.cat([head, in_rank.sum(0), to_node.t().reshape(-1), to_expert])
+        if tokens:
+            head[_LOWEST] = (routes.amin() + 1).clamp(max=0)
+            head[_HIGHEST] = torch.where(routes.amax() >= num_experts, routes.amax() + 1, 0)
+    else:
+        assert num_tokens_per_expert is not None
+        to_expert = num_tokens_per_expert.long()
+    crossing = in_node[:, geometry.rail_nodes]
+    crossing[:, geometry.rail_rank].fill_(False)
+    return Counted(
+        torch.cat([head, in_rank.sum(0), to_node.t().reshape(-1), to_expert]),
+        positions(in_rank, 0),
+        positions(crossing, 0),
+    )
+
+
+def positions(marks: Tensor, dim: int) -> Tensor:
+    """The number of each set mark among those along ``dim``, or -1: int32."""
+    return torch.where(marks, marks.cumsum(dim, dtype=torch.int32) - 1, -1).to(torch.int32)
+
+
+class Digest(NamedTuple):
+    """What plans need of the counts of all ranks; int64 on the device."""
+
+    counted: Tensor
+    """``Plan.counted`` of this rank."""
+    moved: Tensor
+    """[R, 1 + L] how far the rows of each source rank move from the order of the node's plan to that of the protocol:
+    among all rows, and within the rows of each local expert."""
+    sent: Tensor
+    """[N, SHARES] tokens of this rank for each rank of its rail, by share."""
+    received: Tensor
+    """[N, SHARES] tokens of each rank of the rail for this rank."""
+    rail_tokens: Tensor
+    """[N] tokens of each rank of the rail."""
 
 
 class Counts:
@@ -188,21 +276,65 @@ class Counts:
         """[R] expert rows that each rank gets, padding included."""
         return self.padded.sum(1) if self.has_routes else torch.zeros_like(self.received)
 
-    def counted(self) -> Tensor:
-        """``Plan.counted`` of this rank."""
-        me = self.geometry.nodes.rank
-        offsets = torch.zeros(self.padded.shape[1] + 1, dtype=torch.int64, device=self.table.device)
+    @cached_property
+    def digest(self) -> Digest:
+        """What plans need of the counts, on the device."""
+        if self.geometry.kernels is None or not self.has_routes:
+            return self._digest_by_operators()
+        ranks, nodes, local = (
+            self.geometry.num_ranks,
+            self.geometry.num_nodes,
+            self.num_experts // self.geometry.num_ranks,
+        )
+
+        def longs(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int64, device=self.table.device)
+
+        digest = Digest(
+            counted=longs(ranks * ranks + 2 * local + 1),
+            moved=longs(ranks, 1 + local),
+            sent=longs(nodes, SHARES),
+            received=longs(nodes, SHARES),
+            rail_tokens=longs(nodes),
+        )
+        self.geometry.kernels.digest(
+            table=self.table.data_ptr(),
+            stride=self.table.stride(0),
+            num_experts=self.num_experts,
+            alignment=self.alignment,
+            **{name: tensor.data_ptr() for name, tensor in digest._asdict().items()},
+            stream=torch.cuda.current_stream(self.table.device).cuda_stream,
+        )
+        return digest
+
+    def _digest_by_operators(self) -> Digest:
+        """The rows of one source rank are a run in the order of the node's plan and in that of the protocol, and so are
+        those of a source rank and an expert: a run moves as a whole, and nothing needs to be sorted."""
+        geometry, me, device = self.geometry, self.geometry.nodes.rank, self.table.device
+        offsets = torch.zeros(self.padded.shape[1] + 1, dtype=torch.int64, device=device)
+        runs = self.to_rank[:, me : me + 1]  # of rows, then of each local expert
         if self.has_routes:
             offsets[1:] = self.padded[me].cumsum(0)
-        return torch.cat([self.to_rank.cumsum(0).reshape(-1), self.routes.view_as(self.padded)[me], offsets])
+            runs = torch.cat([runs, self.to_expert.view(geometry.num_ranks, geometry.num_ranks, -1)[:, me]], dim=1)
+        in_order = runs[geometry.runs]
+        moved = torch.empty_like(runs)
+        moved[geometry.runs] = in_order - in_order.cumsum(0)
+        sent, received = self.crossing()
+        return Digest(
+            counted=torch.cat([self.to_rank.cumsum(0).reshape(-1), self.routes.view_as(self.padded)[me], offsets]),
+            moved=moved + runs.cumsum(0) - runs,
+            sent=sent,
+            received=received,
+            rail_tokens=self.tokens[geometry.rail_members],
+        )
 
     def crossing(self) -> tuple[Tensor, Tensor]:
         """[N, SHARES] tokens of this rank for each rank of its rail, and of each of them for this rank."""
         geometry = self.geometry
         sent = self.to_node[geometry.nodes.rank][geometry.rail_nodes]
         received = self.to_node[:, geometry.nodes.node][geometry.rail_members]
-        sent[geometry.rail_rank] = 0
-        received[geometry.rail_rank] = 0
+        sent[geometry.rail_rank].fill_(0)
+        received[geometry.rail_rank].fill_(0)
         return sent, received
 
     def most_crossing(self) -> tuple[Tensor, Tensor]:
@@ -222,8 +354,8 @@ class Counts:
         """[R] bool: ranks whose part in this plan is an error."""
         return (
             (self.tokens > most_tokens)
-            | (self.lowest < -1)
-            | (self.highest >= self.num_experts)
+            | (self.lowest != 0)
+            | (self.highest != 0)
             | (self.received > self.max_recv)
             | (self.rows > self.max_rows)
         )
@@ -241,10 +373,10 @@ class Counts:
         return [rank for rank, bad in enumerate(self.bad(most_tokens).tolist()) if bad]
 
     def _problem(self, rank: int, config: DispatcherConfig, most_tokens: int) -> DeepEPMoEError:
-        for expert in (int(self.lowest[rank]), int(self.highest[rank])):
-            if not -1 <= expert < self.num_experts:
+        for mark in (int(self.lowest[rank]), int(self.highest[rank])):
+            if mark:
                 allowed = f"an expert must be -1 (dropped) or 0 to {self.num_experts - 1}"
-                return InputError("topk_idx", expert, allowed)
+                return InputError("topk_idx", mark - 1, allowed)
         tokens = int(self.tokens[rank])
         if tokens > most_tokens:
             return CapacityError(too_many_tokens(rank, tokens, most_tokens))

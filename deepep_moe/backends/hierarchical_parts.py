@@ -6,6 +6,8 @@ part is a plan for the backend of the node, and all parts write into the same ou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -42,19 +44,38 @@ class Parts:
         self._device = geometry.device
         send_sizes = crossing.block_sizes(crossing.sent, chunks, geometry)
         recv_sizes = crossing.block_sizes(crossing.received, chunks, geometry)
-        sent = _Rows(way, way.sent, chunks)
-        received = _Rows(way, way.received, chunks)
-        self.send = [Blocks(sizes, used) for sizes, used in zip(send_sizes, sent.used)]
-        self.recv = [Blocks(sizes, used) for sizes, used in zip(recv_sizes, received.used)]
+        chunk_rows = [sum(sizes) for sizes in recv_sizes]
+        by_expert = layout is Layout.BY_EXPERT
+        if geometry.kernels is not None and plan.num_topk:
+            tables = tables_by_kernels(plan, by_expert, chunks, sum(chunk_rows))
+        else:
+            tables = tables_by_operators(plan, by_expert, chunks, sum(chunk_rows))
+        self.send_rows, self.home_rows = tables.send_rows, tables.home_rows
+        used = (tables.send_used, tables.recv_used)
+        send_used, recv_used = ([None] * chunks if crossing.exact else list(rows.unbind(0)) for rows in used)
+        self.send = [Blocks(*blocks) for blocks in zip(send_sizes, send_used)]
+        self.recv = [Blocks(*blocks) for blocks in zip(recv_sizes, recv_used)]
 
-        token = torch.arange(plan.num_tokens, dtype=torch.int64, device=self._device)
-        chunk = share_of(token, plan.num_tokens) * chunks // SHARES
-        rows = sent.rows(chunk, way.send_position)
-        self.send_rows = rows.to(torch.int32)
-        home = torch.where(rows >= 0, rows + crossing.tokens, -1)
-        home[:, geometry.rail_rank] = token
-        self.home_rows = home[:, geometry.rail_rank_of_node].to(torch.int32).contiguous()
-        self.own, *self.crossing = self._plans(plan, layout, chunks, received, [sum(s) for s in recv_sizes])
+        row_recv = plan.row_recv if by_expert else plan.recv_src_idx.contiguous()
+        no_padding = torch.zeros_like(row_recv)  # the first part zeroes padding
+        ranks, topk = geometry.node_size, (tables.placed.shape[2] - 1) // 2
+        no_routes = torch.zeros((), dtype=torch.int64, device=self._device)
+        rows = [plan.num_tokens, *chunk_rows]
+        slots = [tables.own_slots, *tables.chunk_slots.split(chunk_rows)]
+        self.own, *self.crossing = (
+            TensorPlan(
+                num_experts=(way.node_counted.shape[0] - ranks * ranks) // 2 * ranks,
+                alignment=plan.alignment,
+                identity=(plan.engine, plan.number),
+                topk_idx=no_routes.expand(rows[part], topk),
+                send_slot=slots[part],
+                counted=tables.counted[part],
+                received=tables.placed[part],
+                row_recv=no_padding if part else row_recv,
+                expert_counts_host=None,
+            )
+            for part in range(1 + chunks)
+        )
 
     @classmethod
     def of(cls, plan: HierarchicalPlan, layout: Layout, chunks: int) -> Parts:
@@ -76,88 +97,143 @@ class Parts:
         for tensor in tensors:
             tensor.record_stream(stream)
 
-    @staticmethod
-    def _plans(
-        plan: HierarchicalPlan, layout: Layout, chunks: int, received: _Rows, chunk_rows: list[int]
-    ) -> list[TensorPlan]:
-        """In rank layout every rank has one expert, so to speak, and rows are placed among its rows: the backend of a
-        node knows no other way to be told the order."""
-        way, geometry, tokens = plan.way, plan.way.geometry, plan.way.crossing.tokens
-        device, ranks, nodes, me = geometry.device, geometry.node_size, geometry.num_nodes, geometry.rail_rank
-        parts = 1 + chunks
 
-        # Rows of the batch: the row of the receive buffer, the part and the run of tokens with equal part.
-        token = torch.arange(tokens, dtype=torch.int64, device=device)
-        chunk = share_of(token.unsqueeze(0), way.rail_tokens.unsqueeze(1)).clamp(max=SHARES - 1) * chunks // SHARES
-        rows = received.rows(chunk.t(), way.recv_position.t()).t()  # [N, C]
-        part = chunk + 1
-        part[me] = 0
-        rank = torch.arange(nodes, dtype=torch.int64, device=device)
-        run = (rank.unsqueeze(1) * parts + part).reshape(-1)
-        goes = way.slots >= 0
-        counts = torch.zeros((nodes * parts, ranks), dtype=torch.int64, device=device).index_add_(0, run, goes.long())
-        slots = torch.where(goes, way.slots - _moved(counts, parts)[run], -1).to(torch.int32)
-        own_slots = slots[me * tokens : me * tokens + plan.num_tokens]
-        total = sum(chunk_rows)
-        crossing_slots = torch.full((total + 1, ranks), -1, dtype=torch.int32, device=device)
-        crossing_slots[torch.where(rows >= 0, rows, total).reshape(-1)] = slots
-        crossing_slots[total] = -1
-        goes_to = counts.view(nodes, parts, ranks).sum(0)  # [parts, G]
+class Tables(NamedTuple):
+    """The tensors of :class:`Parts`; P parts, the first of them this rank's own tokens."""
 
-        # Rows that reached this rank.
-        arrived = way.arrived.long()
-        used, place = arrived[:, RUN] >= 0, torch.div(arrived[:, RUN], nodes, rounding_mode="floor")
-        remote = geometry.run_crosses[arrived[:, RUN].clamp(min=0)]
-        part_of = torch.where(remote, arrived[:, SHARE] * chunks // SHARES + 1, 0)
-        run = torch.where(used, arrived[:, RUN] * parts + part_of, ranks * nodes * parts)
-        counts = torch.zeros(ranks * nodes * parts + 1, dtype=torch.int64, device=device)
-        counts = counts.index_add_(0, run, torch.ones_like(run))[:-1]
-        number = torch.arange(run.shape[0], dtype=torch.int64, device=device)
-        moved = torch.cat([_moved(counts.unsqueeze(1), parts)[:, 0], counts.new_zeros(1)])
-        index = torch.where(used, number - moved[run], run.shape[0])
-        counts_between = torch.zeros((parts, ranks, ranks), dtype=torch.int64, device=device)
-        counts_between[:, :, geometry.nodes.place] = counts.view(ranks, nodes, parts).sum(1).t()
-        counts_between[:, geometry.nodes.place, :] = goes_to
-        prefix = counts_between.cumsum(1).view(parts, -1)
-        prefix = torch.where(way.node_counted[0] < 0, -1, prefix)  # a plan that failed on the device
+    send_used: Tensor
+    """[chunks, N] int32: rows used of each block."""
+    recv_used: Tensor
+    """[chunks, N] int32"""
+    send_rows: Tensor
+    home_rows: Tensor
+    counted: Tensor
+    """[P, ...] int64: ``counted`` of each part."""
+    own_slots: Tensor
+    """[T, G] int32: ``send_slot`` of the first part."""
+    chunk_slots: Tensor
+    """[rows of the receive buffer, G] int32: of the others, one after the other."""
+    placed: Tensor
+    """[P, M, 1 + 2 * K] int32: ``received`` of each part. In rank layout every rank has one expert, so to speak, and
+    rows are placed among its rows (K = 1): the backend of a node knows no other way to be told the order."""
 
-        # This rank's own rows are read where they are in the part.
-        starts = torch.cat([received.starts.new_zeros(1), received.starts[:, 0]])  # of each part
-        batch_row = arrived[:, BATCH_INDEX].clamp(min=0)
-        mine = used & (place == geometry.nodes.place)
-        in_part = torch.where(remote, rows.reshape(-1)[batch_row] - starts[part_of], batch_row - me * tokens)
-        source = torch.where(mine, in_part, 0)
-        if layout is Layout.BY_EXPERT:
-            places, experts, row_recv = arrived[:, FIRST_ROUTE:], way.experts, plan.row_recv
-        else:
-            places = arrived[:, POSITION : POSITION + 1]
-            experts, row_recv = torch.zeros_like(places), plan.recv_src_idx.contiguous()
-        entries = torch.cat([source.unsqueeze(1), experts, places], dim=1).to(torch.int32)
-        placed = torch.full((parts, entries.shape[0] + 1, entries.shape[1]), -1, dtype=torch.int32, device=device)
-        placed[part_of, index] = entries
-        placed[:, -1] = -1
 
-        no_padding = torch.zeros_like(row_recv)
-        topk = places.shape[1]
-        plans, first = [], 0
-        for number_of_part in range(parts):
-            own = number_of_part == 0
-            count = plan.num_tokens if own else chunk_rows[number_of_part - 1]
-            plans.append(
-                TensorPlan(
-                    num_experts=(way.node_counted.shape[0] - ranks * ranks) // 2 * ranks,
-                    alignment=plan.alignment,
-                    identity=(plan.engine, plan.number),
-                    topk_idx=torch.zeros((), dtype=torch.int64, device=device).expand(count, topk),
-                    send_slot=own_slots if own else crossing_slots[first : first + count],
-                    counted=torch.cat([prefix[number_of_part], way.node_counted[ranks * ranks :]]),
-                    received=placed[number_of_part, :-1],
-                    row_recv=row_recv if own else no_padding,  # the first part zeroes padding
-                    expert_counts_host=None,
-                )
-            )
-            first += 0 if own else count
-        return plans
+def tables_by_operators(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> Tables:
+    """By PyTorch's operators; ``recv_rows``: of the receive buffer."""
+    way, geometry, tokens = plan.way, plan.way.geometry, plan.way.crossing.tokens
+    device, ranks, nodes, me = geometry.device, geometry.node_size, geometry.num_nodes, geometry.rail_rank
+    parts = 1 + chunks
+    sent, received = _Rows(way, way.sent, chunks), _Rows(way, way.received, chunks)
+
+    token = torch.arange(plan.num_tokens, dtype=torch.int64, device=device)
+    send_rows = sent.rows(share_of(token, plan.num_tokens) * chunks // SHARES, way.send_position)
+    home_rows = torch.where(send_rows >= 0, send_rows + tokens, -1)
+    home_rows[:, me] = token
+
+    # Rows of the batch: the row of the receive buffer, the part and the run of tokens with equal part.
+    token = torch.arange(tokens, dtype=torch.int64, device=device)
+    chunk = share_of(token.unsqueeze(0), way.rail_tokens.unsqueeze(1)).clamp(max=SHARES - 1) * chunks // SHARES
+    rows = received.rows(chunk.t(), way.recv_position.t()).t()  # [N, C]
+    part = chunk + 1
+    part[me].fill_(0)
+    rank = torch.arange(nodes, dtype=torch.int64, device=device)
+    run = (rank.unsqueeze(1) * parts + part).reshape(-1)
+    goes = way.slots >= 0
+    counts = torch.zeros((nodes * parts, ranks), dtype=torch.int64, device=device).index_add_(0, run, goes.long())
+    slots = torch.where(goes, way.slots - _moved(counts, parts)[run], -1).to(torch.int32)
+    chunk_slots = torch.full((recv_rows + 1, ranks), -1, dtype=torch.int32, device=device)
+    chunk_slots[torch.where(rows >= 0, rows, recv_rows).reshape(-1)] = slots
+    goes_to = counts.view(nodes, parts, ranks).sum(0)  # [P, G]
+
+    # Rows that reached this rank.
+    arrived = way.arrived.long()
+    used, place = arrived[:, RUN] >= 0, torch.div(arrived[:, RUN], nodes, rounding_mode="floor")
+    remote = geometry.run_crosses[arrived[:, RUN].clamp(min=0)]
+    part_of = torch.where(remote, arrived[:, SHARE] * chunks // SHARES + 1, 0)
+    run = torch.where(used, arrived[:, RUN] * parts + part_of, ranks * nodes * parts)
+    counts = torch.zeros(ranks * nodes * parts + 1, dtype=torch.int64, device=device)
+    counts = counts.index_add_(0, run, torch.ones_like(run))[:-1]
+    number = torch.arange(run.shape[0], dtype=torch.int64, device=device)
+    moved = torch.cat([_moved(counts.unsqueeze(1), parts)[:, 0], counts.new_zeros(1)])
+    index = torch.where(used, number - moved[run], run.shape[0])
+    between = torch.zeros((parts, ranks, ranks), dtype=torch.int64, device=device)
+    between[:, :, geometry.nodes.place] = counts.view(ranks, nodes, parts).sum(1).t()
+    between[:, geometry.nodes.place, :] = goes_to
+    prefix = between.cumsum(1).view(parts, -1)
+    prefix = torch.where(way.node_counted[0] < 0, -1, prefix)  # a plan that failed on the device
+
+    # This rank's own rows are read where they are in the part.
+    starts = torch.cat([received.starts.new_zeros(1), received.starts[:, 0]])  # of each part
+    batch_row = arrived[:, BATCH_INDEX].clamp(min=0)
+    mine = used & (place == geometry.nodes.place)
+    in_part = torch.where(remote, rows.reshape(-1)[batch_row] - starts[part_of], batch_row - me * tokens)
+    source = torch.where(mine, in_part, 0)
+    places = arrived[:, FIRST_ROUTE:] if by_expert else arrived[:, POSITION : POSITION + 1]
+    experts = way.experts if by_expert else torch.zeros_like(places)
+    entries = torch.cat([source.unsqueeze(1), experts, places], dim=1).to(torch.int32)
+    placed = torch.full((parts, entries.shape[0] + 1, entries.shape[1]), -1, dtype=torch.int32, device=device)
+    placed[part_of, index] = entries
+    return Tables(
+        send_used=sent.used,
+        recv_used=received.used,
+        send_rows=send_rows.to(torch.int32),
+        home_rows=home_rows[:, geometry.rail_rank_of_node].to(torch.int32).contiguous(),
+        counted=torch.cat([prefix, way.node_counted[ranks * ranks :].expand(parts, -1)], dim=1),
+        own_slots=slots[me * tokens : me * tokens + plan.num_tokens],
+        chunk_slots=chunk_slots[:-1],
+        placed=placed[:, :-1],
+    )
+
+
+def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> Tables:
+    """The same in three kernels (csrc/nodes/parts.cu)."""
+    way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
+    ranks, nodes, parts, topk = geometry.node_size, geometry.num_nodes, 1 + chunks, plan.num_topk
+    tokens, counted_size = plan.num_tokens, way.node_counted.shape[0]
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=geometry.device)
+
+    tables = Tables(
+        send_used=ints(chunks, nodes),
+        recv_used=ints(chunks, nodes),
+        send_rows=ints(tokens, nodes),
+        home_rows=ints(tokens, nodes),
+        counted=torch.empty((parts, counted_size), dtype=torch.int64, device=geometry.device),
+        own_slots=ints(tokens, ranks),
+        chunk_slots=ints(recv_rows, ranks).fill_(-1),
+        placed=ints(parts, plan.num_recv, 1 + 2 * topk if by_expert else 3).fill_(-1),
+    )
+    counts = torch.zeros((nodes * parts * ranks * 2,), dtype=torch.int32, device=geometry.device)
+    batch_counts, arrived_counts = counts.chunk(2)
+    send_moves, recv_moves, recv_starts = ints(chunks, nodes), ints(chunks, nodes), ints(chunks)
+    assert geometry.kernels is not None
+    geometry.kernels.parts(
+        num_tokens=tokens,
+        num_recv=plan.num_recv,
+        num_topk=topk,
+        room=crossing.tokens,
+        chunks=chunks,
+        exact=crossing.exact,
+        most_of_share=crossing.most_of_share,
+        by_expert=by_expert,
+        counted_size=counted_size,
+        experts_stride=way.experts.stride(0),
+        **{
+            name: getattr(way, name).data_ptr()
+            for name in ("sent", "received", "rail_tokens", "send_position", "recv_position", "slots", "node_counted")
+        },
+        experts=way.experts.data_ptr(),
+        arrived=way.arrived.data_ptr(),
+        batch_counts=batch_counts.data_ptr(),
+        arrived_counts=arrived_counts.data_ptr(),
+        send_moves=send_moves.data_ptr(),
+        recv_moves=recv_moves.data_ptr(),
+        recv_starts=recv_starts.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in tables._asdict().items()},
+        stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+    )
+    return tables
 
 
 class _Rows:
@@ -170,11 +246,12 @@ class _Rows:
         sizes = by_chunk
         if not exact:
             sizes = torch.full_like(by_chunk, way.crossing.most_of_share * (SHARES // chunks))
-            sizes[:, way.geometry.rail_rank] = 0
+            sizes[:, way.geometry.rail_rank].fill_(0)
         ends = sizes.reshape(-1).cumsum(0).view_as(sizes)
         self.starts = ends - sizes
         """[chunks, N] first row of each block."""
-        self.used: list[Tensor | None] = [None] * chunks if exact else list(by_chunk.to(torch.int32).unbind(0))
+        self.used = by_chunk.to(torch.int32)
+        """[chunks, N] rows used of each."""
 
     def rows(self, chunk: Tensor, position: Tensor) -> Tensor:
         """``chunk [n]`` or ``[n, N]`` and ``position [n, N]`` among all rows for the rank -> row or -1, ``[n, N]``."""

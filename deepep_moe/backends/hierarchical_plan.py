@@ -130,27 +130,46 @@ class Placed:
     arrived: Tensor
 
 
-def place(geometry: Geometry, counts: Counts, node_plan: Plan, tokens: int) -> Placed:
+def place(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
     """The final places of the rows that reach this rank.
-
-    The rows of one source rank are a run in the order of the node's plan and in that of the protocol, and so are those
-    of a source rank and an expert: a run moves as a whole, and nothing needs to be sorted.
 
     Args:
         counts: on the device.
         node_plan: of as many rows as the plan has.
         tokens: C.
     """
-    device, num_recv, num_rows, topk = geometry.device, node_plan.num_recv, node_plan.num_rows, node_plan.num_topk
-    me = geometry.nodes.rank
-    runs = counts.to_rank[:, me : me + 1]  # of rows, then of each local expert
-    if topk:
-        runs = torch.cat([runs, counts.to_expert.view(geometry.num_ranks, geometry.num_ranks, -1)[:, me]], dim=1)
-    in_order = runs[geometry.runs]
-    moved = torch.empty_like(runs)
-    moved[geometry.runs] = in_order - in_order.cumsum(0)
-    moved += runs.cumsum(0) - runs  # [R, 1 + L]
+    if counts.geometry.kernels is None or not node_plan.num_topk:
+        return _place_by_operators(counts, node_plan, tokens)
+    geometry, topk = counts.geometry, node_plan.num_topk
+    placed = Placed(
+        torch.empty((node_plan.num_recv, 1 + 2 * topk), dtype=torch.int32, device=geometry.device),
+        torch.full((node_plan.num_rows,), -1, dtype=torch.int32, device=geometry.device),
+        torch.empty((node_plan.num_recv, FIRST_ROUTE + topk), dtype=torch.int32, device=geometry.device),
+    )
+    assert geometry.kernels is not None
+    geometry.kernels.place(
+        table=counts.table.data_ptr(),
+        stride=counts.table.stride(0),
+        node_received=node_plan.received.data_ptr(),
+        node_counted=node_plan.counted.data_ptr(),
+        moved=counts.digest.moved.data_ptr(),
+        num_recv=node_plan.num_recv,
+        num_rows=node_plan.num_rows,
+        room=tokens,
+        num_topk=topk,
+        local_experts=counts.num_experts // geometry.num_ranks,
+        received=placed.received.data_ptr(),
+        row_recv=placed.row_recv.data_ptr(),
+        arrived=placed.arrived.data_ptr(),
+        stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+    )
+    return placed
 
+
+def _place_by_operators(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
+    geometry, device = counts.geometry, counts.geometry.device
+    num_recv, num_rows, topk = node_plan.num_recv, node_plan.num_rows, node_plan.num_topk
+    moved = counts.digest.moved
     batch_index = node_plan.recv_src_idx.long()
     used, number = batch_index >= 0, torch.arange(num_recv, dtype=torch.int64, device=device)
     handed_on = node_plan.rank_prefix[:, geometry.nodes.place].contiguous()
@@ -165,15 +184,10 @@ def place(geometry: Geometry, counts: Counts, node_plan: Plan, tokens: int) -> P
 
     received = torch.full((num_recv + 1, 1 + 2 * topk), -1, dtype=torch.int32, device=device)
     received[position] = torch.cat([token.unsqueeze(1), expert, rows], dim=1).to(torch.int32)
-    received[num_recv] = -1
+    received[num_recv].fill_(-1)
     row_recv = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=device)
     row_recv[torch.where(rows >= 0, rows, num_rows)] = position.to(torch.int32).unsqueeze(1).expand(-1, topk)
     share = torch.where(used, share_of(token, counts.tokens[source]), 0)
-    about = [torch.where(used, run, -1), share, position, batch_index]
+    about = [torch.where(used, run, -1), share, torch.where(used, position, -1), batch_index]
     arrived = torch.cat([torch.stack(about, dim=1), rows], dim=1).to(torch.int32)
     return Placed(received[:-1], row_recv[:-1], arrived)
-
-
-def positions(marks: Tensor, dim: int) -> Tensor:
-    """The number of each set mark among those along ``dim``, or -1: int32."""
-    return torch.where(marks, marks.cumsum(dim, dtype=torch.int32) - 1, -1).to(torch.int32)

@@ -7,8 +7,8 @@ captured in a CUDA graph. What the device finds wrong with such a plan, the next
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +17,22 @@ from torch import Tensor
 from deepep_moe.backends.base import Backend, Phase, Plan
 from deepep_moe.backends.checks import check_limits, check_plan_inputs
 from deepep_moe.backends.exchange import Exchange, Fact
-from deepep_moe.backends.hierarchical_counts import SHARES, Counts, Crossing, Geometry, summarize, too_many_tokens
-from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way, place, positions
+from deepep_moe.backends.hierarchical_counts import (
+    SHARES,
+    Counted,
+    Counts,
+    Crossing,
+    Geometry,
+    count,
+    positions,
+    too_many_tokens,
+)
+from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way, place
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Rail
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError
+from deepep_moe.errors import CapacityError, PeerError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,45 @@ class Request:
         if isinstance(engine, NVLinkBackend):
             engine._check_limits(self.num_experts // geometry.num_nodes, self.kind[1])
 
-    def routes(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """``[T, K]`` int64 of the plan's own, and ``[T, R]`` bool: the ranks that want each token."""
+    def count(self, geometry: Geometry) -> tuple[Tensor, Counted]:
+        """``[T, K]`` int64, the plan's own, and what this rank counts."""
         if self.topk_idx is not None:
-            topk_idx = self.topk_idx.to(torch.int64, copy=True)
-            return topk_idx, geometry.in_ranks(topk_idx, self.num_experts)
-        assert self.is_token_in_rank is not None
-        tokens = self.is_token_in_rank.shape[0]
-        return torch.empty((tokens, 0), dtype=torch.int64, device=geometry.device), self.is_token_in_rank
+            topk_idx, in_rank = self.topk_idx.to(torch.int64, copy=True).contiguous(), None
+        else:
+            assert self.is_token_in_rank is not None
+            in_rank = self.is_token_in_rank
+            topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=geometry.device)
+        return topk_idx, count(
+            geometry,
+            topk_idx,
+            self.num_experts,
+            in_rank,
+            self.num_tokens_per_expert,
+            self.max_recv,
+            self.max_rows,
+        )
+
+
+class Moving:
+    """Wraps what follows an agreement: whoever waits for this rank, in its node, its rail or the group, is told when it
+    fails.
+
+    Args:
+        lines: over which others may wait for this rank.
+    """
+
+    def __init__(self, *lines: Exchange | Rail) -> None:
+        self._lines = lines
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
+            for line in self._lines:
+                line.break_off(phase, reason)
+            raise
 
 
 @dataclass
@@ -81,7 +121,7 @@ class Planner:
         exchange: of the whole group.
         engine: the backend of this rank's node.
         number: of the backend that the plans belong to.
-        moving: wraps what follows an agreement: if this rank fails there, its peers are told.
+        moving: wraps what follows an agreement.
     """
 
     geometry: Geometry
@@ -91,7 +131,7 @@ class Planner:
     engine: Backend
     config: DispatcherConfig
     number: int
-    moving: Callable[[Phase], AbstractContextManager[None]]
+    moving: Moving
     defers: bool
     """Whether plans of fixed size make no host wait."""
     _experts: int = 0  # of the last plan: all ranks send summaries of so many words
@@ -115,26 +155,23 @@ class Planner:
         without_wait = self.defers and request.max_recv is not None
         known = without_wait and request.kind in self._known
         words = self.words
+        if _capturing(geometry.device) and not known:
+            raise UnsupportedError(
+                "a CUDA graph captures only plans of fixed size of a kind (experts, top-k, alignment) that was planned "
+                "before: set capacity_factor (num_worst_tokens of Buffer) and max_tokens_per_rank, and run once before"
+            )
         with exchange.agreement("plan", compared=not known, words=words) as agreement:
             request.check(geometry, self.engine)
-            topk_idx, in_rank = request.routes(geometry)
+            topk_idx, counted = request.count(geometry)
             if known and topk_idx.shape[0] > self._most_tokens:
                 raise CapacityError(too_many_tokens(geometry.nodes.rank, topk_idx.shape[0], self._most_tokens))
-            summary = summarize(
-                geometry,
-                topk_idx,
-                request.num_experts,
-                in_rank,
-                request.num_tokens_per_expert,
-                request.max_recv,
-                request.max_rows,
-            )
+            summary = counted.summary
             # Until all ranks are known to have as many experts, their summaries differ in size.
             agreement.private = summary if request.num_experts == self._experts else summary.new_zeros(words)
             agreement.facts = self._facts(request, history)
         if known:
             with self.moving("plan"):
-                return self._plan_without_wait(request, summary, topk_idx, in_rank)
+                return self._plan_without_wait(request, topk_idx, counted)
         if request.num_experts != self._experts:
             self._experts = request.num_experts
             with exchange.agreement("plan", words=self.words) as agreement:
@@ -154,7 +191,7 @@ class Planner:
             num_recv = int(counts.received[me]) if request.max_recv is None else request.max_recv
             num_rows = int(counts.rows[me]) if request.max_rows is None else request.max_rows
             on_device = Counts(geometry, agreement.on_device, *request.kind)
-            plan = self._make(crossing, on_device, topk_idx, in_rank, num_recv, num_rows, None)
+            plan = self._make(crossing, on_device, request, topk_idx, counted, num_recv, num_rows, None)
             if not request.fixed:
                 plan.expert_counts_host = counts.routes.view_as(counts.padded)[me].clone()
             return plan
@@ -170,10 +207,10 @@ class Planner:
             "fixed sizes": request.fixed,
         }
 
-    def _plan_without_wait(self, request: Request, summary: Tensor, topk_idx: Tensor, in_rank: Tensor) -> Plan:
+    def _plan_without_wait(self, request: Request, topk_idx: Tensor, counted: Counted) -> Plan:
         """A plan of fixed size, of a kind that all ranks have made before. Where the device finds that it is an error,
         it drops all tokens and makes the sums NaN, until the next plan raises the error."""
-        counts = Counts(self.geometry, self.exchange.tell_all("plan", summary), *request.kind)
+        counts = Counts(self.geometry, self.exchange.tell_all("plan", counted.summary), *request.kind)
         bad = counts.bad(self._most_tokens).any().to(torch.int32).view(1)
         size = tuple(counts.table.shape)
         if size not in self._deferred:
@@ -181,7 +218,7 @@ class Planner:
         self._deferred[size].put(counts.table, request.kind)
         assert request.max_recv is not None
         return self._make(
-            self._most_crossing(), counts, topk_idx, in_rank, request.max_recv, request.max_rows or 0, bad
+            self._most_crossing(), counts, request, topk_idx, counted, request.max_recv, request.max_rows or 0, bad
         )
 
     def _most_crossing(self) -> Crossing:
@@ -202,36 +239,32 @@ class Planner:
         self,
         crossing: Crossing,
         counts: Counts,
+        request: Request,
         topk_idx: Tensor,
-        in_rank: Tensor,
+        counted: Counted,
         num_recv: int,
         num_rows: int,
         bad: Tensor | None,
     ) -> HierarchicalPlan:
         """A plan of sizes that the host knows. Makes no host wait. Where ``bad [1]`` is not 0 nothing moves."""
         geometry, room, topk = self.geometry, crossing.tokens, topk_idx.shape[1]
-        in_node = geometry.in_nodes(in_rank)[:, geometry.rail_nodes]
-        in_node[:, geometry.rail_rank] = False
-
         # Over the rail: the routes of all tokens or, without routes, the ranks that want them.
-        told = topk_idx if topk else in_rank[:, geometry.by_node]
+        told = topk_idx
+        if not topk:
+            assert request.is_token_in_rank is not None
+            told = request.is_token_in_rank[:, geometry.by_node]
         block = torch.full((room, told.shape[1]), -1 if topk else 0, dtype=torch.int32, device=geometry.device)
         block[: told.shape[0]] = told
         batch = self.rail.gather("plan", block).view(geometry.num_nodes * room, told.shape[1])
-        node_plan, here = self._plan_node(batch, counts, topk, num_recv, num_rows, bad)
-        here = here.view(geometry.num_nodes, room)
-        here[geometry.rail_rank] = False
-
-        placed = place(geometry, counts, node_plan, room)
-        sent, received = counts.crossing()
-        position = in_rank.cumsum(0, dtype=torch.int32) - 1
+        node_plan, recv_position = self._plan_node(batch, counts, topk, num_recv, num_rows, bad)
+        placed, digest = place(counts, node_plan, room), counts.digest
         plan = TensorPlan(
             num_experts=counts.num_experts,
             alignment=counts.alignment,
             identity=(self.number, self.exchange.plans),
             topk_idx=topk_idx,
-            send_slot=torch.where(in_rank, position, -1).to(torch.int32),
-            counted=counts.counted(),
+            send_slot=counted.send_slot,
+            counted=digest.counted,
             received=placed.received,
             row_recv=placed.row_recv,
             expert_counts_host=None,
@@ -239,11 +272,11 @@ class Planner:
         way = Way(
             geometry=geometry,
             crossing=crossing,
-            sent=sent,
-            received=received,
-            rail_tokens=counts.tokens[geometry.rail_members],
-            send_position=positions(in_node, 0),
-            recv_position=positions(here, 1),
+            sent=digest.sent,
+            received=digest.received,
+            rail_tokens=digest.rail_tokens,
+            send_position=counted.send_position,
+            recv_position=recv_position,
             slots=node_plan.send_slot,
             node_counted=node_plan.counted,
             experts=node_plan.recv_topk_idx,
@@ -255,17 +288,16 @@ class Planner:
     def _plan_node(
         self, batch: Tensor, counts: Counts, topk: int, num_recv: int, num_rows: int, bad: Tensor | None
     ) -> tuple[Plan, Tensor]:
-        """The node's plan of ``batch [N * C, K or R]``, and which of its tokens this node wants."""
-        geometry, engine = self.geometry, self.engine
+        """The node's plan of ``batch [N * C, K or R]``, and ``[N, C]`` int32: the number of each of its tokens among
+        those of one rank that cross to this rank, or -1."""
+        geometry, engine, room = self.geometry, self.engine, batch.shape[0] // self.geometry.num_nodes
         experts = counts.num_experts // geometry.num_nodes
         if isinstance(engine, NVLinkBackend):
             engine.reserve(batch.shape[0], topk)
         if topk:
-            routes = geometry.expert_in_node(batch.long(), counts.num_experts)
-            if bad is not None:
-                routes = torch.where(bad > 0, -1, routes)
+            routes, position = self._routes_in_node(batch, counts.num_experts, room, bad)
             plan = engine.plan(routes, experts, alignment=counts.alignment, max_recv=num_recv, max_rows=num_rows)
-            return plan, (routes >= 0).any(1)
+            return plan, position
         first = geometry.nodes.node * geometry.node_size
         mine = slice(first, first + geometry.node_size)
         in_rank = batch[:, mine] > (0 if bad is None else bad)
@@ -279,7 +311,34 @@ class Planner:
             max_recv=num_recv,
             max_rows=num_rows,
         )
-        return plan, in_rank.any(1)
+        return plan, self._positions(in_rank.any(1), room)
+
+    def _routes_in_node(self, batch: Tensor, num_experts: int, room: int, bad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[N * C, K]`` int64 experts of the node, and the numbers of the tokens."""
+        geometry = self.geometry
+        if geometry.kernels is None:
+            routes = geometry.expert_in_node(batch.long(), num_experts)
+            if bad is not None:
+                routes = torch.where(bad > 0, -1, routes)
+            return routes, self._positions((routes >= 0).any(1), room)
+        routes = torch.empty(batch.shape, dtype=torch.int64, device=geometry.device)
+        position = torch.empty((geometry.num_nodes, room), dtype=torch.int32, device=geometry.device)
+        geometry.kernels.batch(
+            told=batch.data_ptr(),
+            bad=0 if bad is None else bad.data_ptr(),
+            room=room,
+            num_topk=batch.shape[1],
+            num_experts=num_experts,
+            routes=routes.data_ptr(),
+            recv_position=position.data_ptr(),
+            stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+        )
+        return routes, position
+
+    def _positions(self, here: Tensor, room: int) -> Tensor:
+        here = here.view(self.geometry.num_nodes, room)
+        here[self.geometry.rail_rank].fill_(False)
+        return positions(here, 1)
 
 
 class Deferred:

@@ -101,6 +101,8 @@ class NVLinkBackend(Shared):
 
     @staticmethod
     def why_not_auto(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> str | None:
+        if 0 < config.ranks_per_node < dist.get_world_size(group):
+            return f"ranks_per_node = {config.ranks_per_node} cuts the group into several nodes"
         return None
 
     @property

@@ -18,6 +18,8 @@ from deepep_moe import DispatcherConfig, TokenDispatcher, nvshmem
 from deepep_moe.backends import Layout, Plan, Wire, get_backend
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.backends.hierarchical_parts import Parts
+from deepep_moe.backends.hierarchical_plan import HierarchicalPlan
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
 from deepep_moe.fp8 import quantize_e4m3
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
@@ -124,6 +126,43 @@ def test_random_shapes(ranks: Ranks, nodes: HierarchicalBackend, reference: Coll
         )
         assert_same_plan(*plans)
         compare_moves(nodes, reference, plans, case)
+
+
+def test_kernels_make_the_plans_that_operators_make(ranks: Ranks, nodes: HierarchicalBackend) -> None:
+    geometry = nodes._geometry
+    kernels = geometry.kernels
+    assert kernels is not None
+    for seed, fixed in ((21, {}), (22, {}), (23, {"tokens": 0}), (24, {"tokens": 700}), (25, {"topk": 8})):
+        case = Case.draw(ranks, seed, **{"tokens": 65, "local_experts": 3, **fixed})
+        limits = {"max_recv": 700 * ranks.size, "max_rows": 1 << 18} if seed % 2 else {}
+        topk_idx = case.topk_idx.to(ranks.device)
+        made = []
+        for with_kernels in (True, False, True):
+            geometry.kernels = kernels if with_kernels else None
+            try:
+                plan = nodes.plan(topk_idx, case.num_experts, alignment=case.alignment, **limits)
+                assert isinstance(plan, HierarchicalPlan)
+                parts = [
+                    Parts(plan, layout, chunks) for layout in Layout if case.topk_idx.shape[1] for chunks in (1, 2, 8)
+                ]
+            finally:
+                geometry.kernels = kernels
+            made.append((plan, parts))
+        for plan, parts in made[1:]:
+            for name in ("send_slot", "counted", "received", "row_recv", "expert_counts_host"):
+                assert_same(getattr(made[0][0], name), _cpu(getattr(plan, name)), f"{name}, seed {seed}")
+            for name in ("sent", "received", "rail_tokens", "send_position", "recv_position", "slots", "arrived"):
+                assert_same(getattr(made[0][0].way, name), _cpu(getattr(plan.way, name)), f"{name}, seed {seed}")
+            for mine, theirs in zip(made[0][1], parts, strict=True):
+                for name in ("send_rows", "home_rows"):
+                    assert_same(getattr(mine, name), _cpu(getattr(theirs, name)), f"{name}, seed {seed}")
+                for one, other in zip((mine.own, *mine.crossing), (theirs.own, *theirs.crossing), strict=True):
+                    for name in ("send_slot", "counted", "received", "row_recv"):
+                        assert_same(getattr(one, name), _cpu(getattr(other, name)), f"part's {name}, seed {seed}")
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def test_fixed_sizes(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
