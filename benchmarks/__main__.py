@@ -335,7 +335,9 @@ def nodes(options: Namespace) -> None:
         cases = [(shape, bench_nodes.candidates(world, shape)) for shape in parse_shapes(options.shape, world)]
         layers = parse_layers(options.layer if bench_megatron.megatron_missing(world) is None else [], world)
         in_layers = len(layers) * (1 + len(bench_nodes.BACKENDS))
-        done = run.steps(sum(len(candidates) + 2 for _, candidates in cases) + in_layers)
+        in_tables = sum(len(candidates) + 2 for _, candidates in cases)
+        done = run.steps(len(bench_nodes.NETWORK_MEBIBYTES) + in_tables + in_layers)
+        run.report.add(bench_nodes.network_table(world, size, run.repeats, done))
         for shape, candidates in cases:
             run.report.add(bench_nodes.dispatcher_table(world, shape, size, candidates, run.repeats, done))
             run.report.add(bench_nodes.own_cost_table(world, shape, size, run.repeats, done))

@@ -21,15 +21,17 @@ from benchmarks import dispatcher, megatron_layer
 from benchmarks.candidates import Candidate, Step, measure, with_settings
 from benchmarks.megatron_layer import Layer, megatron_missing
 from benchmarks.ops import Shape, routing
-from benchmarks.report import Table
-from benchmarks.timing import Phases
+from benchmarks.report import Measurement, Table
+from benchmarks.timing import Phases, call_samples
 from deepep_moe.backends import why_not
-from deepep_moe.backends.rail import TorchRail
-from deepep_moe.config import ENV_PREFIX
+from deepep_moe.backends.rail import Blocks, TorchRail
+from deepep_moe.config import ENV_PREFIX, DispatcherConfig
 from deepep_moe.errors import InputError
 from deepep_moe.tools.world import World
+from deepep_moe.topology import find_nodes, node_groups
 
 BACKENDS = ("collective", "hierarchical")
+NETWORK_MEBIBYTES = (16, 64)
 ROWS, FLOOR = "rows across per token", "floor"
 _WITHOUT_TRANSFER = {"nvlink": "over all ranks", "hierarchical": "without rows between nodes"}
 _RANKS_PER_NODE = f"{ENV_PREFIX}RANKS_PER_NODE"
@@ -97,6 +99,30 @@ def dispatcher_table(
         if row.name == "total":
             kind = next(kind for kind in rows if kind in row.setting)
             table.rows[index] = replace(row, details={ROWS: rows[kind], FLOOR: rows["hierarchical"]})
+    return table
+
+
+def network_table(world: World, size: int, repeats: int, done: Callable[[str], None]) -> Table:
+    """How fast rows cross between nodes: an all-to-all over each rail, as the backend makes it. Collective.
+
+    Two sizes give the speed and the time to start, which the model takes (node_model.py).
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    config = DispatcherConfig.load()
+    nodes = find_nodes(group, world.device, config)
+    rail = TorchRail(node_groups(group, nodes).rail, world.device, config)
+    table = Table(f"Network between {nodes.count} nodes of {size}", {"ranks": world.size, "nodes": nodes.count})
+    table.notes.append("Bytes of one rank to all other nodes together, over its rail.")
+    row_bytes = 1 << 14
+    for mebibytes in NETWORK_MEBIBYTES if world.on_gpu else (1,):
+        rows = (mebibytes << 20) // row_bytes // max(1, nodes.count - 1)
+        blocks = Blocks(tuple(0 if rank == dist.get_rank(rail.group) else rows for rank in range(nodes.count)))
+        sent, received = rail.buffers(sum(blocks.sizes), sum(blocks.sizes), row_bytes)
+        move = partial(rail.start, "dispatch", sent, received, blocks, blocks, 0, 1)
+        times = call_samples(world, lambda move=move: move()(), repeats)[0]  # type: ignore[misc]
+        table.rows.append(Measurement("transfer", times, f"{mebibytes} MiB", link_bytes=sent.numel()))
+        done("network")
     return table
 
 

@@ -367,7 +367,7 @@ def fill_peers(targets: list[int], num_bytes: int, num_blocks: int, stream: int)
 # -- plans of several nodes -------------------------------------------------------------------------------------------
 
 class NodeMap:
-    """Nodes and rails as one rank sees them, with addresses of int64 arrays. Its methods launch kernels (csrc/nodes)."""
+    """Nodes and rails as one rank sees them, with addresses of int64 arrays; methods launch kernels (csrc/nodes)."""
 
     def __init__(
         self,

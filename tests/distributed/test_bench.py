@@ -116,7 +116,9 @@ def test_latency(tmp_path: Path) -> None:
 
 def test_nodes(tmp_path: Path) -> None:
     shape, layer = ("--shape", "24,128,2,4"), ("--layer", "64,32,4,2", "--tokens", "16")
-    _, (table, own_cost, *layers) = bench(tmp_path, "nodes", "--ranks-per-node", "1", *shape, *layer)
+    _, (network, table, own_cost, *layers) = bench(tmp_path, "nodes", "--ranks-per-node", "1", *shape, *layer)
+    assert network["title"] == "Network between 2 nodes of 1"
+    assert [(row["setting"], row["link_bytes"]) for row in network["measurements"]] == [("1 MiB", 1 << 20)]
     settings = [f"TokenDispatcher, {name}" for name in ("collective", "hierarchical")]
     if WITH_MEGATRON:
         settings = [
