@@ -32,7 +32,9 @@ from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.decoder import Decoder
 from deepep_moe.errors import HandleError, InputError, UnsupportedError
+from deepep_moe.fp8 import BLOCK
 from deepep_moe.shared import Shared
+from deepep_moe.stats import Statistics
 
 _MOST_ROWS = 2**31 - 1
 
@@ -110,6 +112,7 @@ class TokenDispatcher(Shared):
         check_num_experts(num_experts, self.world_size)
         self.num_experts = operator.index(num_experts)
         self.num_local_experts = self.num_experts // self.world_size
+        self._statistics: Statistics | None = None
         self.capacity_factor, self.least_tokens = self.config.capacity_factor, 0
 
     def use_backend(self, backend: Backend) -> None:
@@ -209,6 +212,10 @@ class TokenDispatcher(Shared):
         if plan is None:
             plan = self._begin_plan(routes)
         rows, weights = ops.dispatch(x, topk_weights, plan, self._backend_number, self.config.fp8_dispatch)
+        if self._statistics is not None and not torch.compiler.is_compiling():
+            as_fp8 = self.config.fp8_dispatch and x.dtype == torch.bfloat16
+            row_bytes = x.shape[1] + 4 * (x.shape[1] // BLOCK) if as_fp8 else x.shape[1] * x.element_size()
+            self._statistics.count(plan, row_bytes + (0 if weights is None else 4 * plan.num_topk))
         return Dispatched(rows, weights, plan)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> Tensor:
@@ -250,6 +257,23 @@ class TokenDispatcher(Shared):
             self.config.fp8_dispatch_grad,
         )
         return tokens
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for a trainer's logs, since the last call. Counting begins with the first call. Local.
+
+        Nothing waits for the device until a tensor is read, except for ``waits`` with ``debug_waits``.
+
+        Returns:
+            ``dispatches``: calls of :meth:`dispatch`. ``tokens``: their tokens.
+            ``load``: [L] int64 tensor, rows of each local expert without padding.
+            ``sent_rows``, ``sent_bytes``: 0-dim tensors, what those calls sent to other ranks; combine and the two
+            backwards each send as many rows again.
+            ``waits``: seconds that this rank has waited since its backend was made: of the host, by phase, on
+            ``collective`` and ``hierarchical``; summed over warps, by peer, on ``nvlink`` with ``debug_waits``.
+        """
+        if self._statistics is None:
+            self._statistics = Statistics(self.rank, self.num_local_experts, self.backend.device)
+        return {**self._statistics.take(), "waits": self.backend.waits()}
 
     def decoder(self, max_tokens_per_rank: int, *, fp8: bool = False) -> Decoder:
         """Dispatch and combine for generation: few tokens, fixed shapes, no host wait. Collective; see decoder.py.

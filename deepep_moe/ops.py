@@ -25,6 +25,7 @@ from torch import Tensor
 from deepep_moe.backends.base import Backend, Backward, Layout, Plan, Wire
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.errors import HandleError
+from deepep_moe.notices import span
 from deepep_moe.row_scaling import scale_rows_gradients
 from deepep_moe.tracing import is_traced
 
@@ -57,13 +58,18 @@ def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, 
         topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
         return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
-    return _backend(backend).plan(
-        topk_idx,
-        num_experts,
-        alignment=alignment,
-        max_recv=None if max_recv == NO_LIMIT else max_recv,
-        max_rows=None if max_rows == NO_LIMIT else max_rows,
-    )
+    return _run_plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
+
+
+def _run_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int) -> Plan:
+    with span("deepep_moe.plan"):
+        return _backend(backend).plan(
+            topk_idx,
+            num_experts,
+            alignment=alignment,
+            max_recv=None if max_recv == NO_LIMIT else max_recv,
+            max_rows=None if max_rows == NO_LIMIT else max_rows,
+        )
 
 
 @torch.library.custom_op("deepep_moe::plan", mutates_args=())
@@ -71,13 +77,7 @@ def plan(
     topk_idx: Tensor, backend: int, num_experts: int, alignment: int, max_recv: int, max_rows: int
 ) -> list[Tensor]:
     """:func:`make_plan` as an operator: the tensors of the plan, without ``topk_idx`` itself."""
-    made = _backend(backend).plan(
-        topk_idx,
-        num_experts,
-        alignment=alignment,
-        max_recv=None if max_recv == NO_LIMIT else max_recv,
-        max_rows=None if max_rows == NO_LIMIT else max_rows,
-    )
+    made = _run_plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
     # Copies, because the outputs of an operator must not share memory.
     return [torch.empty(0, dtype=torch.int64, device="cpu") if t is None else t.clone() for t in made.tensors()[1:]]
 
@@ -162,23 +162,25 @@ def _run_dispatch(
     x: Tensor, weights: Tensor | None, plan: Plan, backend: int, fp8: bool, backward: int
 ) -> tuple[Tensor, Tensor | None]:
     wire = Wire.E4M3_TO_BF16 if fp8 and x.dtype == torch.bfloat16 else Wire.AS_GIVEN
-    sent = _backend(backend).dispatch(
-        plan, x, layout=Layout.BY_EXPERT, wire=wire, weights=weights, backward=Backward(backward)
-    )
+    with span("deepep_moe.dispatch"):
+        sent = _backend(backend).dispatch(
+            plan, x, layout=Layout.BY_EXPERT, wire=wire, weights=weights, backward=Backward(backward)
+        )
     return sent.x, sent.weights
 
 
 def _run_combine(
     rows: Tensor, weights: Tensor | None, plan: Plan, backend: int, apply_weights: bool, backward: int
 ) -> tuple[Tensor, Tensor | None]:
-    back = _backend(backend).combine(
-        plan,
-        rows,
-        layout=Layout.BY_EXPERT,
-        weights=weights,
-        apply_weights=apply_weights,
-        backward=Backward(backward),
-    )
+    with span("deepep_moe.combine"):
+        back = _backend(backend).combine(
+            plan,
+            rows,
+            layout=Layout.BY_EXPERT,
+            weights=weights,
+            apply_weights=apply_weights,
+            backward=Backward(backward),
+        )
     return back.x, back.weights
 
 

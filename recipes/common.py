@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import os
@@ -287,68 +288,55 @@ class ByteText:
 class Adam:
     """AdamW on fp32 copies of the parameters (fp32 parameters are their own copy).
 
-    On a GPU torch.compile makes one kernel of an update: gradient, moments, copy and parameter each cross the memory
-    once. The learning rate rises over ``warmup`` steps and falls to a tenth along a cosine. Weights of one dimension
-    do not decay.
+    NVIDIA Apex's fused Adam where ``apex.optimizers`` can be imported, else torch's fused one. The learning rate
+    rises over ``warmup`` steps and falls to a tenth along a cosine. Weights of one dimension do not decay.
     """
-
-    BETAS, EPSILON = (0.9, 0.95), 1e-8
 
     def __init__(
         self, parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, warmup: int, steps: int
     ) -> None:
         self.parameters = parameters
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in parameters]
-        self.means, self.squares = ([torch.zeros_like(m, requires_grad=False) for m in self.masters] for _ in range(2))
-        self.learning_rate, self.weight_decay, self.warmup, self.steps = learning_rate, weight_decay, warmup, steps
-        on_gpu = parameters[0].is_cuda
-        self.update: Callable[..., None] = self._update
-        if on_gpu:
-            self.update = torch.compile(self._update, dynamic=True)
-        self.name = "AdamW (compiled)" if on_gpu else "AdamW"
+        self.learning_rate, self.warmup, self.steps = learning_rate, warmup, steps
+        groups = [
+            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.inner, self.name = self._make(groups, parameters[0].device)
+
+    @staticmethod
+    def _make(groups: list[dict[str, Any]], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
+        betas = (0.9, 0.95)
+        if device.type == "cuda":
+            try:
+                from apex.optimizers import FusedAdam
+
+                return FusedAdam(groups, betas=betas, adam_w_mode=True), "Apex FusedAdam"
+            except (ImportError, RuntimeError):
+                pass  # not installed, PyPI's unrelated package of that name, or built without its CUDA extension
+        return torch.optim.AdamW(groups, betas=betas, fused=True), "torch AdamW (fused)"
 
     @torch.no_grad()
     def step(self, step: int, gradient_scale: float | Tensor) -> float:
         """Update the parameters from their gradients times ``gradient_scale``; clears them, returns the rate used."""
         rate = self.learning_rate * self._schedule(step)
-        corrections = [1 - beta ** (step + 1) for beta in self.BETAS]
-        numbers = [rate, 1 - rate * self.weight_decay, 1.0, *corrections]
-        scalars = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-        device = self.masters[0].device
-        if device.type == "cuda":
-            scalars = scalars.pin_memory().to(device, non_blocking=True)
-        rate_now, decay, no_decay, *corrections_now = scalars.unbind()
-        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=device)
-        for parameter, master, mean, square in zip(self.parameters, self.masters, self.means, self.squares):
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                tensors = [t.detach().view(-1) for t in (parameter, master, gradient, mean, square)]
-                kept = decay if parameter.dim() >= 2 else no_decay
-                self.update(*tensors, scale, rate_now, kept, *corrections_now)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        for parameter, master in zip(self.parameters, self.masters):
+            gradient, parameter.grad = parameter.grad, None  # freed one by one, as their fp32 copies appear
+            master.grad = None if gradient is None else gradient.float()
+        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=self.masters[0].device)
+        if isinstance(self.inner, torch.optim.AdamW):
+            # By which the fused kernel divides gradients, as torch.amp.GradScaler has it do.
+            self.inner.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
+        else:
+            torch._foreach_mul_([master.grad for master in self.masters if master.grad is not None], scale)
+        self.inner.step()
+        for parameter, master in zip(self.parameters, self.masters):
+            if parameter is not master:
+                parameter.copy_(master)
+            master.grad = None
         return rate
-
-    @classmethod
-    def _update(
-        cls,
-        parameter: Tensor,
-        master: Tensor,
-        gradient: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        scale: Tensor,
-        rate: Tensor,
-        decay: Tensor,
-        mean_correction: Tensor,
-        square_correction: Tensor,
-    ) -> None:
-        """One tensor's update, in place; all of one dimension, or scalars. An fp32 ``parameter`` is the ``master``."""
-        gradient = gradient.float() * scale
-        mean.lerp_(gradient, 1 - cls.BETAS[0])
-        square.lerp_(gradient.square(), 1 - cls.BETAS[1])
-        step = (mean / mean_correction) / ((square / square_correction).sqrt() + cls.EPSILON)
-        master.mul_(decay).sub_(rate * step)
-        if parameter.dtype != torch.float32:
-            parameter.copy_(master)
 
     def _schedule(self, step: int) -> float:
         if step < self.warmup:
@@ -357,13 +345,13 @@ class Adam:
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: [t.detach() for t in getattr(self, name)] for name in ("masters", "means", "squares")}
+        return {"inner": self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, saved in state.items():
-            for tensor, value in zip(getattr(self, name), saved, strict=True):
-                tensor.copy_(value)
+        self.inner.load_state_dict(state["inner"])
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
 
 
 # ------------------------------------------------------------------------------------------------ timing
@@ -510,13 +498,56 @@ def _describe_gaps(kernels: list[tuple[float, float, str]]) -> str:
 # -------------------------------------------------------------------------------------- progress and curves
 
 
+Tracker = Callable[[Path, str], Callable[[dict[str, float]], None]]
+"""Given the run's folder and title, starts an experiment tracker; returns what gives it an entry."""
+
+
+def find_trackers(names: str) -> list[Tracker]:
+    """Of ``train.trackers``: ``tensorboard``, ``wandb``, both with a comma between them, or nothing."""
+    known: dict[str, Tracker] = {"tensorboard": _tensorboard, "wandb": _wandb}
+    found = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in known:
+            raise RecipeError(f"train.trackers = {names!r}: allowed are {', '.join(known)}, with commas between them")
+        try:
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError as error:
+            raise RecipeError(f"train.trackers = {names!r}: `pip install {name}` first ({error})") from None
+        found.append(known[name])
+    return found
+
+
+def _tensorboard(folder: Path, title: str) -> Callable[[dict[str, float]], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(entry: dict[str, float]) -> None:
+        for name, value in entry.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(entry["step"]))
+        writer.flush()
+
+    return add
+
+
+def _wandb(folder: Path, title: str) -> Callable[[dict[str, float]], None]:
+    import wandb
+
+    run = wandb.init(project="deepep_moe", name=title, dir=str(folder))
+    return lambda entry: run.log({name: value for name, value in entry.items() if name != "step"}, int(entry["step"]))
+
+
 class Journal:
     """Progress bar, log lines, ``metrics.jsonl`` and the curves of one run. Only rank 0 writes.
 
-    Entries are dictionaries with a ``step``; a resumed run drops the entries after its checkpoint.
+    Entries are dictionaries with a ``step``; a resumed run drops the entries after its checkpoint. ``trackers`` from
+    :func:`find_trackers` get every entry too.
     """
 
-    def __init__(self, folder: Path, world: World, title: str, steps: int, resumed_at: int) -> None:
+    def __init__(
+        self, folder: Path, world: World, title: str, steps: int, resumed_at: int, trackers: Iterable[Tracker] = ()
+    ) -> None:
         self.folder, self.active, self.steps = folder, world.rank == 0, steps
         self.entries: list[dict[str, float]] = []
         self.path = folder / "metrics.jsonl"
@@ -533,6 +564,7 @@ class Journal:
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task(title, total=steps, completed=resumed_at)
         self.progress.start()
+        self.trackers = [tracker(folder, title) for tracker in trackers]
 
     def say(self, text: str) -> None:
         if self.active:
@@ -545,6 +577,8 @@ class Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             self.console.print(text)
+            for track in self.trackers:
+                track(entry)
 
     def advance(self) -> None:
         if self.active:

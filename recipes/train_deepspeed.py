@@ -81,6 +81,7 @@ class Train:
     log_every: Positive = 10
     evaluate_every: Positive = 50
     save_every: int = 100  # and at the end; 0: never
+    trackers: str = ""  # tensorboard, wandb, or both: they get what metrics.jsonl gets
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
 
@@ -332,6 +333,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     shape = common.fill(Shape, "model", settings["model"])
     data = common.fill(Data, "data", settings["data"])
     train = common.fill(Train, "train", settings["train"])
+    trackers = common.find_trackers(train.trackers)
     ds_config = dict(settings["ds_config"])
     expert_parallel = train.expert_parallel or world.size
     for name, whole in (("processes", world.size), ("experts", shape.experts)):
@@ -355,7 +357,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     meter = Meter(engine, world)
 
     own = sum(p.numel() for p in engine.module.parameters())
-    journal = common.Journal(folder, world, folder.name, train.steps, first)
+    journal = common.Journal(folder, world, folder.name, train.steps, first, trackers)
     journal.say(
         f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
         f"{'deepep_moe' if meter.measures else 'stock DeepSpeed'}, ZeRO {engine.zero_optimization_stage()}, "

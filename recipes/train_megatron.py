@@ -79,6 +79,7 @@ class Train:
     log_every: Positive = 10
     evaluate_every: Positive = 50
     save_every: int = 100  # and at the end; 0: never
+    trackers: str = ""  # tensorboard, wandb, or both: they get what metrics.jsonl gets
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
     profile_step: int = 0  # this step under torch.profiler: profile.txt and trace.json; 0: none
@@ -371,6 +372,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     gpt = common.fill(Gpt, "gpt", settings["gpt"])
     data = common.fill(Data, "data", settings["data"])
     train = common.fill(Train, "train", settings["train"])
+    trackers = common.find_trackers(train.trackers)
     # Fields of DispatcherConfig; a YAML file ($DEEPEP_MOE_CONFIG) and DEEPEP_MOE_<FIELD> variables override them.
     dispatcher = DispatcherConfig.load(settings["dispatcher"], source="section dispatcher")
     deepep_moe.integrations.megatron.register(settings=settings["dispatcher"])
@@ -404,7 +406,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         checkpoints.clear()
 
     own = sum(p.numel() for p in model.parameters())
-    journal = common.Journal(folder, world, folder.name, train.steps, first)
+    journal = common.Journal(folder, world, folder.name, train.steps, first, trackers)
     journal.say(
         f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
         f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each, {optimizer.name}\n"

@@ -17,6 +17,7 @@ from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import SEVERAL_HOSTS
 from deepep_moe.errors import InputError, PeerError, UnsupportedError
+from deepep_moe.notices import warn_once
 
 __all__ = [
     "BACKENDS",
@@ -118,6 +119,7 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
             _log.info("deepep_moe: backend %s on %s, %d ranks%s", name, device, dist.get_world_size(group), why)
             if fixable and device.type == "cuda":
                 _warn_slower(name, dist.get_world_size(group), fixable)
+            _warn_ignored(name, config)
             make = make_collective if name == CollectiveBackend.name else BACKENDS[name]
             return make(group, device, config)
         refused[name] = reason
@@ -127,16 +129,22 @@ def _make(group: dist.ProcessGroup, device: torch.device, config: DispatcherConf
     raise UnsupportedError(f"{told}; backend {list(BACKENDS)[-1]} runs anywhere")
 
 
-_warned: set[str] = set()
-
-
 def _warn_slower(name: str, ranks: int, fixable: dict[str, str]) -> None:
     """Warn once per job that a group gets a slower backend than its GPUs allow, with the reason."""
     told = "; ".join(f"{better} cannot run here: {reason}" for better, reason in fixable.items())
-    text = f"deepep_moe: {ranks} ranks use backend {name}, which is slower than these GPUs allow, because {told}"
-    if dist.get_rank() == 0 and text not in _warned:
-        _warned.add(text)
-        _log.warning("%s (docs/multinode.md; DEEPEP_MOE_BACKEND=%s accepts it)", text, name)
+    text = f"{ranks} ranks use backend {name}, which is slower than these GPUs allow, because {told}"
+    warn_once(f"{text} (docs/multinode.md; DEEPEP_MOE_BACKEND={name} accepts it)")
+
+
+def _warn_ignored(name: str, config: DispatcherConfig) -> None:
+    """Warn once per job of settings that the chosen backend does not read."""
+    default = DispatcherConfig()
+    for setting in BACKENDS[name].ignores:
+        value = getattr(config, setting)
+        if value != getattr(default, setting):
+            warn_once(f"{setting} = {value} has no effect: backend {name} does not use it")
+    if config.replay_on_overflow and config.capacity_factor == 0:
+        warn_once("replay_on_overflow has no effect: capacity_factor is 0, so nothing overflows")
 
 
 def _agree(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig, found: bool) -> bool:

@@ -241,6 +241,7 @@ class Backend(Protocol):
 
     name: str  # the value of DispatcherConfig.backend that selects it
     plans_have_extra: bool  # whether Plan.extra is set
+    ignores: tuple[str, ...]  # settings that it does not read
     number: int  # from new_backend_number()
     group: dist.ProcessGroup
     rank: int
@@ -370,6 +371,10 @@ class Backend(Protocol):
 
         For callers that check more than the backend does. ``phase`` is the call that the peers are in.
         """
+        ...
+
+    def waits(self) -> dict[str, float]:
+        """Seconds that this rank has waited for its peers so far: by phase, or by peer where that is measured."""
         ...
 
     def check(self) -> None:

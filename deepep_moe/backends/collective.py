@@ -62,6 +62,7 @@ class CollectiveBackend(Shared):
 
     name = "collective"
     plans_have_extra = False
+    ignores: tuple[str, ...] = ("num_sms", "rail_chunk_bytes", "ranks_per_node")
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
@@ -366,6 +367,9 @@ class CollectiveBackend(Shared):
         return (plan.send_slot.t() >= 0).nonzero()[:, 1]
 
     # -- checks --------------------------------------------------------------------------------------------------
+
+    def waits(self) -> dict[str, float]:
+        return dict(self._open().waited)
 
     def check(self) -> None:
         pass  # calls raise what went wrong themselves

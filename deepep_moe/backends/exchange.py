@@ -33,6 +33,7 @@ from torch import Tensor
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.rollcall import Note, explain, roll_call
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.notices import span
 
 Fact: TypeAlias = int | float | torch.dtype | Enum
 _PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -306,7 +307,8 @@ class Exchange:
     def _waiting(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with span(f"deepep_moe.wait {phase}"):
+                yield
         except DeepEPMoEError:
             raise
         except RuntimeError as error:

@@ -76,6 +76,7 @@ class HierarchicalBackend(Shared):
 
     name = "hierarchical"
     plans_have_extra = True
+    ignores: tuple[str, ...] = ()
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
@@ -334,6 +335,9 @@ class HierarchicalBackend(Shared):
         return chunks
 
     # -- checks --------------------------------------------------------------------------------------------------
+
+    def waits(self) -> dict[str, float]:
+        return dict(self._open().waited)
 
     def check(self) -> None:
         self.rail.check()

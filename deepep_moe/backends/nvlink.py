@@ -48,6 +48,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
 from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES
+from deepep_moe.notices import span
 from deepep_moe.peer_memory import PeerMemory
 from deepep_moe.shared import Shared
 
@@ -78,6 +79,7 @@ class NVLinkBackend(Shared):
 
     name = "nvlink"
     plans_have_extra = False
+    ignores: tuple[str, ...] = ("rail_chunk_bytes", "ranks_per_node")
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> None:
         self.group, self.device, self.config = group, device, config
@@ -234,7 +236,8 @@ class NVLinkBackend(Shared):
 
     def _wait_plan(self, counts_address: int) -> tuple[int, int, int]:
         """Wait for the plan begun last: N, M, and the most tokens of any rank. Raises the error of a failed plan."""
-        numbers = self._open().wait_plan(counts_address)
+        with span("deepep_moe.wait plan"):
+            numbers = self._open().wait_plan(counts_address)
         if numbers is None:
             self.domain.give_up()  # takes effect when the GPU reaches it
             self._broken = PeerTimeoutError(
@@ -479,6 +482,12 @@ class NVLinkBackend(Shared):
         torch.cuda.synchronize(self.device)
         self._engine = self._control = self._unfinished = None
         self._staging.free()
+
+    def waits(self) -> dict[str, float]:
+        """Summed over the warps, by peer; measured with ``config.debug_waits`` only. Waits for the device."""
+        if not self.config.debug_waits:
+            return {}
+        return {f"rank {peer}": seconds for peer, seconds in enumerate(self.domain.runtime.wait_seconds())}
 
     def print_waits(self) -> None:
         """Print how long the warps of this rank waited for each rank, in milliseconds (``config.debug_waits``)."""

@@ -39,6 +39,7 @@ from deepep_moe.dispatcher import Dispatched, TokenDispatcher
 from deepep_moe.errors import DeepEPMoEError, InputError
 from deepep_moe.integrations.megatron.options import check_options, dispatcher_config
 from deepep_moe.integrations.megatron.routes import routes
+from deepep_moe.notices import warn_once
 
 _IN_FLIGHT = ("hidden_shape", "topk_idx", "_next", "_refused", "_dispatched", "_places")
 
@@ -68,6 +69,8 @@ class DeepEPTokenDispatcher(MoETokenDispatcher):
         self.local_expert_indices = local_expert_indices
         self.num_experts: int = config.num_moe_experts
         self.dispatcher = TokenDispatcher(self.tp_ep_group, self.tp_size * self.num_experts, dispatcher_config(config))
+        if self.dispatcher.config.num_chunks > 1:
+            warn_once(f"num_chunks = {self.dispatcher.config.num_chunks} has no effect in Megatron-Core layers")
         # Megatron-Core flips this one while it decodes under CUDA graphs.
         self.drop_and_pad = bool(config.moe_pad_expert_input_to_capacity)
         # Tensors that dispatch_preprocess leaves here; a captured graph hands them over by these names.

@@ -14,6 +14,7 @@ include(
     "tests.distributed.cases_low_latency",
     "tests.distributed.cases_overlap",
     "tests.distributed.cases_overflow",
+    "tests.distributed.cases_stats",
     "tests.distributed.cases_defaults",
     "tests.distributed.cases_nn",
     "tests.distributed.cases_collective_cuda",

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, backends, extension
+from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, backends, extension, notices
 from deepep_moe.backends import BACKENDS, Backend, Layout, get_backend
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
@@ -80,7 +80,7 @@ def test_a_slower_backend_than_necessary_is_one_warning_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(notices, "_warned", set())
     monkeypatch.setattr(backends, "gather", lambda phase, group, device, timeout, mine: [mine])
     monkeypatch.setattr(NVLinkBackend, "supports", staticmethod(lambda *_: nvlink))
     monkeypatch.setattr(HierarchicalBackend, "supports", staticmethod(lambda *_: hierarchical))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,3 +272,42 @@ def test_a_save_that_is_cut_off_leaves_the_last_checkpoint(group: None, tmp_path
     with pytest.raises(RuntimeError, match="the disk is full"):
         checkpoints.save(2, {"x": Unsaveable()})
     assert checkpoints.load() == (1, {"x": 1})
+
+
+def test_trackers_get_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            seen.append(("tensorboard", folder))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+    def init(project: str, name: str, dir: str) -> SimpleNamespace:
+        seen.append(("wandb", name, dir))
+        return SimpleNamespace(log=lambda entry, step: seen.append((entry, step)))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    trackers = common.find_trackers("tensorboard, wandb")
+    journal = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0, trackers=trackers)
+    journal.add({"step": 2, "train_loss": 0.5, "mfu_percent": 30.0}, "")
+    journal.close()
+    assert seen == [
+        ("tensorboard", str(tmp_path / "tensorboard")),
+        ("wandb", "test", str(tmp_path)),
+        ("train_loss", 0.5, 2),
+        ("mfu_percent", 30.0, 2),
+        ({"train_loss": 0.5, "mfu_percent": 30.0}, 2),
+    ]
+
+    assert common.find_trackers("") == []
+    with pytest.raises(RecipeError, match=r"train\.trackers = 'comet': allowed are tensorboard, wandb"):
+        common.find_trackers("comet")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RecipeError, match=r"train\.trackers = 'wandb': `pip install wandb` first"):
+        common.find_trackers("wandb")
