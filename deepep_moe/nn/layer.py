@@ -76,7 +76,7 @@ class MoELayer(ExpertParallel):
         out = self.dispatcher.combine(rows, sent, weights=sent.weights)
         if shared is not None:
             out = out + shared
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])  # no view unless needed: FSDP2 warns
 
     def _call(self, phase: Phase, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``; an error is passed on to the other ranks, which are on their way into ``phase``."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.launch import ROOT, environment, torchrun
@@ -29,11 +30,16 @@ def free_port(candidates: Iterable[int] = (0,)) -> int:
     raise AssertionError("no free port")
 
 
-def on_one_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The result of the example's ``train()`` in this process, where all experts are local."""
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun tells the only rank of a job, for a process group in this process."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for variable, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(variable, str(value))
+
+
+def on_one_rank(name: str) -> Any:
+    """The result of the example's ``train()`` in this process, where all experts are local."""
     dist.init_process_group("gloo")
     try:
         return runpy.run_path(str(ROOT / "examples" / name))["train"]()
@@ -59,14 +65,31 @@ def test_the_table_lists_every_example() -> None:
         assert f" examples/{name}" in table, name
 
 
-def test_ddp(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_rank")
+def test_the_page_on_pytorch_begins_with_a_program() -> None:
+    page = (ROOT / "docs/pytorch.md").read_text(encoding="utf-8")
+    program = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    try:
+        exec(program, names)
+        x = torch.randn(4, 256)
+        names["net"](x).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in names["net"].parameters())
+    finally:
+        names.clear()
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ddp() -> None:
     first, last = losses(run("ddp.py"), "2 ranks, 4 experts each")
-    alone = on_one_rank("ddp.py", monkeypatch)
+    alone = on_one_rank("ddp.py")
     assert last < 0.7 * first
     assert (first, last) == pytest.approx((alone[0], alone[-1]), abs=1e-4)
 
 
-def test_fsdp2_as_slurm_starts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_rank")
+def test_fsdp2_as_slurm_starts_it(tmp_path: Path) -> None:
     for name, text in (
         ("srun", 'shift; exec "$@"'),
         ("scontrol", "echo localhost"),
@@ -93,7 +116,7 @@ def test_fsdp2_as_slurm_starts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr[-4000:]
     first, last = losses(done.stdout, "2 ranks, 8 experts each")
-    alone = on_one_rank("fsdp2.py", monkeypatch)
+    alone = on_one_rank("fsdp2.py")
     assert last < 0.8 * first
     assert (first, last) == pytest.approx((alone[0], alone[-1]), abs=1e-4)
 

@@ -9,18 +9,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from deepep_moe import DispatcherConfig, TokenDispatcher
-from deepep_moe.nn import GroupedExperts, MoELayer, TopKRouter, clip_grad_norm_
+from deepep_moe.nn import (
+    GroupedExperts,
+    MoELayer,
+    TopKRouter,
+    average_expert_gradients,
+    clip_grad_norm_,
+    expert_parameters,
+    fully_shard_experts,
+    prepare_ddp,
+)
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 
 HIDDEN, FFN, LOCAL_EXPERTS, TOPK, TOKENS = 256, 128, 4, 3, 96
 
 
-def build(ranks: Ranks, device: torch.device, dtype: torch.dtype, **settings: Any) -> MoELayer:
+def build(
+    ranks: Ranks, device: torch.device, dtype: torch.dtype, group: dist.ProcessGroup | None = None, **settings: Any
+) -> MoELayer:
     config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms, **settings)
-    dispatcher = TokenDispatcher(ranks.group, LOCAL_EXPERTS * ranks.size, config, device=device)
+    dispatcher = TokenDispatcher(group or ranks.group, LOCAL_EXPERTS * ranks.size, config, device=device)
     torch.manual_seed(0)
     layer = MoELayer(
         dispatcher,
@@ -87,6 +101,39 @@ def test_capacity_mode_never_waits_for_the_host(ranks: Ranks) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     layer.dispatcher.backend.check()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 with replicas", "fsdp2 that ignores experts"])
+def test_data_parallelism(ranks: Ranks, wrapper: str) -> None:
+    """Gradients of the mean over the ranks' losses."""
+    if ranks.size > torch.cuda.device_count():
+        pytest.skip("NCCL needs a GPU for each rank")
+    exact = build(ranks, torch.device("cpu"), torch.float32, backend="collective")
+    wanted = run(exact, ranks, exact, torch.float32)
+    for name, p in exact.named_parameters():
+        if not name.startswith("experts."):
+            dist.all_reduce(p.grad, group=ranks.group)
+        wanted[name] = p.grad / ranks.size
+    wanted.pop("out"), wanted.pop("x")
+
+    spread = 1 if wrapper == "fsdp2 with replicas" else ranks.size
+    mesh = init_device_mesh(ranks.device.type, (ranks.size // spread, spread), mesh_dim_names=("replicas", "experts"))
+    layer = build(ranks, ranks.device, torch.float32, group=mesh["experts"].get_group())
+    net: nn.Module = layer
+    if wrapper == "ddp":
+        net = DDP(prepare_ddp(layer))
+    elif wrapper == "fsdp2 that ignores experts":
+        average_expert_gradients(layer)
+        fully_shard(layer, ignored_params=set(expert_parameters(layer)))
+    else:
+        fully_shard(fully_shard_experts(layer, mesh["replicas"]))
+    run(layer, ranks, net, torch.float32)
+    first = ranks.rank * LOCAL_EXPERTS
+    for name, p in layer.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        if name.startswith("experts.") and spread == 1:
+            grad = grad[first : first + LOCAL_EXPERTS]
+        assert_near({name: grad}, {name: wanted[name]})
 
 
 def test_clipping(ranks: Ranks) -> None:
