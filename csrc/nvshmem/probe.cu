@@ -14,7 +14,10 @@ constexpr int kBlocks = 16, kThreads = 512;
 __device__ __forceinline__ bool wait_block(const ProbeArgs& args, uint64_t* signal, uint64_t round, ProbePhase phase,
                                            int peer) {
     bool arrived = false;
-    if (threadIdx.x == 0) arrived = wait_for_signal(args.waiting, signal, round, phase, peer, [] { return -1; }, [] {});
+    if (threadIdx.x == 0) {
+        arrived = wait_for_signal(args.waiting, signal, round, phase, peer, [] { return -1; }, [] {});
+        if (arrived) data_visible(signal, round);
+    }
     return __syncthreads_or(arrived) != 0;
 }
 

@@ -102,9 +102,12 @@ __global__ void __launch_bounds__(kWaitThreads)
     failed = __syncthreads_or(failed) != 0;
     if (failed) {
         poison(chunk.received, static_cast<int64_t>(peers) * chunk.block_rows * chunk.row_bytes);
-    } else if (chunk.last && threadIdx.x == 0) {
-        args.state->done = static_cast<long long>(number);
-        args.state->last_use[args.region] = static_cast<long long>(number);
+    } else if (threadIdx.x == 0) {
+        data_visible(arrival(args, chunk.chunk, 0, 0), number);
+        if (chunk.last) {
+            args.state->done = static_cast<long long>(number);
+            args.state->last_use[args.region] = static_cast<long long>(number);
+        }
     }
 }
 

@@ -39,9 +39,9 @@ __device__ __forceinline__ bool report_failure(const Waiting& waiting, int phase
     return true;
 }
 
-// Wait until `signal`, which only grows, has reached `expected`. The data that was put with it can then be read.
-// Returns false after the timeout, when given_up() returns the number of a peer that has given up (otherwise -1), or
-// when this rank has failed elsewhere. The thread that records the failure calls tell().
+// Wait until `signal`, which only grows, has reached `expected`. Returns false after the timeout, when given_up()
+// returns the number of a peer that has given up (otherwise -1), or when this rank has failed elsewhere. The thread
+// that records the failure calls tell(). Before the data that was put with the signal is read, see data_visible().
 template <typename GivenUp, typename Tell>
 __device__ __forceinline__ bool wait_for_signal(const Waiting& waiting, uint64_t* signal, uint64_t expected, int phase,
                                                 int peer, const GivenUp& given_up, const Tell& tell) {
@@ -62,9 +62,14 @@ __device__ __forceinline__ bool wait_for_signal(const Waiting& waiting, uint64_t
             return false;
         }
     }
-    // With some transports data written by a NIC may become visible after its signal. nvshmem_uint64_test does what is
-    // needed on the transport in use. It returns at once because the condition holds.
-    return nvshmem_uint64_test(signal, NVSHMEM_CMP_GE, expected) != 0;
+    return true;
+}
+
+// Make the data of all signals that have been seen visible: with some transports data written by a NIC may become
+// visible after its signal. One thread calls this after the waits of its block, with any signal that has arrived. It
+// does not wait for the signal: nvshmem_uint64_test is used for what it does on the transport in use.
+__device__ __forceinline__ void data_visible(uint64_t* signal, uint64_t arrived) {
+    nvshmem_uint64_test(signal, NVSHMEM_CMP_GE, arrived);
 }
 
 }  // namespace deepep_moe
