@@ -93,7 +93,11 @@ class HierarchicalBackend(Shared):
         )
         # What ranks share is compared here, over all nodes.
         engine = NVLinkBackend if device.type == "cuda" else CollectiveBackend
-        self.engine: Backend = engine(groups.node, device, replace(config, check_agreement=False))
+        inside = replace(config, check_agreement=False)
+        self.engine: Backend = engine(groups.node, device, inside)
+        """Moves rows inside the node. Another one plans: it holds places for the batch of a node, which is larger than
+        what moves at once, and so it never needs memory for rows."""
+        self._plan_engine: Backend = engine(groups.node, device, inside)
         self._known: set[tuple[Phase, str]] = set()
         self._history = 0
         self._moving = Moving(self._exchange, self.rail, self._node)
@@ -102,7 +106,8 @@ class HierarchicalBackend(Shared):
             Geometry(self.nodes, groups, torch.device("cpu")),
             self._exchange,
             self.rail,
-            self.engine,
+            self._plan_engine,
+            self.engine.number,
             config,
             self.number,
             self._moving,
@@ -139,7 +144,8 @@ class HierarchicalBackend(Shared):
 
     @property
     def usable(self) -> bool:
-        return self._exchange is not None and self._exchange.usable and self.rail.usable and self.engine.usable
+        engines = self._plan_engine.usable and self.engine.usable
+        return self._exchange is not None and self._exchange.usable and self.rail.usable and engines
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -225,7 +231,7 @@ class HierarchicalBackend(Shared):
     ) -> Rows:
         by_expert, quantize = layout is Layout.BY_EXPERT, wire is not Wire.AS_GIVEN
         format = RowFormat.of(x, scales, weights, quantize=quantize)
-        parts = Parts.of(plan, layout, self._num_chunks(plan, format.pitch))
+        parts = self._parts(plan, layout, format.pitch)
         packed, arriving = self.rail.buffers(_total(parts.send), _total(parts.recv), format.pitch)
         pack_rows(x, parts.send_rows, packed, format, scales=scales, weights=weights)
         chunks = list(zip(_chunks(packed, parts.send), _chunks(arriving, parts.recv), parts.send, parts.recv))
@@ -288,7 +294,7 @@ class HierarchicalBackend(Shared):
     ) -> Tokens:
         carry = weights is not None and not apply_weights
         format = RowFormat(x.dtype, x.shape[1], num_weights=plan.num_topk if carry else 0)
-        parts, home = Parts.of(plan, layout, self._num_chunks(plan, format.pitch)), plan.way.crossing.tokens
+        parts, home = self._parts(plan, layout, format.pitch), plan.way.crossing.tokens
         packed, back = self.rail.buffers(_total(parts.recv), home + _total(parts.send), format.pitch)
         chunks = list(zip(_chunks(packed, parts.recv), _chunks(back[home:], parts.send), parts.recv, parts.send))
         finish = []
@@ -326,13 +332,17 @@ class HierarchicalBackend(Shared):
             if to is not None and values is not None:
                 to.copy_(values)
 
-    def _num_chunks(self, plan: HierarchicalPlan, row_bytes: int) -> int:
-        """A power of two, equal on all ranks: it follows from what they agreed on."""
+    def _parts(self, plan: HierarchicalPlan, layout: Layout, row_bytes: int) -> Parts:
+        """How rows of so many bytes move. The number of chunks is a power of two, and equal on all ranks: it follows
+        from what they agreed on."""
         limit = self.config.rail_chunk_bytes or (_CHUNK_BYTES if self.device.type == "cuda" else 0)
         num_bytes, chunks = plan.way.crossing.most * row_bytes, 1
         while limit and chunks < SHARES and chunks * limit < num_bytes:
             chunks *= 2
-        return chunks
+        parts = Parts.of(plan, layout, chunks)
+        if isinstance(self.engine, NVLinkBackend):
+            self.engine.reserve(plan.way.crossing.most_rows(chunks), parts.own.num_topk)
+        return parts
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -342,10 +352,12 @@ class HierarchicalBackend(Shared):
     def check(self) -> None:
         self.rail.check()
         self._planner.raise_deferred()
+        self._plan_engine.check()
         self.engine.check()
 
     def close(self) -> None:
         if self._exchange is not None:
+            self._plan_engine.close()
             self.engine.close()
             self.rail.close()
         self._exchange = None

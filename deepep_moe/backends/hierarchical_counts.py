@@ -107,6 +107,8 @@ class Crossing:
     """Rows that any rank of the group sends over its rail, at most."""
     most_of_share: int
     """Rows that any rank sends to another node from one share of its tokens, at most."""
+    most_received: int
+    """Rows that any rank receives over its rail from one share of the tokens of all, at most."""
     sent: list[list[int]] | None
     """[N][SHARES] tokens for each rank of the rail."""
     received: list[list[int]] | None
@@ -116,6 +118,10 @@ class Crossing:
     def exact(self) -> bool:
         """Whether blocks have no unused rows."""
         return self.sent is not None
+
+    def most_rows(self, chunks: int) -> int:
+        """Rows of a part, own tokens or a chunk, on any rank, at most."""
+        return max(self.tokens, self.most_received * (SHARES // chunks))
 
     def block_sizes(self, shares: list[list[int]] | None, chunks: int, geometry: Geometry) -> list[tuple[int, ...]]:
         """[chunks][N] rows."""
@@ -337,18 +343,20 @@ class Counts:
         received[geometry.rail_rank].fill_(0)
         return sent, received
 
-    def most_crossing(self) -> tuple[Tensor, Tensor]:
-        """Rows that any rank sends over its rail, at most, and rows of a share that any rank sends to any other."""
+    def most_crossing(self) -> tuple[int, int, int]:
+        """``most``, ``most_of_share`` and ``most_received`` of :class:`Crossing`, from counts on the host."""
         own = self.geometry.node_of.view(-1, 1, 1)
         nodes = torch.arange(self.geometry.num_nodes, dtype=torch.int64, device=self.table.device).view(1, -1, 1)
         crossing = torch.where(own == nodes, 0, self.to_node)
-        return crossing.sum((1, 2)).amax(), crossing.amax()
+        by_place = torch.zeros(
+            (self.geometry.node_size, *crossing.shape[1:]), dtype=torch.int64, device=self.table.device
+        ).index_add_(0, self.geometry.place_of, crossing)
+        return int(crossing.sum((1, 2)).amax()), int(crossing.amax()), int(by_place.amax())
 
     def sizes(self, most_tokens: int, exact: bool) -> Crossing:
         """What crosses, from counts on the host."""
         sent, received = (shares.tolist() if exact else None for shares in self.crossing())
-        most, most_of_share = self.most_crossing()
-        return Crossing(most_tokens, int(most), int(most_of_share), sent, received)
+        return Crossing(most_tokens, *self.most_crossing(), sent, received)
 
     def bad(self, most_tokens: int) -> Tensor:
         """[R] bool: ranks whose part in this plan is an error."""

@@ -60,7 +60,8 @@ class Way:
     def pack(self) -> Tensor:
         """All of it in one int32 tensor, so that it can go through operators with the tensors of the plan."""
         crossing = self.crossing
-        header = [int(crossing.exact), crossing.tokens, crossing.most, crossing.most_of_share, *self.arrived.shape]
+        numbers = (crossing.tokens, crossing.most, crossing.most_of_share, crossing.most_received)
+        header = [int(crossing.exact), *numbers, *self.arrived.shape]
         parts = [to_device(torch.tensor(header, dtype=torch.int32, device="cpu"), self.geometry.device)]
         parts += [getattr(self, name) for name in _WAY_TENSORS]
         return torch.cat([part.reshape(-1).to(torch.int32) for part in parts])
@@ -68,7 +69,7 @@ class Way:
     @classmethod
     def unpack(cls, geometry: Geometry, packed: Tensor, num_tokens: int) -> Way:
         """Inverse of :meth:`pack`. On a GPU it waits for the host."""
-        exact, tokens, most, most_of_share, rows, columns = packed[:6].tolist()
+        exact, tokens, most, most_of_share, most_received, rows, columns = packed[:7].tolist()
         nodes, topk = geometry.num_nodes, columns - FIRST_ROUTE
         shapes = {
             "sent": (nodes, SHARES),
@@ -82,12 +83,12 @@ class Way:
             "bad": (1,),
             "node_counted": (-1,),
         }
-        rest, tensors = packed[6:], {}
+        rest, tensors = packed[7:], {}
         for name, shape in shapes.items():
             size = rest.shape[0] if shape == (-1,) else torch.Size(shape).numel()
             tensors[name], rest = rest[:size].view(shape), rest[size:]
         sent, received = (tensors[name].tolist() if exact else None for name in ("sent", "received"))
-        return cls(geometry, Crossing(tokens, most, most_of_share, sent, received), **tensors)
+        return cls(geometry, Crossing(tokens, most, most_of_share, most_received, sent, received), **tensors)
 
 
 _WAY_TENSORS = (
@@ -109,7 +110,7 @@ class HierarchicalPlan(TensorPlan):
 
     Args:
         plan: as every backend has it.
-        engine: number of the node's backend.
+        engine: number of the node's backend that moves the rows.
     """
 
     def __init__(self, plan: TensorPlan, way: Way, engine: int) -> None:

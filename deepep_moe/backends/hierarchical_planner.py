@@ -119,7 +119,8 @@ class Planner:
 
     Args:
         exchange: of the whole group.
-        engine: the backend of this rank's node.
+        engine: a backend of this rank's node, which plans its batch.
+        mover: number of the backend of the node that moves rows.
         number: of the backend that the plans belong to.
         moving: wraps what follows an agreement.
     """
@@ -129,6 +130,7 @@ class Planner:
     exchange: Exchange
     rail: Rail
     engine: Backend
+    mover: int
     config: DispatcherConfig
     number: int
     moving: Moving
@@ -223,8 +225,9 @@ class Planner:
 
     def _most_crossing(self) -> Crossing:
         """What crosses at most by a plan of fixed size."""
-        tokens = self._most_tokens
-        return Crossing(tokens, (self.geometry.num_nodes - 1) * tokens, -(-tokens // SHARES), None, None)
+        tokens, others = self._most_tokens, self.geometry.num_nodes - 1
+        of_share = -(-tokens // SHARES)
+        return Crossing(tokens, others * tokens, of_share, others * of_share, None, None)
 
     def raise_deferred(self) -> None:
         """Raise what is wrong with the last plan that made no host wait. All ranks find it in the same call."""
@@ -283,7 +286,7 @@ class Planner:
             arrived=placed.arrived,
             bad=geometry.none_bad if bad is None else bad,
         )
-        return HierarchicalPlan(plan, way, self.engine.number)
+        return HierarchicalPlan(plan, way, self.mover)
 
     def _plan_node(
         self, batch: Tensor, counts: Counts, topk: int, num_recv: int, num_rows: int, bad: Tensor | None
