@@ -1,7 +1,12 @@
 """The hierarchical backend on GPUs of one host that is cut into nodes, beside the collective backend on the CPU.
 
-Needs a GPU per rank, because plans go through NCCL: two ranks (2 x 1) or four (2 x 2 and 4 x 1). Everything runs over
-each rail transport; ``-k nccl`` or ``-k nvshmem`` takes one.
+Plans go through NCCL, so it needs a GPU per rank: two ranks (2 x 1) or four (2 x 2 and 4 x 1). Eight ranks can share
+four GPUs, under CUDA MPS, where NCCL takes each node for a host of its own (2 x 4; with 2 for 4, 4 x 2)::
+
+    torchrun --nproc-per-node 8 --no-python bash -c 'export RANKS_PER_NODE=4 NCCL_HOSTID=node-$((RANK / 4))
+        exec python -m pytest tests/gpu/test_hierarchical.py -k nccl'
+
+Everything runs over each rail transport; ``-k nccl`` or ``-k nvshmem`` takes one.
 """
 
 from __future__ import annotations
@@ -25,10 +30,11 @@ from deepep_moe.fp8 import quantize_e4m3
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 from tests.gpu.test_nvlink import Case, assert_same, assert_same_plan
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+CUT = int(os.environ.get("RANKS_PER_NODE", "0"))  # of eight ranks
 pytestmark = pytest.mark.skipif(
-    int(os.environ.get("WORLD_SIZE", "1")) not in (2, 4)
-    or int(os.environ.get("WORLD_SIZE", "1")) > torch.cuda.device_count(),
-    reason="needs two or four ranks with a GPU each",
+    not (CUT and WORLD == 8) and (WORLD not in (2, 4) or torch.cuda.device_count() < WORLD),
+    reason="needs two or four ranks with a GPU each, or eight with RANKS_PER_NODE and NCCL_HOSTID",
 )
 RAILS = [
     "nccl",
@@ -42,7 +48,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}  # 
 
 def cuts() -> list[int]:
     """Ranks per node."""
-    return [1, 2] if os.environ.get("WORLD_SIZE") == "4" else [1]
+    return [CUT] if CUT else [1, 2] if WORLD == 4 else [1]
 
 
 @pytest.fixture(scope="module", params=RAILS)
@@ -59,6 +65,7 @@ def nodes(ranks: Ranks, rail: str, request: pytest.FixtureRequest) -> Iterator[H
         ranks_per_node=cut,
         rail_chunk_bytes=chunk,
         rail=rail,
+        num_sms=ranks.num_sms if CUT else 0,
         timeout_seconds=TIMEOUT_SECONDS,
     )
     backend = get_backend(ranks.group, ranks.device, config)
