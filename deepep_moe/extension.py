@@ -6,6 +6,7 @@ import re
 from functools import cache
 
 import torch
+from torch import Tensor
 
 try:
     from deepep_moe import _C as _C
@@ -38,6 +39,12 @@ def why_not_on(device: torch.device) -> str | None:
         f"extension was built for {', '.join(ARCHITECTURES)}: build it on this machine, or with "
         f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """``rows`` as kernels read them: contiguous, starting at a multiple of 16 bytes (views may start anywhere)."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % VECTOR_BYTES == 0 else rows.clone()
 
 
 def current_stream(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Rows times weights, with gradients for both: one pass over memory each way on a GPU.
+"""Rows times weights, with gradients for both, in one pass over memory each way on a GPU.
 
 PyTorch takes several passes, most of them over fp32 copies of the rows. Without the CUDA extension, and where
 torch.compile or a dispatch mode watches, the same numbers come from PyTorch's operators.
@@ -72,7 +72,7 @@ def scale_rows_gradients(
     if rows is None and not wants_rows:
         return None, None
     if _on_kernel(grad, weights):
-        x = _aligned(grad)
+        x = extension.aligned(grad)
         own = reuse or x is not grad
         out = None if not wants_rows else x if own else torch.empty_like(x)
         return out, _launch(x, rows, weights, row_recv, out)
@@ -92,7 +92,7 @@ class _ScaleRows(torch.autograd.Function):
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights)
         if not _on_kernel(rows, weights):
             return _times(rows, weights)
-        x = _aligned(rows)
+        x = extension.aligned(rows)
         out = torch.empty_like(x)
         _launch(x, None, weights, None, out)
         return out
@@ -108,7 +108,7 @@ def _times(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _on_kernel(rows: Tensor, weights: Tensor) -> bool:
-    """Whether the kernel serves these rows; it leaves nothing behind that could be differentiated once more."""
+    """Whether the kernel can be used: it supports the rows, and no second derivative is needed."""
     return (
         not is_traced(rows)
         and rows.dtype in DTYPE_CODES
@@ -122,7 +122,7 @@ def _launch(
     x: Tensor, rows: Tensor | None, weights: Tensor, row_recv: Tensor | None, out: Tensor | None
 ) -> Tensor | None:
     """``out = x * weights``; returns the sums over H of ``x * rows``, [M] fp32. ``x`` and ``out`` are aligned."""
-    rows = None if rows is None else _aligned(rows)
+    rows = None if rows is None else extension.aligned(rows)
     weights = weights.contiguous()
     sums = None if rows is None else torch.empty_like(weights)
     with torch.cuda.device(x.device):
@@ -139,9 +139,3 @@ def _launch(
             extension.current_stream(x.device),
         )
     return sums
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Contiguous and starting at a multiple of 16 bytes; a view may start anywhere."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % VECTOR_BYTES == 0 else rows.clone()

@@ -19,7 +19,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.fp8 import BLOCK
 
-_MOST = 2**31 - 1  # of what kernels count in int32
+_MOST = 2**31 - 1  # kernels count in int32
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
 
@@ -33,7 +33,7 @@ def check_plan_inputs(
     world_size: int,
     device: torch.device,
 ) -> None:
-    """The arguments of :meth:`Backend.plan`."""
+    """Check the arguments of :meth:`Backend.plan`."""
     if topk_idx is not None:
         check_topk_idx(topk_idx, num_experts, world_size, device)
         if is_token_in_rank is not None:
@@ -44,14 +44,14 @@ def check_plan_inputs(
 
 
 def check_limits(max_recv: int | None, max_rows: int | None) -> None:
-    """The sizes that :meth:`Backend.plan` is given."""
+    """Check the fixed sizes given to :meth:`Backend.plan`."""
     for name, limit in (("max_recv", max_recv), ("max_rows", max_rows)):
         if limit is not None:
             check_integer(name, limit)
 
 
 def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, setting: str, limit: int) -> str:
-    """What a CapacityError says: ``rank`` got ``needed`` of ``what``, and ``setting`` of the plan was ``limit``."""
+    """Text of a CapacityError: ``rank`` needs ``needed`` of ``what``, and ``setting`` of the plan is ``limit``."""
     room = f"{setting} = {limit}"
     if config.capacity_factor:
         tokens = f"max_tokens_per_rank = {config.max_tokens_per_rank}"
@@ -61,7 +61,7 @@ def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, s
 
 
 def check_plan(backend: Backend, plan: Plan, layout: Layout) -> None:
-    """That ``backend`` made ``plan``, and that the plan has ``layout``."""
+    """Check that ``backend`` made ``plan``, and that the plan has ``layout``."""
     if not is_plan(plan):
         raise HandleError(f"plan is {describe(plan)}; pass on what plan() or dispatch() returned")
     if plan.owner != backend.number:
@@ -82,7 +82,7 @@ def check_dispatch(
     scales: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    """The arguments of :meth:`Backend.dispatch`."""
+    """Check the arguments of :meth:`Backend.dispatch`."""
     check_plan(backend, plan, layout)
     tokens, device = plan.num_tokens, backend.device
     check_rows("x", x, tokens, "the plan's tokens", SENT_DTYPES, device)
@@ -111,7 +111,7 @@ def check_combine(
     apply_weights: bool,
     bias: tuple[Tensor, ...],
 ) -> None:
-    """The arguments of :meth:`Backend.combine`."""
+    """Check the arguments of :meth:`Backend.combine`."""
     check_plan(backend, plan, layout)
     by_expert, device = layout is Layout.BY_EXPERT, backend.device
     expected, what = (plan.num_rows, "expert rows") if by_expert else (plan.num_recv, "received rows")
@@ -146,7 +146,7 @@ def check_topk_idx(topk_idx: Tensor, num_experts: int, world_size: int, device: 
 
 
 def check_num_experts(num_experts: int, world_size: int) -> None:
-    """Raise :class:`InputError` unless every rank can own as many of the experts."""
+    """Raise :class:`InputError` unless ``num_experts`` is a positive multiple of the number of ranks."""
     check_integer("num_experts", num_experts, least=1)
     if num_experts % world_size:
         raise InputError("num_experts", num_experts, f"must be a positive multiple of the group's {world_size} ranks")
@@ -163,7 +163,7 @@ def check_integer(argument: str, value: int, least: int = 0, most: int = _MOST) 
 
 
 def check_tensor(argument: str, tensor: Any) -> None:
-    """Raise :class:`InputError` unless ``tensor`` is a dense tensor that lies on this rank alone."""
+    """Raise :class:`InputError` unless ``tensor`` is a plain, dense tensor."""
     if type(tensor) not in (Tensor, Parameter):
         if not isinstance(tensor, Tensor):
             raise InputError(argument, describe(tensor), "must be a torch.Tensor")
@@ -176,13 +176,13 @@ def check_tensor(argument: str, tensor: Any) -> None:
 
 
 def describe(value: object) -> str:
-    """An argument that is of the wrong kind altogether."""
+    """The type of an argument, for an error text."""
     return "None" if value is None else f"a {type(value).__name__}"
 
 
 @functools.cache
 def _dtensor() -> type:
-    from torch.distributed.tensor import DTensor  # seldom needed, and not quick to import
+    from torch.distributed.tensor import DTensor  # slow to import, rarely needed
 
     return DTensor
 

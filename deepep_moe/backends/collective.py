@@ -72,7 +72,7 @@ class CollectiveBackend(Shared):
             raise InputError("group", group, "this process must be a member of the group")
         self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
         self._settings: Mapping[str, Fact] = config.shared()
-        # At the latest when the process ends.
+        # runs at the end of the process at the latest
         self._say_waits = weakref.finalize(self, _print_waits, self.rank, self._exchange.waited)
         if not config.debug_waits:
             self._say_waits.detach()
@@ -352,7 +352,7 @@ class CollectiveBackend(Shared):
     ) -> Tensor:
         total = torch.zeros((num_tokens, back.shape[1]), dtype=torch.float32, device=self.device)
         for tokens, rows in zip(sent_tokens, back.split([len(t) for t in sent_tokens]), strict=True):
-            total.index_add_(0, tokens, rows.float())  # a token appears once per rank: the order is the loop's
+            total.index_add_(0, tokens, rows.float())  # a token appears once per rank, so the order is that of the loop
         for added in bias:
             total += added.detach().float()
         return total.to(back.dtype)
@@ -372,7 +372,7 @@ class CollectiveBackend(Shared):
         return dict(self._open().waited)
 
     def check(self) -> None:
-        pass  # calls raise what went wrong themselves
+        pass  # every call raises its own errors
 
     def close(self) -> None:
         self._say_waits()
@@ -384,7 +384,7 @@ class CollectiveBackend(Shared):
         return self._exchange
 
     def _agreement(self, phase: Phase) -> AbstractContextManager[Agreement]:
-        """On a CPU always compared: gloo ends the process where sizes differ."""
+        """Calls on a CPU are always compared, because gloo ends the process if sizes differ."""
         compared = self.config.check_agreement or self.device.type == "cpu" or phase == "plan"
         return self._open().agreement(phase, compared=compared)
 
@@ -409,13 +409,13 @@ def _no_expert_rows(recv_topk_idx: Tensor, counts: Tensor) -> _Placed:
 
 
 def _print_waits(rank: int, waited: dict[str, float]) -> None:
-    """``config.debug_waits``. A collective waits for all peers at once and does not tell for whom."""
+    """For ``config.debug_waits``. A collective operation waits for all peers together."""
     told = ", ".join(f"{seconds * 1e3:.3f} ms in {phase}" for phase, seconds in waited.items())
     print(f"deepep_moe: rank {rank} waited for its peers {told}", flush=True)
 
 
 def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:
-    """What ranks must share in both directions, by the names that users know."""
+    """Values of a dispatch or combine that must be equal on all ranks, by the names that users know."""
     return {
         "plan": plan.number,
         "hidden size": x.shape[1],
@@ -445,7 +445,7 @@ def _sum_routes(plan: Plan, rows: Tensor, weights: Tensor | None, apply_weights:
 
 
 def _typed(column: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes cut out of packed rows as ``dtype``: copied where they do not start their own memory."""
+    """A column of packed rows as ``dtype``; copied unless it starts its own memory."""
     if column.shape[1] == 0:  # weights without expert indices
         return column.new_empty(column.shape, dtype=dtype)
     whole = column.is_contiguous() and column.storage_offset() == 0
@@ -453,7 +453,7 @@ def _typed(column: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _resize(rows: Tensor, length: int) -> Tensor:
-    """Cut or zero-fill: plans of fixed size hold more or fewer rows than travelled."""
+    """Cut or zero-fill, for plans of fixed size, which hold more or fewer rows than were sent."""
     if rows.shape[0] == length:
         return rows
     return torch.cat([rows[:length], rows.new_zeros((max(0, length - rows.shape[0]), rows.shape[1]))])

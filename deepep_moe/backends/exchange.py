@@ -42,17 +42,17 @@ _MAX_FACTS = 16
 HEADER_WORDS = 3 + _MAX_FACTS  # whether the rank refuses, its phase, its plans, facts
 _UNUSED = -(2**62)
 _SPIN_SECONDS = 1e-3  # of a wait for the device, before the host sleeps in between
-_NO_PEER_TAG = 2**20  # of a message that nobody sends
-_DEVICE_GRACE_SECONDS = 30.0  # by which NCCL's own limit, which ends the process, comes after the host's
+_NO_PEER_TAG = 2**20  # of a message that is never sent
+_DEVICE_GRACE_SECONDS = 30.0  # NCCL's own limit, which ends the process, is later than the host's by this
 
 
 @dataclass
 class _State:
-    """What outlives the Exchanges of a group: ranks differ in when the garbage collector ends a backend."""
+    """State of a group that outlives its Exchanges, which ranks garbage-collect at different times."""
 
     plans: int = 0
     room: int = 64  # for counts of local experts in the messages of a plan (collective_cuda.py)
-    given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: it would keep its frames' tensors
+    given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: its traceback keeps tensors alive
     raised: bool = True  # whether a call of this rank has raised it; False where a thread found it
     lock: RLock = field(default_factory=RLock)  # held while the group is given up
 
@@ -64,12 +64,12 @@ _names: WeakKeyDictionary[dist.ProcessGroup, Sequence[int]] = WeakKeyDictionary(
 
 
 def call_ranks(group: dist.ProcessGroup, names: Sequence[int]) -> None:
-    """Let errors call the ranks of ``group`` by ``names``: those of the larger group that users know."""
+    """Let errors number the ranks of ``group`` by ``names``, their ranks in the larger group that users know."""
     _names[group] = names
 
 
 def given_up(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """The error after which ``group`` is of no further use on ``device``, if there was one."""
+    """The error after which ``group`` cannot be used on ``device`` any more, or None."""
     state = _states.get(group, {}).get(device.type)
     return None if state is None or state.given_up is None else state.given_up[1]
 
@@ -77,25 +77,25 @@ def given_up(group: dist.ProcessGroup, device: torch.device) -> str | None:
 def gather(
     phase: str, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, mine: object
 ) -> list[Any]:
-    """``mine`` of every rank, by way of JSON. Takes the group's CPU half where it has one: ranks may share a GPU."""
+    """``mine`` of every rank, sent as JSON over the CPU backend of the group if it has one (ranks may share a GPU)."""
     cpu = [kind for kind in group._device_types if kind.type == "cpu"]
     return Exchange(group, cpu[0] if cpu else device, timeout_seconds).gather(phase, mine)
 
 
 @dataclass
 class Agreement:
-    """What one rank brings to :meth:`Exchange.agreement`, and what it gets."""
+    """Input of one rank to :meth:`Exchange.agreement`, and the result."""
 
     facts: dict[str, Fact] = field(default_factory=dict)
-    """What ranks must share, by the names that users know."""
+    """Values that must be equal on all ranks, by the names that users know."""
     private: Sequence[int] | Tensor = ()
-    """For all to know: at most R numbers, or [words] int64 on the device where the agreement says how many words."""
+    """Values sent to all ranks: at most R numbers, or [words] int64 on the device if the agreement has ``words``."""
     shared: Tensor | None = None
-    """[R, R or words] int64 on the CPU, after the agreement: row r is what rank r gave as ``private``, zero-filled."""
+    """[R, R or words] int64 on the CPU, set by the agreement: row r is ``private`` of rank r, zero-padded."""
     on_device: Tensor | None = None
     """The same on the device."""
     headers: Tensor | None = None
-    """[R, HEADER_WORDS] int64 on the device, where the host does not wait for the agreement (announcements.py)."""
+    """[R, HEADER_WORDS] int64 on the device, if the host does not wait for the agreement (announcements.py)."""
 
 
 class Exchange:
@@ -116,12 +116,12 @@ class Exchange:
 
     @property
     def plans(self) -> int:
-        """Plans made over the group so far, by whatever backend. Equal on all ranks after an agreement."""
+        """Number of plans made over the group so far, by any backend. Equal on all ranks after an agreement."""
         return self._state.plans
 
     @property
     def room(self) -> int:
-        """For how many local experts the messages of a plan have counts; equal on all ranks."""
+        """Number of local experts for which the messages of a plan have room; equal on all ranks."""
         return self._state.room
 
     @room.setter
@@ -129,7 +129,7 @@ class Exchange:
         self._state.room = local_experts
 
     def count_plan(self) -> None:
-        """A plan begins, which may yet be refused."""
+        """Count a plan, before it can be refused."""
         self._state.plans += 1
 
     # -- agreement -----------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ class Exchange:
 
         ``words``: the size of what ranks give as ``private``, the same on all ranks; 0: at most R numbers.
 
-        Whatever the body raises, all ranks raise: this one its own error, the others what it says. Without
-        ``compared`` nothing is exchanged, so a rank that raises takes the group with it (:meth:`moving`).
+        If the body raises, all ranks raise: this one its own error, the others an error with its text. Without
+        ``compared`` nothing is exchanged, and a rank that raises ends the group (:meth:`moving`).
 
         Raises:
             RankMismatchError: on every rank, when facts differ or ranks are in different calls.
@@ -157,13 +157,13 @@ class Exchange:
         try:
             yield mine
         except Exception as error:
-            with suppress(PeerError):  # this rank has a reason of its own
+            with suppress(PeerError):  # this rank raises its own error
                 self._exchange_headers(phase, Agreement(), error, words)
             raise
         self._exchange_headers(phase, mine, None, words)
 
     def _exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None, words: int) -> None:
-        """Tell the others ``problem``, or compare facts with them and fill in ``mine.shared``."""
+        """Send ``problem`` to the others, or compare facts with them and set ``mine.shared``."""
         private, width = mine.private, words or self.world_size
         if not isinstance(private, Tensor):
             private = torch.tensor([*private, *[0] * (width - len(private))], dtype=torch.int64, device="cpu")
@@ -181,7 +181,7 @@ class Exchange:
         mine.shared, mine.on_device = headers[:, HEADER_WORDS:], on_device[:, HEADER_WORDS:]
 
     def header(self, phase: Phase, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
-        """What this rank tells the others in an agreement."""
+        """The header that this rank sends in an agreement."""
         assert len(facts) <= _MAX_FACTS
         unused = [_UNUSED] * (_MAX_FACTS - len(facts))
         return [int(refused), _PHASES.index(phase), self._state.plans, *map(_encode, facts.values()), *unused]
@@ -189,14 +189,14 @@ class Exchange:
     def compare_headers(
         self, phase: Phase, facts: Mapping[str, Fact], headers: Tensor, problem: Exception | None
     ) -> None:
-        """Raise what the ``headers`` of all ranks, [R, at least HEADER_WORDS] on the CPU, say is wrong.
+        """Raise an error if the ``headers`` of all ranks, [R, at least HEADER_WORDS] on the CPU, differ.
 
-        If a rank refuses, all ranks exchange their reasons: this one's is ``problem``, and then it returns.
+        If a rank refuses, all ranks exchange their reasons. This rank's reason is ``problem``; with one it returns.
         """
         if agree(headers.tolist()) and problem is None and not headers[0, 0]:
             return
-        self._state.plans = int(headers[:, 2].max())  # ranks in different calls have counted differently
-        if headers[:, 0].any():  # all ranks know it, so all can afford a second exchange for the reasons
+        self._state.plans = int(headers[:, 2].max())  # ranks in different calls may have counted differently
+        if headers[:, 0].any():  # all ranks see it, so all take part in a second exchange
             reasons = self.gather(phase, None if problem is None else reason_of(problem))
             if problem is not None:
                 return
@@ -205,7 +205,7 @@ class Exchange:
 
     @contextmanager
     def moving(self, phase: Phase) -> Iterator[None]:
-        """Wrap what follows an agreement: if this rank fails alone now, its peers are told why instead of waiting."""
+        """Context of the work after an agreement. If it fails on this rank alone, the peers are told why."""
         try:
             yield
         except PeerError:
@@ -282,7 +282,7 @@ class Exchange:
         self.check_usable(phase)  # what was cut short has left garbage
 
     def gather(self, phase: str, mine: object) -> list[Any]:
-        """``mine`` of every rank; what JSON can hold."""
+        """``mine`` of every rank; any value that JSON can represent."""
         if self.world_size == 1:
             return [mine]
         text = torch.tensor([list(json.dumps(mine).encode())], dtype=torch.uint8, device="cpu").to(self.device)
@@ -318,11 +318,11 @@ class Exchange:
             self.waited[phase] = self.waited.get(phase, 0.0) + time.monotonic() - began
 
     def _give_up(self, phase: str, waited: float, said: str) -> NoReturn:
-        """Find out who did not come, and raise it from now on."""
+        """Give the group up: find the missing ranks, and raise an error that names them, now and in later calls."""
         with self._state.lock:
             self.check_usable(phase)
             timed_out = "timed out" in said.lower()
-            self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # whatever follows
+            self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # in case the next lines fail
             notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
             kind, text = explain(self.rank, self.world_size, self._names, self.timeout_seconds, notes, said)
             self._state.given_up = (kind, text)
@@ -330,11 +330,11 @@ class Exchange:
         raise kind(f"{text}. {_NO_FURTHER_USE}")
 
     def give_up_later(self, phase: Phase, waited: float, said: str, mismatch: RankMismatchError | None = None) -> None:
-        """Give the group up for what another thread than the caller's found; the next call of this rank raises it.
+        """Give the group up from another thread; the next call of this rank raises the error.
 
         Args:
-            said: what happened, for a text that names the peer.
-            mismatch: ranks disagree in this.
+            said: what happened; the text of the error adds the ranks concerned.
+            mismatch: the error to raise, if ranks disagree.
         """
         with self._state.lock:
             if self._state.given_up is not None:
@@ -350,7 +350,7 @@ class Exchange:
             self._abort()
 
     def break_off(self, phase: Phase, reason: str, tell: Callable[[], object] = lambda: None) -> None:
-        """Leave an operation that the peers are in: they are told why. ``tell`` lets them look for the reason now."""
+        """Leave an operation that the peers are in, with a note of the reason. ``tell`` makes the peers read it now."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -363,7 +363,7 @@ class Exchange:
             self._abort()
 
     def _abort(self) -> None:
-        """End what is still running, on this rank and on its peers."""
+        """End running operations, on this rank and on its peers."""
         with suppress(RuntimeError):
             if self.device.type == "cuda":
                 self.group._get_backend(self.device).abort()
@@ -386,12 +386,12 @@ class Exchange:
 
 
 def agree(headers: Sequence[Sequence[int]]) -> bool:
-    """Whether the headers of all ranks are equal, as they nearly always are. What follows them does not count."""
+    """Whether the headers of all ranks are equal. Words after the header are ignored."""
     return all(header[:HEADER_WORDS] == headers[0][:HEADER_WORDS] for header in headers)
 
 
 def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:
-    """Raise :class:`RankMismatchError` for what differs in ``headers``: the call, or one of ``facts``, this rank's."""
+    """Raise :class:`RankMismatchError` for the first difference in ``headers``; ``facts`` are those of this rank."""
     compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
     columns = headers[:, 3:HEADER_WORDS].t().tolist()
     compare({name: [_decode(code, like) for code in codes] for (name, like), codes in zip(facts.items(), columns)})
@@ -413,7 +413,7 @@ _NO_FURTHER_USE = "Make a new group: this one is of no further use."
 
 
 def reason_of(error: Exception) -> tuple[str, int, int]:
-    """What the others are told of ``error``: the text, and what a :class:`CapacityError` needed and had room for."""
+    """The text of ``error``, and ``needed`` and ``room`` of a :class:`CapacityError` (else 0), for other ranks."""
     needed, room = (error.needed, error.room) if isinstance(error, CapacityError) else (0, 0)
     return str(error) or type(error).__name__, needed, room
 
@@ -443,7 +443,7 @@ def _encode(value: Fact) -> int:
 
 
 def _decode(code: int, like: Fact) -> str:
-    """What :func:`_encode` made a number of, in words; ``like`` is another rank's value of the same fact."""
+    """The text of a number from :func:`_encode`; ``like`` is this rank's value of the same fact."""
     if code == _UNUSED:
         return "nothing"
     if isinstance(like, torch.dtype):
@@ -456,14 +456,14 @@ def _decode(code: int, like: Fact) -> str:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` of the CPU on ``device``. From pinned memory: else the host would wait for the device."""
+    """A CPU tensor on ``device``, copied from pinned memory so that the host does not wait for the device."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def as_bytes(rows: Tensor) -> Tensor:
     """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
     rows = rows.detach().contiguous()
-    strides = [1]  # contiguous() leaves any strides on tensors of no or one row, and view(dtype) is strict about them
+    strides = [1]  # contiguous() keeps odd strides of tensors with at most one row; view(dtype) does not take them
     for size in reversed(rows.shape[1:]):
         strides.insert(0, strides[0] * max(size, 1))
     return rows.as_strided(rows.shape, strides).view(torch.uint8)

@@ -130,7 +130,7 @@ def pack_rows(
         rows = places[item, entry].long() + (0 if starts is None else starts[entry].long())
         out[rows] = _packed(x, scales, weights, format)[item]
         return
-    x = aligned(x)
+    x = extension.aligned(x)
     weights = None if weights is None else weights.contiguous()
     extension._C.pack(
         x=x.data_ptr(),
@@ -247,7 +247,7 @@ def sum_rows(
             carried[places >= 0] = row_weights[places[places >= 0].long()]
         out[segments.own_last_order(num_items, out.device)] = _packed(sums.to(rows.dtype), None, carried, format)
         return
-    rows = aligned(rows)
+    rows = extension.aligned(rows)
     row_weights, vectors = (None if t is None else t.contiguous() for t in (row_weights, vectors))
     extension._C.sum(
         x=rows.data_ptr(),
@@ -309,7 +309,7 @@ def sum_packed_rows(
         return sums.x, sums.weights
     out = _empty(format.dtype, packed, num_items, format.hidden)
     out_weights = _empty(torch.float32, packed, num_items, format.num_weights) if format.num_weights else None
-    bias = tuple(map(aligned, bias))
+    bias = tuple(map(extension.aligned, bias))
     extension._C.sum(
         x=packed.data_ptr(),
         pitch=format.pitch,
@@ -332,12 +332,6 @@ def sum_packed_rows(
         stream=extension.current_stream(packed.device),
     )
     return out, out_weights
-
-
-def aligned(rows: Tensor) -> Tensor:
-    """``rows`` as kernels read them: contiguous, starting at a multiple of 16 bytes; a view may start anywhere."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % VECTOR_BYTES == 0 else rows.clone()
 
 
 # -- by PyTorch's operators ------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
-from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES
+from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES, aligned
 from deepep_moe.notices import span
 from deepep_moe.peer_memory import PeerMemory
 from deepep_moe.shared import Shared
@@ -356,7 +356,7 @@ class NVLinkBackend(Shared):
         try:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             row_bytes = self._row_bytes("x", x, x.dtype)
-            x = _aligned(x)
+            x = aligned(x)
         except Exception as error:
             self._refuse_operation(error, plan)
         carry = weights is not None and not apply_weights
@@ -374,7 +374,7 @@ class NVLinkBackend(Shared):
                 weights = weights.contiguous()
             if carry and into is None:
                 out_weights = self._empty(torch.float32, plan.num_tokens, plan.num_topk)
-            added = [_aligned(b) for b in bias]
+            added = [aligned(b) for b in bias]
         except torch.OutOfMemoryError as error:
             self._refuse_operation(error, plan)
         blocks = self._blocks()
@@ -545,17 +545,11 @@ class NVLinkBackend(Shared):
         return row_bytes
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: contiguous, and starting at a multiple of 16 bytes (a view may start anywhere)."""
-    x = x.contiguous()
-    return x if x.data_ptr() % VECTOR_BYTES == 0 else x.clone()
-
-
 def _readable(x: Tensor) -> Tensor:
-    """The same for rows that need not lie one after the other."""
+    """``x`` as dispatch reads it: aligned rows, which need not be adjacent."""
     if x.stride(1) == 1 and x.stride(0) * x.element_size() % VECTOR_BYTES == 0 and x.data_ptr() % VECTOR_BYTES == 0:
         return x
-    return _aligned(x)
+    return aligned(x)
 
 
 def _pitch(num_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Who of a group is where, once an operation over it has failed.
+"""Which ranks of a group are missing, after an operation over it has failed.
 
 torch.distributed says that something went wrong, not with whom. So every rank that gives up leaves a note in the
 group's store and reads the others'. Ranks that waited for the same peer give up together, hence after a moment whoever
@@ -20,25 +20,25 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 from deepep_moe.errors import PeerError, PeerTimeoutError
 
 _GRACE_SECONDS = 1.0  # for notes of ranks that fail at the same time
-_STORE_SECONDS = 3.0  # for the store itself, whose host may be what was lost
+_STORE_SECONDS = 3.0  # for the store, whose host may be lost
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank says when it gives up."""
+    """What a rank writes when it gives up."""
 
     phase: str
     waited: float  # seconds
-    timed_out: bool  # rather than told by its connection
-    reason: str = ""  # of its own, where it gave up without waiting for anybody
+    timed_out: bool  # else the connection reported an error
+    reason: str = ""  # why this rank broke off, if it did
 
 
 def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool = True) -> dict[int, Note]:
-    """Leave ``mine`` and return the notes by group rank, this rank's included; bounded, whatever the store does.
+    """Write ``mine`` and return the notes of all ranks that have written one, by group rank. Bounded.
 
     Args:
         channel: groups have one connection per device type; this names it.
-        wait: for ranks that fail at the same time.
+        wait: for notes of ranks that fail at the same time.
     """
     notes = {dist.get_rank(group): mine}
 
@@ -47,14 +47,14 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
         keys = [f"deepep_moe/gave_up/{channel}/{rank}" for rank in range(dist.get_world_size(group))]
         store.set(keys[dist.get_rank(group)], json.dumps(asdict(mine)))
         if wait:
-            with suppress(Exception):  # some rank does not come
+            with suppress(Exception):  # some rank writes none
                 store.wait(keys, timedelta(seconds=_GRACE_SECONDS))
         for rank, key in enumerate(keys):
             if rank not in notes and store.check([key]):
                 notes[rank] = Note(**json.loads(store.get(key)))
 
     def run() -> None:
-        with suppress(Exception):  # the store is gone: nobody is named
+        with suppress(Exception):  # without the store no rank can be named
             exchange_notes()
 
     thread = Thread(target=run, daemon=True)

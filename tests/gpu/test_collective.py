@@ -20,7 +20,7 @@ from deepep_moe.backends.exchange import Exchange
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
-from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
+from deepep_moe.errors import CapacityError, InputError, PeerError, PeerTimeoutError, RankMismatchError
 from tests.distributed.lost_peer import TIMEOUT_SECONDS as LOST_AFTER_SECONDS
 from tests.distributed.test_lost_peers import END_SECONDS, START_SECONDS, run
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
@@ -53,7 +53,7 @@ def fresh(ranks: Ranks) -> CollectiveOnGPU:
 def make(ranks: Ranks, group: dist.ProcessGroup, **settings: object) -> CollectiveOnGPU:
     if ranks.size > torch.cuda.device_count():
         pytest.skip("NCCL needs a GPU for each rank")
-    config = DispatcherConfig(backend="collective", timeout_seconds=TIMEOUT_SECONDS, **settings)  # type: ignore[arg-type]
+    config = DispatcherConfig(**{"backend": "collective", "timeout_seconds": TIMEOUT_SECONDS, **settings})  # type: ignore[arg-type]
     backend = make_collective(group, ranks.device, config)
     assert isinstance(backend, CollectiveOnGPU)
     return backend
@@ -363,6 +363,28 @@ def test_ranks_in_different_calls(ranks: Ranks, fresh: CollectiveOnGPU, what: st
     torch.cuda.synchronize()  # ends
     assert result is None or result.isnan().all()
     assert not fresh.usable
+
+
+def test_a_peer_that_does_not_come_is_named_while_the_host_waits_elsewhere(ranks: Ranks) -> None:
+    if ranks.size < 2:
+        pytest.skip("needs a peer")
+    group = dist.new_group(backend="cpu:gloo,cuda:nccl")
+    assert group is not None
+    limit, last = 3.0, ranks.size - 1
+    backend = make(ranks, group, timeout_seconds=limit)
+    topk_idx, experts = batch(ranks)
+    plan = backend.plan(topk_idx, experts)
+    x = torch.ones((8, 64), dtype=torch.bfloat16, device=ranks.device)
+    dist.barrier(ranks.group)
+    if ranks.rank == last:
+        time.sleep(limit + SOON_SECONDS)
+        return
+    began = time.monotonic()
+    backend.dispatch(plan, x, layout=Layout.BY_EXPERT)
+    torch.cuda.synchronize()  # as loss.item() does; no call of this library is there to look at a clock
+    assert time.monotonic() - began < limit + SOON_SECONDS
+    with pytest.raises(PeerTimeoutError, match=f"dispatch: .*no answer from rank {last} within 3 s"):
+        backend.plan(topk_idx, experts)
 
 
 def test_a_plan_that_went_through_operators(ranks: Ranks, collective: CollectiveOnGPU) -> None:
