@@ -1,44 +1,39 @@
-// Dispatch: a token's row crosses once per rank that has one of its experts, at a place known beforehand; the receiver
-// copies it to its experts' rows.
+// Dispatch: a row crosses once to each rank that has one of the token's experts. Its place there is known beforehand;
+// the receiver copies it to its experts' rows.
 //
-//   tables   block d < R: where rank d will find the routes of each token in its experts' rows, counted on this rank
-//   rows     all other blocks, a warp per 512 channels of a token: load, quantise, store a packet per lane and rank
-//   receive  all blocks: first rows of each source and expert from the counts, then a warp per 1024 bytes of a row:
-//            read the token's routes and the packets, store them to each route's row, clear the packets
+//   tables   block d < R: the routes of this rank's tokens at rank d (tables.cuh)
+//   rows     the next kSenders blocks, a warp per 512 channels of a token: load, quantise, store a packet per lane and
+//            rank
+//   receive  all blocks, those without other work first, a warp per 1024 bytes of a row: read the packets, the token's
+//            routes and the counts that its places need, store the row for each route, clear the packets
 //
-// Own tokens go the same way, through own memory: so that x may change once it is sent, and an expert gets the same
-// bits from everywhere.
+// Own tokens take the same way, through own memory: x may change once it is sent, and an expert gets the same bits from
+// every rank.
 #include <cuda_bf16.h>
 
 #include "device/fp8.cuh"
-#include "latency/packets.cuh"
+#include "latency/tables.cuh"
 
 namespace deepep_moe::latency {
 
 namespace {
 
-constexpr int kTableRoutes = 2048;  // routes that a block orders at a time
-constexpr int kLaneChannels = 16;   // of a row that is sent, per lane
+constexpr int kLaneChannels = 16;  // of a row that is sent, per lane
 constexpr int kSendChannels = kLaneChannels * kWarpSize;
 constexpr int kSendBlocks = kSendChannels / kScaleChannels;  // of channels that share a scale: one packet of scales
 constexpr int kLanesPerScale = kScaleChannels / kLaneChannels;
-constexpr int kSourcesAtOnce = 4;   // whose counts are loaded together
+constexpr int kSourcesAtOnce = 4;  // whose counts are loaded together
+constexpr int kSenders = 48;  // blocks: enough to fill the links. More stores only queue, with all loads behind them
 constexpr int kReceivePackets = 2;  // of a row that is received, per lane
 constexpr int kReceiveBytes = kReceivePackets * sizeof(int4) * kWarpSize;
 constexpr float kFloor = 1e-4f;  // of a block's largest value, part of this format
 
 static_assert(kSendBlocks == 4, "four scales make a packet");
 
-struct Tables {
-    uint16_t seen[kWarps][kMaxExperts];  // [warp][local expert] routes; then routes before this warp
-    int base[kMaxExperts];               // [local expert] routes of this tile and earlier ones
-    int route[kTableRoutes];  // local expert of each route of the tile, -1: another rank's; then its word in a packet
-};
-
 struct Receiving {
     Ranks ranks;
-    int first[kMaxExperts];  // [R][L] rows of the source for the expert; then the first of these rows. Not in all
-                             // blocks
+    // [R][L] rows of the source for the expert; then the first of these rows. Only where all counts are read.
+    int first[kMaxExperts];
 };
 
 template <int kHalf>
@@ -50,118 +45,6 @@ template <>
 union Shared<kReceive> {
     Receiving receiving;
 };
-
-__device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
-    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             0, args.refused ? 0 : args.num_tokens, args.refused, 0}};
-}
-
-// -- tables --------------------------------------------------------------------------------------------------
-
-// Tokens whose routes a block orders at a time.
-__device__ __forceinline__ int tile_of(const DispatchArgs& args, int first) {
-    const int tokens = args.refused ? 0 : args.num_tokens;
-    return min(kTableRoutes / args.num_topk, tokens - first);
-}
-
-// Local experts of the tile's routes at `peer`; -1 for other ranks' routes, and for invalid ones, which are reported.
-__device__ __forceinline__ void read_routes(const DispatchArgs& args, Tables& tables, int peer, int first, int routes) {
-    const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
-    for (int i = threadIdx.x; i < routes; i += kThreads) {
-        const int64_t at = static_cast<int64_t>(first) * args.num_topk + i;
-        const int64_t expert = args.topk_idx.at(at);
-        bool valid = expert >= 0 && expert < args.num_experts;
-        if (!valid && expert != -1)
-            report_notice(args.runtime.domain, {kBadExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                                args.num_experts, static_cast<int>(expert)});
-        valid = valid && static_cast<int>(expert) / local_experts == peer;
-        for (int k = 1; valid && k <= i % args.num_topk; ++k) {
-            if (args.topk_idx.at(at - k) != expert) continue;
-            report_notice(args.runtime.domain, {kRepeatedExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                                first + i / args.num_topk, static_cast<int>(expert)});
-            valid = false;
-        }
-        tables.route[i] = valid ? static_cast<int>(expert) - peer * local_experts : -1;
-    }
-}
-
-// Number the tile's routes to each expert in order, and write what the packets carry of each. All threads of the block
-// call.
-__device__ __forceinline__ void number_routes(const DispatchArgs& args, Tables& tables, int peer, int first) {
-    constexpr int kPerLane = kTableRoutes / kThreads;
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
-    const int routes = tile_of(args, first) * args.num_topk;
-    const int per_warp = ceil_div(ceil_div(routes, kWarps), kWarpSize) * kWarpSize;
-    uint16_t* seen = tables.seen[warp];
-    read_routes(args, tables, peer, first, routes);
-    for (int l = lane; l < local_experts; l += kWarpSize) seen[l] = 0;
-    if (first == 0)
-        for (int l = threadIdx.x; l < local_experts; l += kThreads) tables.base[l] = 0;
-    __syncthreads();
-    int expert[kPerLane], place[kPerLane];
-#pragma unroll
-    for (int n = 0; n < kPerLane; ++n) {
-        const int in_warp = n * kWarpSize + lane, i = warp * per_warp + in_warp;
-        expert[n] = in_warp < per_warp && i < routes ? tables.route[i] : -1;
-        if (n * kWarpSize >= per_warp) continue;
-        const unsigned same = __match_any_sync(kFullMask, expert[n]);
-        const int before = __popc(same & ((1u << lane) - 1));
-        place[n] = expert[n] >= 0 ? seen[expert[n]] + before : 0;
-        __syncwarp();
-        if (expert[n] >= 0 && before == 0) seen[expert[n]] = static_cast<uint16_t>(place[n] + __popc(same));
-        __syncwarp();
-    }
-    __syncthreads();
-    for (int l = threadIdx.x; l < local_experts; l += kThreads) {
-        int of_warp[kWarps], count = tables.base[l];
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) of_warp[w] = tables.seen[w][l];
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-            tables.seen[w][l] = static_cast<uint16_t>(count);
-            count += of_warp[w];
-        }
-        tables.base[l] = count;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < kPerLane; ++n)
-        if (expert[n] >= 0)
-            tables.route[warp * per_warp + n * kWarpSize + lane] = expert[n] << 16 | (seen[expert[n]] + place[n]);
-    __syncthreads();
-}
-
-// All threads of a block call, with the first tile's routes numbered.
-__device__ void send_tables(const DispatchArgs& args, Tables& tables, int epoch, int peer, bool writable) {
-    const Arena& arena = args.arena;
-    const int rank = args.runtime.domain.rank;
-    const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
-    const int tokens = args.refused ? 0 : args.num_tokens;
-    const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
-    if (writable && threadIdx.x < kWarpSize) send_facts(args.runtime, kDispatch, epoch, peer, facts_of(args));
-    for (int first = 0, in_tile = 0; first < tokens; first += in_tile) {
-        in_tile = tile_of(args, first);
-        if (first > 0) {
-            __syncthreads();
-            number_routes(args, tables, peer, first);
-        }
-        for (int i = threadIdx.x; writable && i < in_tile * packets; i += kThreads) {
-            const int token = i / packets, j = i % packets;
-            int words[kRoutesPerPacket];
-#pragma unroll
-            for (int n = 0; n < kRoutesPerPacket; ++n) {
-                const int k = j * kRoutesPerPacket + n;
-                words[n] = k < args.num_topk ? tables.route[token * args.num_topk + k] : -1;
-            }
-            store_packet(arena.routes(peer, epoch, rank, first + token, packets) + j,
-                         {words[0], words[1], words[2], epoch});
-        }
-    }
-    for (int l = threadIdx.x; writable && l < local_experts; l += kThreads)
-        store_tagged_system(arena.counts(peer, epoch, rank) + l, tables.base[l], epoch);
-    __syncthreads();  // the memory of tables is used again
-}
 
 // -- rows ----------------------------------------------------------------------------------------------------
 
@@ -210,6 +93,7 @@ __device__ __forceinline__ int4 quantise(int4 a, int4 b, bool rounded, float& sc
 struct Piece {
     int4 a, b;  // of this lane
     RankMask ranks;
+    int begin;  // the rank that it is sent to first: pieces begin with different ones, so that all links are busy
 
     template <bool kFp8>
     __device__ __forceinline__ void load(const DispatchArgs& args, int item, int pieces) {
@@ -221,8 +105,17 @@ struct Piece {
         const int at = first + (kFp8 ? 2 * lane : lane), step = kFp8 ? 1 : kWarpSize;
         a = at < vectors ? row[at] : int4{};
         b = at + step < vectors ? row[at + step] : int4{};
-        ranks = ranks_of(args.topk_idx, token, args.num_topk, args.num_experts,
-                         args.num_experts / args.runtime.domain.num_ranks);
+        const Domain& domain = args.runtime.domain;
+        ranks = ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / domain.num_ranks);
+        begin = (domain.rank + 1 + item) % domain.num_ranks;
+    }
+
+    // Take the next rank out of `left`.
+    __device__ __forceinline__ int next(RankMask& left) const {
+        const RankMask behind = left & ~0u << begin;
+        const int rank = __ffs(behind ? behind : left) - 1;
+        left &= ~(RankMask{1} << rank);
+        return rank;
     }
 };
 
@@ -242,16 +135,17 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
         scales.z = __float_as_int(__shfl_sync(kFullMask, scale, 2 * kLanesPerScale));
         scales.w = __float_as_int(__shfl_sync(kFullMask, scale, 3 * kLanesPerScale));
 #pragma unroll 1
-        for (RankMask left = ranks; left; left &= left - 1) {
-            int4* row = arena.row(kDispatch, __ffs(left) - 1, epoch, args.runtime.domain.rank, token);
+        for (RankMask left = ranks; left;) {
+            int4* row = arena.row(kDispatch, piece.next(left), epoch, args.runtime.domain.rank, token);
             if (at < packets) store_packet(row + at, packet);
             if (lane == 0) store_packet(row + packets + number, seal(scales));
         }
     } else {
         const int packets = arena.hidden / 8, at = number * 2 * kWarpSize + lane;
         const int4 a = seal(piece.a), b = seal(piece.b);
-        for (RankMask left = ranks; left; left &= left - 1) {
-            int4* row = arena.row(kDispatch, __ffs(left) - 1, epoch, args.runtime.domain.rank, token);
+#pragma unroll 1
+        for (RankMask left = ranks; left;) {
+            int4* row = arena.row(kDispatch, piece.next(left), epoch, args.runtime.domain.rank, token);
             if (at < packets) store_packet(row + at, a);
             if (at + kWarpSize < packets) store_packet(row + at + kWarpSize, b);
         }
@@ -336,123 +230,169 @@ __device__ __forceinline__ bool first_row(const DispatchArgs& args, const Waitin
     return true;
 }
 
-// Row in [L * R * M] of this lane's route of a token, or -1. False if the token's routes do not come.
-__device__ __forceinline__ bool read_places(const DispatchArgs& args, const Receiving& shared, bool counted,
-                                            const Waiting& waiting, int source, int token, int& row) {
-    const Arena& arena = args.arena;
-    const int lane = threadIdx.x % kWarpSize, packets = ceil_div(args.num_topk, kRoutesPerPacket);
-    const int4* from = arena.routes(args.runtime.domain.rank, waiting.epoch, source, token, packets) + lane;
-    int4 packet{-1, -1, -1, waiting.epoch};
-    const auto arrived = [&] {
-        if (lane < packets) packet = load_packet(from);
-        return packet.w == waiting.epoch;
-    };
-    row = -1;
-    if (!waiting.warp(source, arrived)) return false;
+// What a warp receives at a time: 1024 bytes of a row, with the scales beside them and the routes of the token. Loads
+// begin before it is known whether they find anything.
+template <bool kFp8>
+struct Arriving {
+    int source, token, number;
+    int4 v[kReceivePackets], scales, routes;  // of this lane: of the row; lane i: packet i of the scales, of the routes
+
+    __device__ __forceinline__ int row_packets(const DispatchArgs& args) const {
+        return kFp8 ? args.arena.hidden / 16 : args.arena.hidden / 8;
+    }
+    __device__ __forceinline__ int at() const { return number * kReceivePackets * kWarpSize + threadIdx.x % kWarpSize; }
+    __device__ __forceinline__ bool has(const DispatchArgs& args, int i) const {
+        return at() + i * kWarpSize < row_packets(args);
+    }
+    __device__ __forceinline__ int4* staged(const DispatchArgs& args, int epoch) const {
+        return args.arena.row(kDispatch, args.runtime.domain.rank, epoch, source, token);
+    }
+    // Packet of scales of this lane, counted from the row.
+    __device__ __forceinline__ int scales_at(const DispatchArgs& args) const {
+        return row_packets(args) + number * kReceivePackets + static_cast<int>(threadIdx.x) % kWarpSize;
+    }
+    __device__ __forceinline__ bool has_scales(const DispatchArgs& args) const {
+        const int scale_packets = ceil_div(row_packets(args), kWarpSize);  // as they were sent: one for 512 channels
+        return kFp8 && static_cast<int>(threadIdx.x) % kWarpSize < kReceivePackets &&
+               scales_at(args) < row_packets(args) + scale_packets;
+    }
+
+    __device__ __forceinline__ bool rows_arrived(const DispatchArgs& args, int epoch) {
+        const int4* from = staged(args, epoch);
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < kReceivePackets; ++i) {
+            if (!is_sealed(v[i])) v[i] = load_packet(from + at() + i * kWarpSize);
+            all = all && is_sealed(v[i]);
+        }
+        if (kFp8 && !is_sealed(scales)) scales = load_packet(from + scales_at(args));
+        return all && is_sealed(scales);
+    }
+    __device__ __forceinline__ bool routes_arrived(const DispatchArgs& args, int epoch) {
+        const int lane = threadIdx.x % kWarpSize, packets = ceil_div(args.num_topk, kRoutesPerPacket);
+        if (routes.w != epoch)
+            routes = load_packet(args.arena.routes(args.runtime.domain.rank, epoch, source, token, packets) + lane);
+        return routes.w == epoch;
+    }
+
+    __device__ __forceinline__ void load(const DispatchArgs& args, int epoch, int item, int pieces) {
+        const int ranks = args.runtime.domain.num_ranks, row = item / pieces;
+        number = item % pieces;
+        source = row % ranks;
+        token = row / ranks;
+        const bool exists = token < args.arena.max_tokens;
+        const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
+#pragma unroll
+        for (int i = 0; i < kReceivePackets; ++i) v[i] = {0, 0, 0, exists && has(args, i) ? 0 : 1};
+        scales = {0, 0, 0, exists && has_scales(args) ? 0 : 1};
+        const bool has_routes = exists && static_cast<int>(threadIdx.x) % kWarpSize < packets;
+        routes = {-1, -1, -1, has_routes ? ~epoch : epoch};
+        routes_arrived(args, epoch);
+        rows_arrived(args, epoch);
+    }
+};
+
+// Local expert of this lane's route, -1: none, and its place among the expert's rows. False if they do not come.
+template <bool kFp8>
+__device__ __forceinline__ bool read_place(const DispatchArgs& args, const Receiving& shared, bool counted,
+                                           const Waiting& waiting, Arriving<kFp8>& piece, int& expert, int& place) {
+    const int lane = threadIdx.x % kWarpSize, source = piece.source;
+    expert = -1;
+    if (!waiting.warp(source, [&] { return piece.routes_arrived(args, waiting.epoch); })) return false;
     const int of = lane / kRoutesPerPacket, word = lane % kRoutesPerPacket;
-    const int x = __shfl_sync(kFullMask, packet.x, of), y = __shfl_sync(kFullMask, packet.y, of);
-    const int z = __shfl_sync(kFullMask, packet.z, of);
+    const int x = __shfl_sync(kFullMask, piece.routes.x, of), y = __shfl_sync(kFullMask, piece.routes.y, of);
+    const int z = __shfl_sync(kFullMask, piece.routes.z, of);
     const int route = lane >= args.num_topk ? -1 : word == 0 ? x : word == 1 ? y : z;
-    const int expert = route == -1 ? -1 : route >> 16;
+    const int chosen = route == -1 ? -1 : route >> 16;
     int first = 0;
     if (counted)
-        first = expert < 0 ? 0 : shared.first[source * (args.num_experts / args.runtime.domain.num_ranks) + expert];
-    else if (!first_row(args, waiting, source, expert, first))
+        first = chosen < 0 ? 0 : shared.first[source * (args.num_experts / args.runtime.domain.num_ranks) + chosen];
+    else if (!first_row(args, waiting, source, chosen, first))
         return false;
-    if (expert >= 0) row = static_cast<int>(expert * arena.slots()) + first + (route & 0xffff);
+    expert = chosen;
+    place = first + (route & 0xffff);
     return true;
 }
 
-// The scales beside a piece, column-major: lane i holds packet i of them, four scales.
-__device__ __forceinline__ void store_scales(const DispatchArgs& args, int4 packet, int number, int row,
+// The scales beside a piece, column-major: lane i holds packet i of them, four scales. `column` of an expert's first
+// row: where its scales begin.
+__device__ __forceinline__ void store_scales(const DispatchArgs& args, int4 packet, int number, int expert, int place,
                                              unsigned routes) {
     const int lane = threadIdx.x % kWarpSize, blocks = args.arena.hidden / kScaleChannels;
     const int slots = static_cast<int>(args.arena.slots());
+    int columns = blocks, column = 0, value = 0;
+    bool has = false;
     if (args.format == Format::kFp8Ue8m0) {
-        const int words = ceil_div(blocks, 4), column = number * kReceivePackets + lane;
-        const int exponents = (packet.x >> 23 & 0xff) | (packet.y >> 23 & 0xff) << 8 | (packet.z >> 23 & 0xff) << 16 |
-                              (packet.w >> 23 & 0xff) << 24;
-        for (unsigned left = routes; left; left &= left - 1) {
-            const int to = __shfl_sync(kFullMask, row, __ffs(left) - 1);
-            if (lane < kReceivePackets && column < words)
-                static_cast<int*>(
-                    args.scales)[(static_cast<int64_t>(to / slots) * words + column) * slots + to % slots] = exponents;
-        }
-        return;
+        columns = ceil_div(blocks, 4);
+        column = number * kReceivePackets + lane;
+        has = lane < kReceivePackets;
+        value = (packet.x >> 23 & 0xff) | (packet.y >> 23 & 0xff) << 8 | (packet.z >> 23 & 0xff) << 16 |
+                (packet.w >> 23 & 0xff) << 24;
+    } else {
+        constexpr int kScales = kReceivePackets * 4;
+        const int of = lane % kScales / 4, word = lane % 4;
+        const int x = __shfl_sync(kFullMask, packet.x, of), y = __shfl_sync(kFullMask, packet.y, of);
+        const int z = __shfl_sync(kFullMask, packet.z, of), w = __shfl_sync(kFullMask, packet.w, of);
+        column = number * kScales + lane;
+        has = lane < kScales;
+        value = word == 0 ? x : word == 1 ? y : word == 2 ? z : w;
     }
-    constexpr int kScales = kReceivePackets * 4;
-    const int of = lane % kScales / 4, word = lane % 4, column = number * kScales + lane;
-    const int x = __shfl_sync(kFullMask, packet.x, of), y = __shfl_sync(kFullMask, packet.y, of);
-    const int z = __shfl_sync(kFullMask, packet.z, of), w = __shfl_sync(kFullMask, packet.w, of);
-    const int scale = word == 0 ? x : word == 1 ? y : word == 2 ? z : w;
+    has = has && column < columns;
+    // Fits an int: a scale stands for 128 bytes of a row.
+    const int begin = expert * columns * slots + place;
+    int* const scales = static_cast<int*>(args.scales) + column * slots;
     for (unsigned left = routes; left; left &= left - 1) {
-        const int to = __shfl_sync(kFullMask, row, __ffs(left) - 1);
-        if (lane < kScales && column < blocks)
-            static_cast<int*>(args.scales)[(static_cast<int64_t>(to / slots) * blocks + column) * slots + to % slots] =
-                scale;
+        const int at = __shfl_sync(kFullMask, begin, __ffs(left) - 1);
+        if (has) scales[at] = value;
     }
 }
 
 template <bool kFp8>
 __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Receiving& shared, bool counted,
-                                              const Waiting& waiting, int source, int token, int number) {
+                                              const Waiting& waiting, Arriving<kFp8>& piece) {
     const Arena& arena = args.arena;
-    const int lane = threadIdx.x % kWarpSize;
-    const int row_packets = kFp8 ? arena.hidden / 16 : arena.hidden / 8;
-    const int scale_packets = ceil_div(row_packets, kWarpSize);  // as they were sent: one for each 512 channels
-    int4* staged = arena.row(kDispatch, args.runtime.domain.rank, waiting.epoch, source, token);
-    const int at = number * kReceivePackets * kWarpSize + lane, scales_at = number * kReceivePackets + lane;
-    const auto has = [&](int i) { return at + i * kWarpSize < row_packets; };
-    const bool has_scales = kFp8 && lane < kReceivePackets && scales_at < scale_packets;
-    int4 v[kReceivePackets], scales{0, 0, 0, has_scales ? 0 : 1};
-#pragma unroll
-    for (int i = 0; i < kReceivePackets; ++i) v[i] = {0, 0, 0, has(i) ? 0 : 1};
-    const auto arrived = [&] {
-        bool all = true;
-#pragma unroll
-        for (int i = 0; i < kReceivePackets; ++i) {
-            if (!is_sealed(v[i])) v[i] = load_packet(staged + at + i * kWarpSize);
-            all = all && is_sealed(v[i]);
-        }
-        if (!is_sealed(scales)) scales = load_packet(staged + row_packets + scales_at);
-        return all && is_sealed(scales);
-    };
-    arrived();  // on its way while the routes are read
-    int row;
-    const bool known = read_places(args, shared, counted, waiting, source, token, row);
+    const int lane = threadIdx.x % kWarpSize, source = piece.source, token = piece.token;
+    int expert, place;
+    const bool known = read_place(args, shared, counted, waiting, piece, expert, place);
+    const int row = expert < 0 ? -1 : expert * static_cast<int>(arena.slots()) + place;
     const unsigned routes = __ballot_sync(kFullMask, row >= 0);
-    if (number == 0 && lane < args.num_topk) {
+    if (piece.number == 0 && lane < args.num_topk) {
         args.places.row(arena, args.num_topk, source, token, lane) = row;
         if (row >= 0) args.src_info[row] = token;
     }
     if (!known || routes == 0) return;
     // a rank that is lost after it sent its tables leaves rows of zeros if it is masked then, of NaN if that is the end
     const int lost = args.runtime.masks ? 0 : -1;
-    const bool whole = waiting.warp(source, arrived);
+    const bool whole = waiting.warp(source, [&] { return piece.rows_arrived(args, waiting.epoch); });
+    int4* const staged = piece.staged(args, waiting.epoch);
 #pragma unroll
-    for (int i = 0; i < kReceivePackets; ++i) {
-        if (whole && has(i)) store_packet(staged + at + i * kWarpSize, {0, 0, 0, 0});
-        v[i] = whole ? unseal(v[i]) : int4{lost, lost, lost, lost};
-    }
-    const int64_t row_bytes = static_cast<int64_t>(row_packets) * sizeof(int4);
+    for (int i = 0; i < kReceivePackets; ++i) piece.v[i] = whole ? unseal(piece.v[i]) : int4{lost, lost, lost, lost};
+    const int64_t row_bytes = static_cast<int64_t>(piece.row_packets(args)) * sizeof(int4);
     for (unsigned left = routes; left; left &= left - 1) {
         const int to = __shfl_sync(kFullMask, row, __ffs(left) - 1);
-        int4* out = reinterpret_cast<int4*>(args.rows + to * row_bytes) + at;
+        int4* out = reinterpret_cast<int4*>(args.rows + to * row_bytes) + piece.at();
 #pragma unroll
         for (int i = 0; i < kReceivePackets; ++i)
-            if (has(i)) store_streaming(out + i * kWarpSize, v[i]);
+            if (piece.has(args, i)) store_streaming(out + i * kWarpSize, piece.v[i]);
     }
-    if (kFp8) {
-        if (whole && has_scales) store_packet(staged + row_packets + scales_at, {0, 0, 0, 0});
-        store_scales(args, whole ? unseal(scales) : int4{}, number, row, routes);
-    }
+    if (kFp8) store_scales(args, whole ? unseal(piece.scales) : int4{}, piece.number, expert, place, routes);
+    if (!whole) return;
+#pragma unroll
+    for (int i = 0; i < kReceivePackets; ++i)
+        if (piece.has(args, i)) store_packet(staged + piece.at() + i * kWarpSize, {0, 0, 0, 0});
+    if (piece.has_scales(args)) store_packet(staged + piece.scales_at(args), {0, 0, 0, 0});
 }
 
-// All threads of the block call.
+// All threads of the block call. `turn`: of the block; those that have nothing else to do come first.
 template <bool kFp8>
-__device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports) {
+__device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
+                                        int turn) {
     const Runtime& rt = args.runtime;
-    const int ranks = rt.domain.num_ranks;
+    const int ranks = rt.domain.num_ranks, row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
+    const int pieces = ceil_div(row_bytes, kReceiveBytes), warps = gridDim.x * kWarps;
+    int item = turn * kWarps + threadIdx.x / kWarpSize;
+    Arriving<kFp8> piece;
+    piece.load(args, waiting.epoch, item, pieces);
     // With masks a lost rank counts as none in all blocks alike, so they need the same answer about each of its counts.
     const bool counted = reports || rt.masks;
     if (counted) {
@@ -461,17 +401,14 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
         if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, kDispatch, facts_of(args), nullptr);
         __syncthreads();
     }
-    const int row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
-    const int pieces = ceil_div(row_bytes, kReceiveBytes);
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, shared.ranks.tokens[s]);
-    const int warps = gridDim.x * kWarps, items = ranks * most * pieces;
+    const int items = ranks * most * pieces;
     waiting.crowded = items > kCrowd;
-    for (int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize; item < items; item += warps) {
-        const int number = item % pieces, row = item / pieces;
-        const int source = row % ranks, token = row / ranks;
-        if (token < shared.ranks.tokens[source])
-            receive_piece<kFp8>(args, shared, counted, waiting, source, token, number);
+    while (item < items) {
+        if (piece.token < shared.ranks.tokens[piece.source]) receive_piece(args, shared, counted, waiting, piece);
+        item += warps;
+        if (item < items) piece.load(args, waiting.epoch, item, pieces);
     }
 }
 
@@ -483,13 +420,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
     const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < ranks;
-    const int pieces = ceil_div(args.arena.hidden, kSendChannels), senders = (gridDim.x - ranks) * kWarps;
+    const int send_blocks = min(static_cast<int>(gridDim.x) - ranks, kSenders), senders = send_blocks * kWarps;
+    const int block = static_cast<int>(blockIdx.x), pieces = ceil_div(args.arena.hidden, kSendChannels);
+    const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
     const int items = args.refused ? 0 : args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
-    int item = sends_tables ? items : (blockIdx.x - ranks) * kWarps + warp;
+    int item = sends_tables || block >= ranks + send_blocks ? items : (block - ranks) * kWarps + warp;
     Piece piece;
+    PacketRoutes routes;
     const auto load = [&] {  // what does not depend on the call's number
         if constexpr ((kHalf & kSend) != 0) {
-            if (sends_tables) number_routes(args, shared.tables, peer, 0);
+            if (sends_tables) routes = read_tile(args, shared.tables, peer, 0, packets);
             if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     };
@@ -504,14 +444,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     }
     const Waiting waiting{rt, kLowLatencyDispatch, epoch};
     if constexpr ((kHalf & kSend) != 0) {
-        if (sends_tables) send_tables(args, shared.tables, epoch, peer, entered.writable >> peer & 1);
+        if (sends_tables) send_tables(args, shared.tables, routes, epoch, peer, entered.writable >> peer & 1);
         while (item < items) {
+            Piece next = piece;
+            if (item + senders < items) next.load<kFp8>(args, item + senders, pieces);
             store_piece<kFp8>(args, epoch, item, pieces, piece, piece.ranks & entered.writable);
+            piece = next;
             item += senders;
-            if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     }
-    if (kHalf & kReceive) receive<kFp8>(args, shared.receiving, waiting, reports);
+    if (kHalf & kReceive) {
+        const int busy = ranks + send_blocks, turn = block - busy + (block < busy ? static_cast<int>(gridDim.x) : 0);
+        receive<kFp8>(args, shared.receiving, waiting, reports, turn);
+    }
 }
 
 template <bool kFp8>
