@@ -68,7 +68,7 @@ class MoELayer(ExpertParallel):
         """
         self.check_data_parallelism()
         tokens = self._call("plan", _flatten, x)
-        topk_idx, topk_weights = self._call("plan", self.router, tokens)
+        topk_idx, topk_weights = self._call("plan", self._route, tokens)
         sent = self.dispatcher.dispatch(tokens, topk_idx, topk_weights)
         counts = sent.tokens_per_expert_host
         rows = self._call("combine", self.experts, sent.rows, sent.tokens_per_expert if counts is None else counts)
@@ -77,6 +77,13 @@ class MoELayer(ExpertParallel):
         if shared is not None:
             out = out + shared
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])  # no view unless needed: FSDP2 warns
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        routing = self.router(tokens)
+        if not isinstance(routing, tuple) or len(routing) != 2:
+            shown = f"{len(routing)} values" if isinstance(routing, tuple) else describe(routing)
+            raise InputError("router(x)", shown, "must be two tensors: topk_idx and topk_weights")
+        return routing
 
     def _call(self, phase: Phase, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``; an error is passed on to the other ranks, which are on their way into ``phase``."""

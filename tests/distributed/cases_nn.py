@@ -427,10 +427,18 @@ def a_mistake_on_one_rank_reaches_all(group: dist.ProcessGroup) -> None:
         def forward(self, *args: Any) -> Any:
             raise ValueError("out of paper")
 
+    class Nothing(nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return None
+
     right, x = layer(), torch.randn(5, HIDDEN)
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: layer(router=Broken())(x), ValueError, "out of paper"),
+        (lambda: layer(router=lambda x: (x, x, x))(x), InputError, "router(x) = 3 values: must be two tensors"),
+        (lambda: layer(router=lambda x: x)(x), InputError, "router(x) = a Tensor: must be two tensors"),
+        (lambda: layer(router=lambda x: (x, x))(x), InputError, "topk_idx = torch.float32: must be int32 or int64"),
         (lambda: layer(experts=Broken())(x), ValueError, "out of paper"),
+        (lambda: layer(experts=Nothing())(x), InputError, "rows = None: must be a torch.Tensor"),
         (lambda: layer(shared_expert=Broken())(x), ValueError, "out of paper"),
         (lambda: layer(experts=GroupedExperts(2, HIDDEN + 1, FFN))(x), InputError, "must be [M, 17]"),
         (
