@@ -58,7 +58,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 def switch(name: str) -> bool | None:
-    """Value of an on/off environment variable; None when it is not set."""
+    """Value of an on/off environment variable; None if it is not set."""
     text = os.environ.get(name, "").strip().lower()
     if text == "":
         return None
@@ -161,7 +161,7 @@ def nvcc_archs(cuda_home: Path) -> list[str]:
 
 
 def default_archs(gpus: list[str], supported: list[str]) -> list[str]:
-    """What to build for on a machine with ``gpus`` by an nvcc that knows ``supported``.
+    """Architectures to build for on a machine with ``gpus``, by an nvcc that compiles for ``supported``.
 
     A GPU newer than nvcc gets PTX of the newest architecture before it, which its driver compiles.
     """
@@ -179,7 +179,7 @@ def nvcc_version(cuda_home: Path) -> str:
 
 
 class Toolchain:
-    """What was found on this machine and switched on: the commands of every compilation."""
+    """The CUDA toolkit, compilers and options of this build, and the commands that use them."""
 
     def __init__(self) -> None:
         self.cuda_home = find_cuda_home()
@@ -206,7 +206,7 @@ class Toolchain:
         return ""
 
     def _archs(self) -> tuple[list[str], str]:
-        """Architectures to build for, and who says so."""
+        """Architectures to build for, and where they come from."""
         if given := split_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
             return given, "TORCH_CUDA_ARCH_LIST"
         if switch("DISABLE_SM90_FEATURES"):
@@ -240,7 +240,7 @@ class Toolchain:
         return ""
 
     def modules(self) -> list[Module]:
-        """What can be built here."""
+        """The extension modules that can be built here."""
         sources = [path for pattern in ("*.cpp", "*/*.cpp", "*/*.cu") for path in CSRC.glob(pattern)]
         of_nvshmem = [path for path in sources if path.parent.name == "nvshmem"]
 
