@@ -66,7 +66,9 @@ class DispatcherConfig:
     ranks_per_node: int = 0
     """For tests: cut the group into nodes of this many ranks; 0: a host is a node."""
     timeout_seconds: float = 100.0
-    """Longest wait for a peer, in seconds."""
+    """Longest wait for a peer, in seconds. Where rows go through NCCL it limits the waits of the host and, with
+    ``check_agreement``, finds a peer that is missing from a call; NCCL kernels themselves end with the timeout of the
+    process group."""
     check_agreement: bool = True
     """Compare in every call what all ranks must share. Off: only once per plan, where it costs nothing extra.
     On CPUs every call is compared in any case."""

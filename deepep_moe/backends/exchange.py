@@ -43,7 +43,6 @@ HEADER_WORDS = 3 + _MAX_FACTS  # whether the rank refuses, its phase, its plans,
 _UNUSED = -(2**62)
 _SPIN_SECONDS = 1e-3  # of a wait for the device, before the host sleeps in between
 _NO_PEER_TAG = 2**20  # of a message that is never sent
-_DEVICE_GRACE_SECONDS = 30.0  # NCCL's own limit, which ends the process, is later than the host's by this
 
 
 @dataclass
@@ -240,7 +239,8 @@ class Exchange:
         self.check_usable(phase)
         on_cpu = self.device.type == "cpu"
         options = dist.AllToAllOptions()
-        options.timeout = timedelta(seconds=self.timeout_seconds + (0 if on_cpu else _DEVICE_GRACE_SECONDS))
+        if on_cpu:  # NCCL does not read it: its own limit is that of the group
+            options.timeout = timedelta(seconds=self.timeout_seconds)
         with self._waiting(phase):
             work = self.group.alltoall_base(
                 as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options
