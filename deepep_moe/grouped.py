@@ -73,7 +73,10 @@ class Groups:
     def ends(self, device: torch.device) -> Tensor:
         """[L] int32 on ``device``: the row after each group's last."""
         if self._ends is None or self._ends.device != device:
-            self._ends = self._counts.to(device, non_blocking=True).cumsum(0).to(torch.int32)
+            ends = self._counts.cumsum(0).to(torch.int32)
+            if ends.device.type == "cpu" and device.type == "cuda":
+                ends = ends.pin_memory()  # a copy from pageable memory would wait for the stream
+            self._ends = ends.to(device, non_blocking=True)
         return self._ends
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:

@@ -237,21 +237,31 @@ def loss_of(model: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
     return model(tokens, positions, future, labels=labels).float().mean()
 
 
+SMALL = 1 << 18  # elements: smaller gradients are sent as one
+
+
 def reduce_gradients(model: GPTModel) -> None:
     """Sum every gradient over the ranks that hold a copy of its parameter.
 
     An expert's gradient already holds what all ranks of its expert-parallel group sent to it (the backward of dispatch
     and combine brought it), so it is summed over the other copies of the expert only.
     """
-    pending = []
+    shared: dict[dist.ProcessGroup, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is None:  # an expert that no token chose: its peers wait for the sum all the same
             parameter.grad = torch.zeros_like(parameter)
         group = replicas(parameter)
         if group.size() > 1:
-            pending.append(dist.all_reduce(parameter.grad, group=group, async_op=True))
-    for work in pending:
-        work.wait()
+            shared.setdefault(group, []).append(parameter.grad)
+    for group, gradients in shared.items():
+        small = [gradient for gradient in gradients if gradient.numel() < SMALL]
+        together = torch.cat([gradient.flatten() for gradient in small]) if small else gradients[0].new_empty(0)
+        large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
+        pending = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in (together, *large)]
+        for work in pending:
+            work.wait()
+        for gradient, part in zip(small, together.split([gradient.numel() for gradient in small])):
+            gradient.copy_(part.view_as(gradient))
 
 
 def gradient_norm(model: GPTModel) -> Tensor:
@@ -259,8 +269,10 @@ def gradient_norm(model: GPTModel) -> Tensor:
     norms: dict[bool, list[Tensor]] = {True: [], False: []}
     for parameter in model.parameters():
         norms[is_expert(parameter)].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
-    zero = torch.zeros((), dtype=torch.float32, device=norms[False][0].device)
-    experts, others = (sum((norm.square() for norm in norms[kind]), zero) for kind in (True, False))
+    experts, others = (torch.stack(norms[kind]).square().sum() if norms[kind] else None for kind in (True, False))
+    assert others is not None
+    if experts is None:  # all experts are on every rank
+        return others.sqrt()
     dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
     return (others + experts).sqrt()
 
