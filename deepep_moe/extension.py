@@ -1,18 +1,26 @@
-"""The CUDA extension ``deepep_moe._C``: what it is called with, or why it is not there or does not serve a GPU."""
+"""The CUDA extension ``deepep_moe._C``: dtype codes for its calls, or the reason why it cannot be used on a device."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from functools import cache
 
 import torch
 from torch import Tensor
 
+BUILT = importlib.util.find_spec("deepep_moe._C") is not None  # for this Python
 try:
     from deepep_moe import _C as _C
-except ImportError as error:  # not built, or for another Python
-    _C = None  # type: ignore[assignment]  # whoever imports it asks why_missing first
-    why_missing: str | None = f"the CUDA extension is not there ({error}); install with nvcc in PATH to build it"
+except ImportError as error:
+    _C = None  # type: ignore[assignment]  # callers check why_missing first
+    why_missing: str | None = f"the CUDA extension cannot be loaded: {error}"
+    if not BUILT:
+        why_missing = (
+            f"the CUDA extension is not built for this Python ({sys.version_info.major}.{sys.version_info.minor}); "
+            "install with nvcc in PATH to build it"
+        )
     ARCHITECTURES: tuple[str, ...] = ()
 else:
     why_missing = None
@@ -26,7 +34,7 @@ VECTOR_BYTES = 16  # kernels move rows in units of this
 
 @cache
 def why_not_on(device: torch.device) -> str | None:
-    """The reason why the extension's kernels cannot run on ``device``, or None. The answer is remembered."""
+    """The reason why the extension's kernels cannot run on ``device``, or None. Cached."""
     if why_missing is not None:
         return why_missing
     if device.type != "cuda":

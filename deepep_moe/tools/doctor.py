@@ -72,8 +72,7 @@ def look_at_torch() -> list[Finding]:
 def look_at_extension() -> list[Finding]:
     """What the extension was built for, and every GPU here that it cannot run on."""
     if extension.why_missing is not None:
-        there = importlib.util.find_spec("deepep_moe._C") is not None  # but it cannot be loaded
-        state = BAD if there or torch.cuda.is_available() else NOTE
+        state = BAD if extension.BUILT or torch.cuda.is_available() else NOTE
         return [Finding(state, "extension", f"{extension.why_missing}; without it backend nvlink is off")]
     found = [Finding(GOOD, "extension", f"built for {', '.join(extension.ARCHITECTURES)}, {extension._C.__file__}")]
     for index in range(torch.cuda.device_count()):

@@ -181,6 +181,16 @@ def test_whether_there_is_code_for_sm90(
     assert Buffer.is_sm90_compiled() is sm90
 
 
+def test_an_extension_that_cannot_be_loaded_must_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_missing", "the CUDA extension cannot be loaded: libcuda.so.1")
+    for built, state in ((True, doctor.BAD), (False, doctor.NOTE)):
+        monkeypatch.setattr(extension, "BUILT", built)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        (finding,) = doctor.look_at_extension()
+        assert (finding.state, finding.subject) == (state, "extension")
+        assert "libcuda.so.1; without it backend nvlink is off" in finding.text
+
+
 def test_without_the_extension_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "why_missing", "it was not built")
     extension.why_not_on.cache_clear()
