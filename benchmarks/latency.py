@@ -1,9 +1,10 @@
 """``benchmarks latency``: the low-latency calls at decode-sized batches, beside torch.distributed's all-to-all.
 
 Settings of a table: *graph*: a captured graph of many calls, its time divided by their number, so launch gaps are in it
-and host time is not; *eager*: back-to-back calls whose host time is hidden; *host*: what the host spends on a dispatch
-and combine. Halves of a call with a hook are timed by events around each kernel, with a pause between, in which rows
-arrive: what a receiving half costs when there is nothing left to wait for.
+and host time is not; *eager*: back-to-back calls whose host time is hidden; *host*: the host's time in a dispatch, in a
+combine, and in both. The halves of a call with a hook are timed by events around each kernel, with a pause between them
+in which the rows arrive, so the receiving half does not wait. Events around an empty kernel are timed as well: subtract
+them to get the time of the kernel alone.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _PAUSE_CYCLES = 100_000  # about 50 us: longer than rows take
 
 NOTE = (
     "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host "
-    "time hidden. hook: halves of a call, events around each kernel, rows arrive between the two. host: wall clock of "
-    "the host in one dispatch and one combine. Every sample is that of the slowest rank. link: bytes between ranks, of "
-    "the busiest rank and direction: one row per token and rank."
+    "time hidden. hook: halves of a call, events around each kernel (and an empty one: subtract it for the kernel's own "
+    "time), rows arrive between the two. host: wall clock of the host in the calls. Every sample is that of the slowest "
+    "rank. link: bytes between ranks, of the busiest rank and direction: one row per token and rank."
 )
 
 
@@ -135,7 +136,12 @@ def measure_case(world: World, layer: Layer, tokens: int, repeats: int, done: Ca
         for name, send in halves.items():
             for half, samples in half_samples(world, send, repeats).items():
                 add(f"{name}, {half}", samples, "hook")
-    add("dispatch FP8 + combine", host_samples(world, case.both, repeats, HOST_CALLS), "host")
+    for name, run in (
+        ("dispatch FP8 + combine", case.both),
+        ("dispatch FP8", lambda: case.dispatch(True)),
+        ("combine BF16", lambda: case.combine(case.handle)),
+    ):
+        add(name, host_samples(world, run, repeats, HOST_CALLS), "host")
     if world.can_all_to_all:
         for kind, row_bytes in (("FP8", fp8), ("BF16", bf16)):
             run = all_to_all(world, traffic, row_bytes)
@@ -164,10 +170,13 @@ def graph_samples(world: World, run: Callable[[], Any], repeats: int) -> list[fl
 
 
 def half_samples(world: World, send: Callable[[], Callable[[], None] | None], repeats: int) -> dict[str, list[float]]:
-    """Times of the kernel that sends and, when all rows are there, of the one that receives."""
-    sends, receives = [], []
+    """Times of the kernel that sends, of the one that receives when all rows are there, and of an empty kernel.
+
+    The last is what the events and the launch alone take.
+    """
+    samples: dict[str, list[float]] = {"send": [], "receive": [], "an empty kernel": []}
     for _ in range(WARMUP + repeats):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
         world.align(busy=True)  # the host is ahead of the GPU
         events[0].record()
         receive = send()
@@ -177,10 +186,14 @@ def half_samples(world: World, send: Callable[[], Callable[[], None] | None], re
         events[2].record()
         receive()
         events[3].record()
+        torch.cuda._sleep(_PAUSE_CYCLES)
+        events[4].record()
+        torch.cuda._sleep(0)
+        events[5].record()
         world.synchronize()
-        sends.append(events[0].elapsed_time(events[1]) * 1e3)
-        receives.append(events[2].elapsed_time(events[3]) * 1e3)
-    return {"send": world.largest(sends[WARMUP:]), "receive": world.largest(receives[WARMUP:])}
+        for number, times in enumerate(samples.values()):
+            times.append(events[2 * number].elapsed_time(events[2 * number + 1]) * 1e3)
+    return {name: world.largest(times[WARMUP:]) for name, times in samples.items()}
 
 
 def draw(tables: list[Table], title: str, path: Path) -> None:

@@ -76,6 +76,12 @@ def quantized(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     return (blocks * inverse.unsqueeze(2)).to(torch.float8_e4m3fn).view(x.shape), scales
 
 
+def packed_exponents(scales: Tensor) -> Tensor:
+    """UE8M0: the exponents of fp32 scales [N, S], four in an int32."""
+    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4)).contiguous().view(torch.int32)
+
+
 def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: set[int] = frozenset()) -> None:  # type: ignore[assignment]
     """Every value that ``low_latency_dispatch`` returned on ``rank``."""
     received, counts, handle = result[:3]
@@ -117,9 +123,7 @@ def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: se
         expected_rows, expected_scales = quantized(expected, format)
         _same(got.view(torch.uint8), expected_rows.view(torch.uint8), f"{where}: e4m3 rows")
         if format == "ue8m0":
-            exponents = (expected_scales.view(torch.int32) >> 23).to(torch.uint8)
-            exponents = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
-            expected_scales = exponents.contiguous().view(torch.int32)
+            expected_scales = packed_exponents(expected_scales)
         _same(scales[local, : len(tokens)], expected_scales, f"{where}: scales")
 
 

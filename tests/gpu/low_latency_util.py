@@ -6,10 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepep_moe import Buffer
 from tests.gpu.conftest import Ranks
-from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
+from tests.low_latency_util import (
+    FORMATS,
+    Batch,
+    Shape,
+    check_combine,
+    check_dispatch,
+    combined,
+    expert_outputs,
+    packed_exponents,
+    quantized,
+)
 
 MakeBuffer = Callable[..., Buffer]
 
@@ -50,3 +61,62 @@ def normal_round_trip(buffer: Buffer, batch: Batch) -> None:
     )
     back, _, _ = buffer.combine(rows, handle)
     assert torch.equal(back, (in_rank.sum(1, keepdim=True) * batch.x[rank].float()).bfloat16())
+
+
+class DeviceBatch(Batch):
+    """A batch from the GPU's generator: drawn again by each replay of a graph that captured this.
+
+    Ranks with equally seeded generators draw the same numbers.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device, dropped: float = 0.1) -> None:
+        self.shape = shape
+        ranks, room = shape.ranks, shape.max_tokens
+        options: Any = {"dtype": torch.float32, "device": device}
+        self.all_x = torch.randn(ranks, room, shape.hidden, **options).bfloat16()
+        chosen = torch.rand(ranks, room, shape.experts, **options).topk(shape.topk, dim=2).indices
+        lost = torch.rand(ranks, room, shape.topk, **options) < dropped
+        weights = torch.rand(ranks, room, shape.topk, **options)
+        for rank, tokens in enumerate(shape.tokens):
+            lost[rank, tokens:] = True
+        self.all_topk_idx = chosen.masked_fill(lost, -1)
+        self.x = [self.all_x[rank, :tokens] for rank, tokens in enumerate(shape.tokens)]
+        self.topk_idx = [self.all_topk_idx[rank, :tokens] for rank, tokens in enumerate(shape.tokens)]
+        self.weights = [weights[rank, :tokens] for rank, tokens in enumerate(shape.tokens)]
+
+
+def wrong_in_dispatch(batch: DeviceBatch, rank: int, format: str, result: Any) -> Tensor:
+    """How many values of ``result`` are wrong, without a wait for the device: what check_dispatch checks."""
+    received, counts, (src_info, layout_range, *_) = result[:3]
+    shape, device = batch.shape, counts.device
+    slots, first = shape.ranks * shape.max_tokens, rank * shape.local_experts
+    experts = torch.arange(first, first + shape.local_experts, dtype=torch.int64, device=device)
+    chosen = (batch.all_topk_idx.view(slots, 1, shape.topk) == experts[:, None]).any(2).t()  # [L, R * M]: source order
+    place = torch.where(chosen, chosen.cumsum(1) - 1, slots)
+    source = torch.arange(slots, dtype=torch.int64, device=device).expand(shape.local_experts, slots)
+    index = torch.full((shape.local_experts, slots + 1), slots, dtype=torch.int64, device=device)
+    index = index.scatter_(1, place, source)[:, :slots]
+    used = index < slots
+    index = torch.where(used, index, 0)
+    by_source = chosen.view(shape.local_experts, shape.ranks, shape.max_tokens).sum(2)
+    wrong = (counts != chosen.sum(1)).sum() + (
+        layout_range != ((by_source.cumsum(1) - by_source) << 32 | by_source)
+    ).sum()
+    wrong += ((src_info != index % shape.max_tokens) & used).sum()
+    x = batch.all_x.view(slots, shape.hidden)
+    if format == "bf16":
+        return wrong + ((received != x[index]) & used.unsqueeze(2)).sum()
+    rows, scales = received
+    expected_rows, expected_scales = quantized(x, format)
+    if format == "ue8m0":
+        expected_scales = packed_exponents(expected_scales)
+    different = rows.view(torch.uint8) != expected_rows.view(torch.uint8)[index]
+    return (
+        wrong + (different & used.unsqueeze(2)).sum() + ((scales != expected_scales[index]) & used.unsqueeze(2)).sum()
+    )
+
+
+def wrong_in_combine(batch: Batch, rank: int, format: str, got: Tensor) -> Tensor:
+    """How many values of a combine are wrong, without a wait for the device: the bound is that of check_combine."""
+    expected = combined(batch, rank, format).float()
+    return (~((got.float() - expected).abs() <= expected.abs() * 2**-7 + 2**-6)).sum()

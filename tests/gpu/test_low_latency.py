@@ -3,7 +3,13 @@
     torchrun --nproc-per-node 2 -m pytest tests/gpu/test_low_latency.py
     LOW_LATENCY_REPLAYS=10000 LOW_LATENCY_SHAPES=200 torchrun --nproc-per-node 4 -m pytest tests/gpu/test_low_latency.py
 
-Replays of a captured graph (300) and random shapes (80) are as many as these variables say.
+Replays that are checked on the device (300; 10,000 take about half a minute) and random shapes (80) are as many as
+these variables say. Under compute-sanitizer few tests end within a minute:
+
+    LOW_LATENCY_REPLAYS=4 torchrun --nproc-per-node 2 --no-python compute-sanitizer --tool memcheck \\
+        python -m pytest tests/gpu/test_low_latency.py -k "special_values or on_the_device"
+    torchrun --nproc-per-node 2 --no-python compute-sanitizer --tool racecheck \\
+        python -m pytest tests/gpu/test_low_latency.py -k special_values
 """
 
 from __future__ import annotations
@@ -23,10 +29,20 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import HandleError
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
-from tests.gpu.low_latency_util import MakeBuffer, dispatch, normal_round_trip, round_trip, shape_of
+from tests.gpu.low_latency_util import (
+    DeviceBatch,
+    MakeBuffer,
+    dispatch,
+    normal_round_trip,
+    round_trip,
+    shape_of,
+    wrong_in_combine,
+    wrong_in_dispatch,
+)
 from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
 
 REPLAYS = int(os.environ.get("LOW_LATENCY_REPLAYS", "300"))
+HOST_CHECKED_REPLAYS = min(REPLAYS, 300)
 SHAPES = int(os.environ.get("LOW_LATENCY_SHAPES", "80"))
 
 # ------------------------------------------------------------------------------------------- values
@@ -196,9 +212,64 @@ class Captured:
         check_combine(self.out, combined(self.batch, self.rank, self.format), f"{where}, rank {self.rank}")
 
 
-@pytest.mark.timeout(180 + REPLAYS)
+class SelfChecked:
+    """A graph that draws a batch, moves it both ways, and adds up what is wrong: no replay waits for the host."""
+
+    def __init__(self, buffer: Buffer, shape: Shape, format: str, device: torch.device, hooks: bool) -> None:
+        self.format, self.hooks = format, hooks
+        self.wrong = torch.zeros(2, dtype=torch.int64, device=device)
+        self.rows = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step(buffer, shape)  # allocates
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step(buffer, shape)
+
+    def _step(self, buffer: Buffer, shape: Shape) -> None:
+        batch, rank = DeviceBatch(shape, self.wrong.device), buffer.rank
+        result = dispatch(buffer, batch, return_recv_hook=self.hooks, **FORMATS[self.format])
+        if self.hooks:
+            result[4]()
+        y = expert_outputs(batch, rank, self.format, result)
+        out, _, hook = buffer.low_latency_combine(
+            y, batch.topk_idx[rank], batch.weights[rank], result[2], return_recv_hook=self.hooks
+        )
+        if hook is not None:
+            hook()
+        self.wrong[0] += wrong_in_dispatch(batch, rank, self.format, result)
+        self.wrong[1] += wrong_in_combine(batch, rank, self.format, out)
+        self.rows += result[1].sum()
+
+
+@pytest.mark.timeout(120 + REPLAYS // 50)
+def test_replays_checked_on_the_device(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    """LOW_LATENCY_REPLAYS with new routing in each, ranks skewed at random; every value is checked."""
+    torch.cuda.manual_seed(7)  # on all ranks: they draw the same batches
+    buffer = make_buffer()
+    graphs = [
+        SelfChecked(buffer, shape_of(ranks), "fp8", ranks.device, hooks=True),
+        SelfChecked(buffer, shape_of(ranks, topk=6), "bf16", ranks.device, hooks=False),
+        SelfChecked(
+            buffer, shape_of(ranks, room=24, hidden=896, experts=3, topk=3), "ue8m0", ranks.device, hooks=False
+        ),
+    ]
+    skew = random.Random(ranks.rank)
+    for number in range(REPLAYS):
+        if skew.random() < 0.1:
+            torch.cuda._sleep(skew.randrange(1_000_000))
+        graphs[number % len(graphs)].graph.replay()
+        if number % 500 == 499:
+            torch.cuda.synchronize()
+            buffer.low_latency_check()
+    for graph in graphs:
+        assert graph.wrong.tolist() == [0, 0], f"{graph.format}: wrong values in dispatch and combine"
+        assert REPLAYS < 50 or graph.rows.item() > REPLAYS, "the graphs drew no routes"
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(180 + HOST_CHECKED_REPLAYS)
 def test_replays_of_several_graphs(ranks: Ranks, make_buffer: MakeBuffer) -> None:
-    """LOW_LATENCY_REPLAYS with new routing, ranks skewed at random, eager calls of both kinds between them."""
+    """New routing, ranks skewed at random, eager calls of both kinds between replays."""
     buffer, rank = make_buffer(), ranks.rank
     graphs = [
         Captured(buffer, shape_of(ranks), "fp8", ranks.device),
@@ -206,7 +277,7 @@ def test_replays_of_several_graphs(ranks: Ranks, make_buffer: MakeBuffer) -> Non
         Captured(buffer, shape_of(ranks, room=24, hidden=896, experts=3, topk=3), "ue8m0", ranks.device),
     ]
     skew = random.Random(rank)
-    for number in range(REPLAYS):
+    for number in range(HOST_CHECKED_REPLAYS):
         if skew.random() < 0.3:
             torch.cuda._sleep(skew.randrange(1_000_000))
         graph = graphs[number % len(graphs)]
