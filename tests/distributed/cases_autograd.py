@@ -183,6 +183,9 @@ def weights_that_come_back_beside_the_rows_have_gradients(group: dist.ProcessGro
             out, returned = ops.combine(sent.rows, sent.weights, sent.plan, number, False, False)
             torch.testing.assert_close(out, 2 * x)
             torch.testing.assert_close(returned, weights)
+            for given, apply_weights in ((sent.weights, True), (None, False)):  # nothing else comes back
+                assert ops.combine(sent.rows, given, sent.plan, number, apply_weights, False)[1] is None
+            assert dispatcher.dispatch(x, sent.plan).weights is None
             of_x, of_weights = torch.autograd.grad((returned * factors).sum() + out.sum(), (x, weights))
         torch.testing.assert_close(of_x, torch.full_like(x, 2.0))
         torch.testing.assert_close(of_weights, factors)
