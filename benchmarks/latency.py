@@ -35,9 +35,9 @@ _PAUSE_CYCLES = 100_000  # about 50 us: longer than rows take
 
 NOTE = (
     "graph: calls captured in one CUDA graph, launch gaps included, host time not. eager: back-to-back calls, host "
-    "time hidden. hook: halves of a call, events around each kernel (and an empty one: subtract it for the kernel's own "
-    "time), rows arrive between the two. host: wall clock of the host in the calls. Every sample is that of the slowest "
-    "rank. link: bytes between ranks, of the busiest rank and direction: one row per token and rank."
+    "time hidden. hook: halves of a call, events around each kernel (and an empty one: subtract it for the kernel's "
+    "own time), rows arrive between the two. host: wall clock of the host in the calls. Every sample is that of the "
+    "slowest rank. link: bytes between ranks, of the busiest rank and direction: one row per token and rank."
 )
 
 
