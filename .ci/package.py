@@ -24,6 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"DEEPEP_MOE_CUDA": "0"}
 
 
+IMPORT_ALL = """
+import importlib, pkgutil
+import deepep_moe
+names = {module.name for module in pkgutil.walk_packages(deepep_moe.__path__, "deepep_moe.", onerror=lambda name: None)}
+for name in sorted(names):
+    if not name.startswith("deepep_moe.integrations.") and name != "deepep_moe.__main__":
+        importlib.import_module(name)
+from deepep_moe import *
+"""  # integrations need their frameworks
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     """Output of a command; ends this script where it fails."""
     result = subprocess.run(
@@ -102,7 +113,7 @@ def use(programs: Path) -> None:
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     report = run(programs / "python", *ranks, "-m", "deepep_moe", "doctor", cwd=away)
     assert "dispatch and combine of 64 tokens" in report, report
-    run(programs / "python", "-c", "from deepep_moe import *; import deepep_moe.overlap, deepep_moe.compat", cwd=away)
+    run(programs / "python", "-c", IMPORT_ALL, cwd=away)
     print(f"{version}{report}")
 
 
