@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +32,13 @@ PLAN_TENSORS = ("topk_idx", "send_slot", "counted", "received", "row_recv", "exp
 
 
 @contextmanager
-def backends(group: dist.ProcessGroup) -> Iterator[tuple[CollectiveOnGPU, CollectiveBackend]]:
+def backends(
+    group: dist.ProcessGroup, config: DispatcherConfig = CONFIG
+) -> Iterator[tuple[CollectiveOnGPU, CollectiveBackend]]:
     """The backend under test, and the reference."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         plan_kernels.install(monkeypatch)
-        yield CollectiveOnGPU(group, CPU, CONFIG), CollectiveBackend(group, CPU, CONFIG)
+        yield CollectiveOnGPU(group, CPU, config), CollectiveBackend(group, CPU, config)
 
 
 def assert_same(got: Any, wanted: Any, names: tuple[str, ...], what: str) -> None:
@@ -209,3 +212,18 @@ def ranks_that_differ_in_the_backward_learn_of_it(group: dist.ProcessGroup) -> N
         error = found_by(gpu, lambda: gpu.combine(plan, rows, layout=Layout.BY_SOURCE, backward=backward))
         assert isinstance(error, RankMismatchError), error
         assert "what requires gradients must be the same on all ranks" in str(error)
+
+
+@case(ranks=(2,))
+def a_call_that_the_device_does_not_end_is_found_by_the_thread(group: dist.ProcessGroup) -> None:
+    limit = 1.0
+    with backends(group, DispatcherConfig(timeout_seconds=limit)) as (gpu, _), pytest.MonkeyPatch.context() as patch:
+        plan = gpu.plan(torch.arange(2).expand(4, -1), 2)
+        patch.setattr(Announcements, "_event", lambda self: SimpleNamespace(query=lambda: False))
+        began = time.monotonic()
+        gpu.dispatch(plan, torch.ones(4, 8), layout=Layout.BY_SOURCE)
+        while gpu.usable and time.monotonic() - began < SOON_SECONDS:  # no call of this rank looks at the clock
+            time.sleep(0.01)
+        assert limit <= time.monotonic() - began < SOON_SECONDS
+        with raises(PeerError, "dispatch: rank"):
+            gpu.check()
