@@ -33,11 +33,11 @@ from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Fact, gather, reason_of, refused_by
+from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, gather, reason_of, refused_by
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError, InputError, PeerError
+from deepep_moe.errors import CapacityError, InputError, PeerError, UnsupportedError
 
 _ROUTE_WORDS = 2  # of a message, after the header: the lowest and the highest expert index of the sending rank's batch
 
@@ -123,8 +123,7 @@ class CollectiveOnGPU(CollectiveBackend):
         max_recv: int | None = None,
         max_rows: int | None = None,
     ) -> Plan:
-        exchange = self._open()
-        exchange.check_usable("plan")
+        exchange = self._enter("plan")
         exchange.count_plan()
         fixed = max_recv is not None or max_rows is not None
         try:
@@ -456,14 +455,24 @@ class CollectiveOnGPU(CollectiveBackend):
     @contextmanager
     def _agreement(self, phase: Phase) -> Iterator[Agreement]:
         """This rank's input, checked by the body, for a call whose agreement nothing waits for."""
-        exchange = self._open()
-        exchange.check_usable(phase)
+        self._enter(phase)
         mine = Agreement()
         try:
             yield mine
         except Exception as error:
             self._announcements.refuse(phase, f"{type(error).__name__}: {error}")
             raise
+
+    def _enter(self, phase: Phase) -> Exchange:
+        """Raise what forbids a call on this rank, without taking part in it."""
+        exchange = self._open()
+        exchange.check_usable(phase)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "the collective backend cannot be captured in a CUDA graph: the host reads the counts of each plan. "
+                "Backend nvlink with capacity_factor can"
+            )
+        return exchange
 
     def _messages(self, messages: Tensor) -> extension._C.Messages:
         return extension._C.Messages(messages.data_ptr(), self.world_size, messages.shape[1])

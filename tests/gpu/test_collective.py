@@ -20,7 +20,14 @@ from deepep_moe.backends.exchange import Exchange
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.dispatcher import TokenDispatcher
-from deepep_moe.errors import CapacityError, InputError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.errors import (
+    CapacityError,
+    InputError,
+    PeerError,
+    PeerTimeoutError,
+    RankMismatchError,
+    UnsupportedError,
+)
 from tests.distributed.lost_peer import TIMEOUT_SECONDS as LOST_AFTER_SECONDS
 from tests.distributed.test_lost_peers import END_SECONDS, START_SECONDS, run
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
@@ -272,6 +279,22 @@ def test_an_operation_is_few_kernels(ranks: Ranks, collective: CollectiveOnGPU) 
     ):
         names = kernels(call)
         assert 0 < len(names) <= 5, names  # two of them NCCL's
+
+
+def test_a_capture_is_refused_and_breaks_nothing(ranks: Ranks, collective: CollectiveOnGPU) -> None:
+    topk_idx, experts = batch(ranks)
+    plan = collective.plan(topk_idx, experts)
+    x = torch.ones((8, 64), device=ranks.device)
+    for call in (
+        lambda: collective.plan(topk_idx, experts),
+        lambda: collective.dispatch(plan, x, layout=Layout.BY_SOURCE),
+    ):
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(UnsupportedError, match="captured in a CUDA graph"),
+        ):
+            call()
+    assert (collective.dispatch(plan, x, layout=Layout.BY_SOURCE).x == 1).all()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
