@@ -4,6 +4,9 @@ Each dispatch and combine sends its header (exchange.py) ahead of its rows, and 
 kernels that write the results compare the headers of all ranks and write NaN if they differ. A thread of this process
 checks a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which ends all
 waits, and this rank's next call raises the error.
+
+The thread reads pinned memory only, which the device fills. It calls no function of CUDA: such calls, even of another
+thread, would break a graph capture that is running.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from deepep_moe.errors import RankMismatchError
 
 _POLL_SECONDS = 0.02
 _IDLE_SECONDS = 1.0  # without a call in flight, after which the thread ends
+_UNWRITTEN = -(2**63)  # in pinned memory that the device has not written yet; in no header
 
 
 @dataclass
@@ -38,10 +42,9 @@ class Announced:
     headers: Tensor | None = None
     """[R, HEADER_WORDS] int64 on the device; None where calls are not compared."""
     copy: Tensor | None = None
-    """The same in pinned memory, once ``arrived``."""
-    arrived: torch.cuda.Event | None = None
-    done: torch.cuda.Event | None = None
-    """Recorded when the call has been enqueued to its end."""
+    """The same in pinned memory, once the device has written it."""
+    done: Tensor | None = None
+    """[1] in pinned memory, written when the rows of the call have arrived."""
 
 
 class Announcements:
@@ -57,6 +60,7 @@ class Announcements:
         self._calls: deque[Announced] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._one: Tensor | None = None  # on the device
 
     def begin(self, phase: Phase, facts: Mapping[str, Fact]) -> Announced:
         """Start to send the header of a call whose input is good. The call is checked from now on."""
@@ -76,12 +80,14 @@ class Announcements:
         """Receive the headers of ``call``. What is enqueued between :meth:`begin` and this runs at the same time."""
         if call.receive is not None:
             call.headers, call.receive = call.receive(), None
-            call.copy, call.arrived = self._copy_to_host(call.headers)
+            call.copy = self._copy_to_host(call.headers)
 
     def end(self, call: Announced) -> None:
         """The rows of the call have been enqueued on the current stream."""
         if self._exchange.world_size > 1:
-            call.done = self._event()
+            if self._one is None:
+                self._one = torch.ones(1, dtype=torch.int64, device=self._exchange.device)
+            call.done = self._copy_to_host(self._one)
 
     def refuse(self, phase: Phase, reason: str) -> None:
         """Take this rank's place in a call that it refuses. It cannot know what its peers send, so the group ends."""
@@ -100,11 +106,11 @@ class Announcements:
                 self._calls.popleft()
 
     def _is_over(self, call: Announced) -> bool:
-        if call.arrived is not None and call.arrived.query():
-            call.arrived = None
-            assert call.copy is not None
+        done = call.done is not None and _is_written(call.done)  # read first: headers are written before it
+        if call.copy is not None and _is_written(call.copy):
             self._compare(call, call.copy)
-        if not self._exchange.usable or (call.done is not None and call.done.query()):
+            call.copy = None
+        if done or not self._exchange.usable:
             return True
         waited = time.monotonic() - call.began
         if waited > self._exchange.timeout_seconds:
@@ -150,12 +156,11 @@ class Announcements:
         ones = [1] * exchange.world_size
         return exchange.start_all_to_all(phase, out, ones, ones)
 
-    def _copy_to_host(self, headers: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        copy = torch.empty(headers.shape, dtype=headers.dtype, device="cpu", pin_memory=True)
-        copy.copy_(headers, non_blocking=True)
-        return copy, self._event()
+    def _copy_to_host(self, tensor: Tensor) -> Tensor:
+        """Pinned memory that the device will write ``tensor`` to."""
+        copy = torch.full(tensor.shape, _UNWRITTEN, dtype=torch.int64, device="cpu", pin_memory=True)
+        return copy.copy_(tensor, non_blocking=True)
 
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._exchange.device))
-        return event
+
+def _is_written(pinned: Tensor) -> bool:
+    return _UNWRITTEN not in pinned.flatten().tolist()

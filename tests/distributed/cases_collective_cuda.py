@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from deepep_moe.backends import announcements
 from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.base import Backward, Layout, Plan, Rows, Wire
 from deepep_moe.backends.collective import CollectiveBackend
@@ -219,7 +219,8 @@ def a_call_that_the_device_does_not_end_is_found_by_the_thread(group: dist.Proce
     limit = 1.0
     with backends(group, DispatcherConfig(timeout_seconds=limit)) as (gpu, _), pytest.MonkeyPatch.context() as patch:
         plan = gpu.plan(torch.arange(2).expand(4, -1), 2)
-        patch.setattr(Announcements, "_event", lambda self: SimpleNamespace(query=lambda: False))
+        unwritten = announcements._UNWRITTEN
+        patch.setattr(Announcements, "_copy_to_host", lambda self, tensor: torch.full_like(tensor, unwritten))
         began = time.monotonic()
         gpu.dispatch(plan, torch.ones(4, 8), layout=Layout.BY_SOURCE)
         while gpu.usable and time.monotonic() - began < SOON_SECONDS:  # no call of this rank looks at the clock
