@@ -205,6 +205,8 @@ class TokenDispatcher(Shared):
             _check_dtype("x", x)
             if plan is not None:
                 self._check_plan(plan)
+            elif isinstance(routes, Tensor) and routes.dim() == 2 and not torch.compiler.is_compiling():
+                check_rows("x", x, routes.shape[0], "the plan's tokens", SUMMED_DTYPES, self.backend.device)
             if topk_weights is not None:
                 topk_weights = _as_weights("topk_weights", topk_weights)
         except Exception as error:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, agree, compare_facts
-from deepep_moe.errors import RankMismatchError
+from deepep_moe.errors import DeepEPMoEError, RankMismatchError
 
 _POLL_SECONDS = 0.02
 _IDLE_SECONDS = 1.0  # without a call in flight, after which the thread ends
@@ -90,14 +91,20 @@ class Announcements:
             call.done = self._copy_to_host(self._one)
 
     def refuse(self, phase: Phase, reason: str) -> None:
-        """Take this rank's place in a call that it refuses. It cannot know what its peers send, so the group ends."""
+        """Take this rank's place in a call that it refuses.
 
-        def tell() -> None:
-            if self._compared:
-                receive = self._send(phase, self._exchange.header(phase, {}, refused=True))
-                self._exchange.to_host(phase, receive())
-
-        self._exchange.break_off(phase, reason, tell)
+        If all ranks refuse, nothing is in flight and they can go on. Otherwise the group ends, because this rank cannot
+        know the size of what its peers send.
+        """
+        exchange = self._exchange
+        if exchange.world_size == 1:
+            return
+        if self._compared:
+            with suppress(DeepEPMoEError):  # this rank raises its own error
+                receive = self._send(phase, exchange.header(phase, {}, refused=True))
+                if exchange.to_host(phase, receive())[:, 0].all():
+                    return
+        exchange.break_off(phase, reason)
 
     def check(self) -> None:
         """End the group if a call in flight has failed. Local, does not wait."""

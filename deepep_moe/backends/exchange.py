@@ -349,17 +349,15 @@ class Exchange:
             roll_call(self.group, self.device.type, Note(phase, waited, False, str(mismatch)), wait=False)
             self._abort()
 
-    def break_off(self, phase: Phase, reason: str, tell: Callable[[], object] = lambda: None) -> None:
-        """Leave an operation that the peers are in, with a note of the reason. ``tell`` makes the peers read it now."""
+    def break_off(self, phase: Phase, reason: str) -> None:
+        """Leave an operation that the peers are in, with a note of the reason."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return  # nothing runs, so nobody waits
         with self._state.lock:
-            roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
-            with suppress(DeepEPMoEError):
-                tell()
             self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
+            roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
             self._abort()
 
     def _abort(self) -> None:

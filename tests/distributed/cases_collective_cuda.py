@@ -177,6 +177,9 @@ def a_refused_dispatch_ends_the_group_with_the_reason(group: dist.ProcessGroup) 
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with backends(group) as (gpu, _):
         plan = gpu.plan(torch.arange(ranks).expand(4, -1), ranks)
+        with raises(InputError, "x = shape (2, 8)"):  # on all ranks: nothing is in flight, so they go on
+            gpu.dispatch(plan, torch.ones(2, 8), layout=Layout.BY_SOURCE)
+        assert gpu.usable
         if rank == ranks - 1:
             with raises(InputError, "x = shape (3, 8)"):
                 gpu.dispatch(plan, torch.ones(3, 8), layout=Layout.BY_SOURCE)
