@@ -186,6 +186,9 @@ class Planner:
         with self.moving("plan"):
             if without_wait:
                 self._known.add(request.kind)
+                size = tuple(agreement.on_device.shape)
+                if size not in self._deferred:  # now: a capture cannot allocate pinned memory
+                    self._deferred[size] = Deferred(agreement.on_device)
                 crossing = self._most_crossing()
             else:
                 crossing = counts.sizes(most_tokens, exact=self.rail.moves_unused_rows)
@@ -214,10 +217,7 @@ class Planner:
         it drops all tokens and makes the sums NaN, until the next plan raises the error."""
         counts = Counts(self.geometry, self.exchange.tell_all("plan", counted.summary), *request.kind)
         bad = counts.bad(self._most_tokens).any().to(torch.int32).view(1)
-        size = tuple(counts.table.shape)
-        if size not in self._deferred:
-            self._deferred[size] = Deferred(counts.table)
-        self._deferred[size].put(counts.table, request.kind)
+        self._deferred[tuple(counts.table.shape)].put(counts.table, request.kind)
         assert request.max_recv is not None
         return self._make(
             self._most_crossing(), counts, request, topk_idx, counted, request.max_recv, request.max_rows or 0, bad
