@@ -82,6 +82,7 @@ class Parts:
         """Kept with the plan for the way back."""
         parts = plan.kept_parts.get((layout, chunks))
         if not isinstance(parts, Parts):
+            plan.way.use_on_current_stream()
             parts = plan.kept_parts[layout, chunks] = cls(plan, layout, chunks)
         parts.use_on_current_stream()
         return parts

@@ -57,6 +57,13 @@ class Way:
     bad: Tensor
     """[1] int32: not 0 where the device found that the plan is an error; only in plans of fixed size."""
 
+    def use_on_current_stream(self) -> None:
+        """The plan may have been made on another stream."""
+        if self.geometry.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.geometry.device)
+            for name in _WAY_TENSORS:
+                getattr(self, name).record_stream(stream)
+
     def pack(self) -> Tensor:
         """All of it in one int32 tensor, so that it can go through operators with the tensors of the plan."""
         crossing = self.crossing
