@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deepep_moe import notices
 from deepep_moe.errors import ConfigError
 from tests.launch import ROOT, case
 
@@ -190,6 +191,8 @@ def section_dispatcher_reaches_the_dispatchers(group: dist.ProcessGroup) -> None
             model = build(world, 2, grouped=True)
         config = model.decoder.layers[0].mlp.token_dispatcher.dispatcher.config
         assert (config.timeout_seconds, config.num_chunks) == (77, 3)
+        warned = "num_chunks = 3 has no effect in Megatron-Core layers" in notices._warned
+        assert warned == (world.rank == 0)
         with pytest.raises(ConfigError, match=r"unknown setting 'chunks' from settings of register\(\)"):
             register(settings={"chunks": 2})
     finally:
