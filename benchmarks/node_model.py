@@ -30,7 +30,7 @@ KINDS = ("alltoall", "collective", "hierarchical")
 
 
 class Cluster(NamedTuple):
-    """``nodes`` of ``size`` ranks; ``network`` in GB/s for each rank and direction, ``start_us`` to start a transfer."""
+    """``nodes`` of ``size`` ranks; ``network`` in GB/s per rank and direction, ``start_us`` to start a transfer."""
 
     nodes: int
     size: int
