@@ -1,4 +1,8 @@
-"""All cases of the core in one launch per number of ranks. Peers come last: they use the groups up."""
+"""All cases of the core in one launch per number of ranks.
+
+Peers come last, because they use the groups up, and after the cases with nodes those that make a group on one rank alone:
+torch names groups by their number, so ranks that have made different numbers of them cannot make the groups of nodes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from tests.launch import include
 include(
     __name__,
     "tests.distributed.cases_dispatcher",
-    "tests.distributed.cases_dispatcher_arguments",
     "tests.distributed.cases_autograd",
     "tests.distributed.cases_buffer",
     "tests.distributed.cases_elastic",
@@ -18,6 +21,7 @@ include(
     "tests.distributed.cases_defaults",
     "tests.distributed.cases_nn",
     "tests.distributed.cases_collective_cuda",
+    "tests.distributed.cases_dispatcher_arguments",
     "tests.distributed.cases_refusals",
     "tests.distributed.cases_peers",
 )
