@@ -1,7 +1,7 @@
 """All cases of the core in one launch per number of ranks.
 
-Peers come last, because they use the groups up, and after the cases with nodes those that make a group on one rank alone:
-torch names groups by their number, so ranks that have made different numbers of them cannot make the groups of nodes.
+Cases that make a group on one rank alone come after those with nodes: torch names groups by their number, so ranks that
+have made different numbers of groups cannot make those of nodes. Peers come last: they use the groups up.
 """
 
 from __future__ import annotations
