@@ -1,4 +1,4 @@
-"""Decoder: MoE layers of a trainer that also generates, at decode-sized batches with fixed shapes and no host wait.
+"""Decoder: dispatch and combine for generation inside a trainer, with fixed shapes and without host waits.
 
 ::
 
@@ -9,8 +9,7 @@
         y = experts(sent.rows, sent.counts)  # [L, R * M, H]; rows beyond an expert's count are undefined
         out = decoder.combine(y, sent, topk_weights)  # [T, H]
 
-It is the low-latency engine (low_latency.py) with a trainer's interface. Dispatch and combine of the dispatcher itself
-may come between its calls.
+It calls the low-latency engine (low_latency.py). The dispatcher's own dispatch and combine may be called in between.
 """
 
 from __future__ import annotations
@@ -27,31 +26,32 @@ from deepep_moe.errors import HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
 
-# All decoders of a backend share one engine, and so its memory: layers run one after another.
+# All decoders of a backend share one engine and its memory, because layers run one after another.
 _engines: WeakKeyDictionary[Backend, LowLatency] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Decoding:
-    """What arrived for the experts of this rank, and the way back. L local experts, R ranks, at most M tokens each."""
+    """Rows received for the experts of this rank, and what combine needs. L local experts, R ranks, M tokens each."""
 
     rows: Tensor
-    """[L, R * M, H] bf16, or e4m3 with ``fp8``: each expert's rows first, ordered by source rank and token."""
+    """[L, R * M, H] bf16, or e4m3 with ``fp8``: the rows of each expert, ordered by source rank and token, then unused
+    rows with undefined contents."""
     scales: Tensor | None
     """[L, R * M, H / 128] fp32 with ``fp8``: rows are e4m3 times scale."""
     counts: Tensor
     """[L] int32 on the rows' device: rows of each expert."""
     topk_idx: Tensor
-    """[T, K], as given."""
+    """[T, K]: the argument of dispatch."""
     handle: LowLatencyHandle
 
 
 class Decoder:
-    """Made by :meth:`TokenDispatcher.decoder`. Has no gradients. Calls are collective.
+    """Created by :meth:`TokenDispatcher.decoder`. It has no gradients. All calls are collective.
 
     Args:
-        backend: of the dispatcher.
-        num_experts: of the group.
+        backend: the backend of the dispatcher.
+        num_experts: experts of the whole group.
         max_tokens_per_rank: M, equal on all ranks.
         fp8: rows travel and arrive as e4m3 with one scale per 128 channels.
     """
@@ -90,7 +90,7 @@ class Decoder:
         return out
 
     def check(self) -> None:
-        """Raise what the kernels that have run so far reported, in replayed graphs too."""
+        """Raise what kernels have reported so far, including those of replayed graphs."""
         self._engine.check()
 
 

@@ -1,16 +1,19 @@
-"""Low latency: the DeepEP 1.x calls for decode-sized batches, at places that are fixed beforehand.
+"""The low-latency calls of DeepEP 1.x, for decode-sized batches.
 
-No plan and no host wait: what arrives lies in ``[L, R * M, H]``, L local experts, R ranks, at most M tokens of each. A
-token crosses once per *rank* that has one of its experts, and one row per token and rank comes back. Rows of an expert
-are in source order (rank, then token, then place in the top-k), so the same input gives the same bits.
+There is no plan and no host wait. Received rows are in ``[L, R * M, H]`` (L local experts, R ranks, at most M tokens per
+rank). A token crosses the link once per *rank* that owns one of its experts, and one row per token and rank comes back.
+Rows of an expert are ordered by source rank, then token, so equal input gives equal bits.
 
 Two engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain) and ``reference``
-(low_latency_reference.py, torch.distributed: on CPUs, and on GPUs that cannot map each other's memory). This module
-is what both share: argument checks, handles, hooks, and how many calls may be in flight.
+(low_latency_reference.py, over torch.distributed: for CPUs, and for GPUs that cannot map each other's memory). This
+module is shared by both: argument checks, handles, hooks, and the limit of calls in flight.
 
-What is rounded where: combine sums a token's rows on the rank that computed them, in top-k order, times their weights,
-in fp32; that sum is rounded to BF16 and sent home, the rank's own sums too; there the ranks' sums are added in rank
-order, in fp32, and rounded once more. ``use_logfmt`` changes nothing: BF16 is what is sent.
+Arguments are checked once for each combination of shapes and dtypes; later calls find the result in a dictionary. On
+CPUs they are checked in every call, because there the values of the indices are checked too.
+
+Rounding: combine sums a token's rows times their weights on the rank that computed them, in top-k order, in fp32. Each
+such sum, also a rank's sum for its own token, is rounded to BF16 and sent; the token's rank adds them in rank order in
+fp32 and rounds again. ``use_logfmt`` changes nothing: rows are sent as BF16.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from deepep_moe.low_latency_reference import ReferenceEngine
 _log = logging.getLogger(__name__)
 
 MAX_TOKENS = 1 << 15
-"""Most tokens per rank: a place within one source and expert travels in 16 bits."""
+"""Maximum tokens per rank: a position among the rows of one source and expert has 16 bits."""
 MAX_TOPK = 32
 MAX_EXPERTS = 1024
 CALLS_IN_FLIGHT = 2
@@ -47,7 +50,7 @@ _Key = tuple[object, ...]
 
 
 class LowLatencyHandle(tuple):
-    """What dispatch returns for combine; its places are those of DeepEP.
+    """What dispatch returns for combine: a tuple with the entries that DeepEP has.
 
     src_info [L, R * M] int32; layout_range [L, R] int64; M; hidden; num_experts.
     """
@@ -65,14 +68,14 @@ class LowLatencyHandle(tuple):
 
 @dataclass(eq=False)
 class _InFlight:
-    """Calls of one kind whose hook was not called yet, by their number."""
+    """Numbers of the calls of one kind whose hook has not been called yet."""
 
     kind: str
     made: int = 0
     waiting: set[int] = field(default_factory=set)
 
     def enter(self) -> int:
-        """Number of a new call. Its memory is that of the call two before, which must have been received."""
+        """Number a new call. It reuses the memory of the call two before it, which must have been received."""
         number = self.made + 1
         if self.waiting and (late := [n for n in self.waiting if n <= number - CALLS_IN_FLIGHT]):
             raise HandleError(
@@ -87,10 +90,10 @@ class LowLatency:
     """The low-latency calls of one group.
 
     Args:
-        backend: of the group; its kind decides the engine. Collective.
+        backend: backend of the group, which determines the engine. Creation is collective.
         num_sms: SMs that kernels may use; 0: all.
-        masks: a peer that does not answer in time is masked instead of being an error.
-        runner: what asynchronous calls run on.
+        masks: mask a peer that does not answer in time, instead of raising an error.
+        runner: runs calls with ``async_finish``.
     """
 
     def __init__(self, backend: Backend, num_sms: int, masks: bool, runner: StreamRunner) -> None:
@@ -110,14 +113,14 @@ class LowLatency:
         return self._engine.name
 
     def close(self) -> None:
-        """Give all memory back. Captured graphs must not be replayed afterwards."""
+        """Release all memory. Captured graphs must not be replayed afterwards."""
         self._engine.close()
         self._shapes.clear()
         self._combine_buffers.clear()
         self._lent.clear()
 
     def check(self) -> None:
-        """Raise what kernels reported so far; the calls do so too."""
+        """Raise what kernels have reported so far, as the calls do."""
         self._engine.check()
 
     # -- dispatch ------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ class LowLatency:
             known = shape
 
             def run() -> DispatchCall:
-                # on the stream that fills them: memory belongs to it
+                # allocated on the stream that fills them
                 return self._dispatch(known, x, topk_idx, stats, wait_stats)
 
             call, event = self._runner.run(
@@ -179,14 +182,14 @@ class LowLatency:
     def _dispatch(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
     ) -> DispatchCall:
-        """Both halves in one kernel."""
+        """Both halves at once."""
         call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
         self._engine.dispatch(call, Half.BOTH)
         call.received = True
         return call
 
     def _find_shape(self, key: _Key | None) -> DispatchShape | None:
-        """Of an earlier dispatch whose arguments passed all checks and had the same key."""
+        """The shape of an earlier dispatch with the same key, whose arguments passed all checks."""
         if key is None or key[0] is None:
             return None
         try:
@@ -376,7 +379,7 @@ class LowLatency:
         _check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
     def next_combine_buffer(self, handle: Any) -> Tensor:
-        """[L, R * M, H] bf16 for the rows of ``handle``'s combine with ``zero_copy``. Two may be filled at a time."""
+        """[L, R * M, H] bf16 for the rows of a ``zero_copy`` combine of ``handle``. At most two are in use."""
         call = self._call_of(handle)
         for owner, buffer in self._lent:
             if owner is call:
@@ -394,7 +397,7 @@ class LowLatency:
             buffer = free[0]
         else:
             buffer = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        # The one that was used longest ago comes first: a combine may still read the other.
+        # Least recently used first: a combine may still be reading the other.
         self._combine_buffers[shape] = [b for b in buffers if b is not buffer] + [buffer]
         self._lent.append((call, buffer))
         return buffer
@@ -409,7 +412,7 @@ class LowLatency:
     # -- the rest ------------------------------------------------------------------------------------------------
 
     def clean(self, max_tokens: int, hidden: int, num_experts: int) -> None:
-        """Nothing is left behind by any call, so this only checks its arguments and raises what was reported."""
+        """Check the arguments and raise what was reported. Nothing needs cleaning: a call clears what it reads."""
         for name, value in (("num_max_dispatch_tokens_per_rank", max_tokens), ("hidden", hidden)):
             check_integer(name, value, least=1)
         check_num_experts(num_experts, self.world_size)
@@ -453,7 +456,7 @@ class LowLatency:
 
 
 def make_engine(backend: Backend, num_sms: int, masks: bool) -> Engine:
-    """Kernels where the group's backend maps its peers' memory, else the reference. Collective."""
+    """The CUDA engine if the group's backend maps the peers' memory, else the reference. Collective."""
     domain = getattr(backend, "domain", None)
     if domain is not None:
         return CudaEngine(domain, num_sms, masks)
@@ -483,7 +486,7 @@ def _check_wait_stats(argument: str, wait_stats: Tensor | None, ranks: int, devi
 
 
 def _check_distinct(topk_idx: Tensor) -> None:
-    """A token may choose an expert once: M rows per source and expert is what there is room for."""
+    """A token may choose an expert only once: there is room for M rows per source and expert."""
     ordered = topk_idx.sort(dim=1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
     if len(twice):
@@ -497,7 +500,7 @@ def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:
 
 
 def _signature(*tensors: Tensor | None) -> tuple[object, ...] | None:
-    """What the checks look at of their arguments, without values. None where an argument is not a plain tensor."""
+    """What the checks examine of tensors, except values. None if an argument is not a plain tensor."""
     key: list[object] = []
     try:
         for tensor in tensors:

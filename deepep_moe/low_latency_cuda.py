@@ -1,12 +1,14 @@
-"""The low-latency calls as kernels over one NVLink domain (csrc/latency): one kernel per call, or per half of it.
+"""The low-latency engine with CUDA kernels over one NVLink domain (csrc/latency): one kernel per call or per half.
 
-The host only launches. Rows in flight lie in an *arena*, symmetric memory that is made once for each (M, hidden size)
-and stays where it is: captured graphs hold it. Everything that changes from call to call is counted on the device.
+The host only launches. Rows in flight are in an *arena*: symmetric memory allocated once for each (M, hidden size) and
+never moved, because captured graphs contain its addresses. Everything that differs between calls is counted on the
+device.
 
-What kernels notice (an index out of range, a peer that refused its input) stops no rank: the call goes on without it,
-and the rank that noticed raises when it has enqueued a later low-latency call, so that the ranks stay in step. What
-ends it all (a peer that does not answer, ranks that differ) is raised by the next call. A call of the throughput engine
-that failed freezes these kernels too: the ranks skip the same calls of both engines until each has raised that error.
+Recoverable problems that kernels detect (an index out of range, a peer that refused its input) stop no rank: the call
+completes without the bad input, and the rank that detected it raises after it has enqueued a later low-latency call, so
+the ranks stay in step. Failures that last (a peer that does not answer, arguments that differ between ranks) are raised
+by the next call. A failed call of the throughput engine freezes these kernels too: all ranks skip the same calls of
+both engines until each of them has raised that error.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ class _Arena(NamedTuple):
 
 
 class CudaEngine:
-    """:class:`~deepep_moe.low_latency_engine.Engine` of the ranks of ``domain``. Collective to make.
+    """:class:`~deepep_moe.low_latency_engine.Engine` of the ranks of ``domain``. Creating it is collective.
 
     Args:
+        domain: the ranks and their memory.
         num_sms: SMs that the kernels may use; 0: all.
-        masks: a peer that does not answer in time is masked instead of being an error.
+        masks: mask a peer that does not answer in time, instead of raising an error.
     """
 
     name = "cuda"
@@ -48,7 +51,8 @@ class CudaEngine:
         self._control = PeerMemory(domain.group, self.device, _C.LatencyEngine.control_bytes())
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
-        self._last: tuple[DispatchShape, Tensor] | None = None  # its places: what a rank that refuses takes part with
+        # Shape and places of the last dispatch: a rank that refuses its arguments takes part in the call with these.
+        self._last: tuple[DispatchShape, Tensor] | None = None
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
@@ -106,7 +110,7 @@ class CudaEngine:
             self._raise(told, half)
 
     def _prepare(self, shape: DispatchShape) -> _C.LatencyShape:
-        """The constant arguments of the kernels; allocates where (M, hidden size) is new. Collective then."""
+        """The constant arguments of the kernels. A new (M, hidden size) allocates its arena, which is collective."""
         self._domain.raise_lasting()
         arena = self._arenas.get((shape.max_tokens, shape.hidden))
         if arena is None:
@@ -116,10 +120,10 @@ class CudaEngine:
         )
 
     def _raise(self, told: int, half: Half) -> None:
-        """Raise what the extension found when it was to launch ``half`` of a call.
+        """Raise what had been reported when ``half`` of a call was launched.
 
-        What ended it all is raised at once, and nothing was launched. Anything else is raised when this rank has taken
-        part in the whole call.
+        After a failure that lasts nothing was launched, and it is raised now. Anything else is raised once this rank
+        has taken part in the whole call.
         """
         if told == _C.LATENCY_BROKEN:
             self._domain.raise_lasting()
@@ -166,7 +170,7 @@ class CudaEngine:
         self._domain.raise_lasting()
         last = self._last if call is None else (call.shape, call.memory)
         if last is None:
-            return  # without a dispatch nobody is in a combine
+            return  # no dispatch yet, so no peer is in a combine
         shape, places = last
         self._engine.combine(
             shape.launch,
@@ -209,12 +213,12 @@ class CudaEngine:
             )
 
         announced = bool(self._arenas)
-        if announced:  # peers that have this arena are in the call already: let them name the difference
+        if announced:  # peers that have this arena are in the call already: they report the difference
             announce(withdrawn=False)
         try:
             self._agree(max_tokens, hidden, None)
         except RankMismatchError:
-            if announced:  # before any rank makes its next call, which would be taken for this one
+            if announced:  # before any rank's next call, which would otherwise be compared with this announcement
                 announce(withdrawn=True)
                 torch.cuda.synchronize(self.device)
                 gather("low-latency dispatch", self._domain.group, self.device, self._domain.timeout_seconds, None)
@@ -228,7 +232,7 @@ class CudaEngine:
         return arena
 
     def _agree(self, max_tokens: int, hidden: int, problem: DeepEPMoEError | None) -> None:
-        """Before the ranks allocate: whether all of them will, and the same."""
+        """Before allocating: check that all ranks will allocate, with equal sizes. Collective."""
         mine = (None if problem is None else str(problem), max_tokens, hidden)
         domain = self._domain
         told = gather("low-latency dispatch", domain.group, self.device, domain.timeout_seconds, mine)

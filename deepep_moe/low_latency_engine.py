@@ -1,4 +1,4 @@
-"""What a low-latency engine is: the calls it gets, the formats of rows, and the protocol that both engines follow."""
+"""The protocol of low-latency engines: the calls they execute, the formats of rows, and the methods they have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepep_moe.errors import DeepEPMoEError, InputError
 
 
 class Half(enum.IntFlag):
-    """What of a call to do now: with a hook its two halves are apart."""
+    """The part of a call to execute: a call with a hook has two halves."""
 
     SEND = 1
     RECEIVE = 2
@@ -21,7 +21,7 @@ class Half(enum.IntFlag):
 
 
 class Format(enum.IntEnum):
-    """What rows become on their way."""
+    """The format in which rows are sent and arrive."""
 
     BF16 = 0
     FP8 = 1
@@ -29,11 +29,11 @@ class Format(enum.IntEnum):
     FP8_ROUNDED = 2
     """The same, scales rounded up to powers of two."""
     FP8_UE8M0 = 3
-    """The same as rounded; only the exponents are returned, four in an int32."""
+    """As FP8_ROUNDED, but only the exponents of the scales are returned, four in an int32."""
 
     @classmethod
     def of(cls, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Format:
-        """What DeepEP's three switches mean; without ``use_fp8`` the others mean nothing."""
+        """The format that DeepEP's three switches select; without ``use_fp8`` the others have no effect."""
         if not use_fp8:
             return cls.BF16
         if use_ue8m0 and not round_scale:
@@ -43,7 +43,7 @@ class Format(enum.IntEnum):
 
 @dataclass(eq=False, slots=True)
 class DispatchShape:
-    """What is the same in all dispatches with equal shapes and dtypes, so that it is checked and computed once."""
+    """Values that all dispatches with equal shapes and dtypes share, computed after the checks have passed once."""
 
     tokens: int
     topk: int
@@ -53,22 +53,22 @@ class DispatchShape:
     format: Format
     local_experts: int
     slots: int
-    """R * M: rows of an expert, at most."""
+    """R * M: maximum rows of an expert."""
     rows_dtype: torch.dtype
     scale_columns: int
-    """S of the scales [L, R * M, S]; 0: none."""
+    """S of the scales [L, R * M, S]; 0: no scales."""
     scale_dtype: torch.dtype
     state_words: int
-    """int32 words that the engine wants in :attr:`DispatchCall.memory`."""
+    """int32 words that the engine needs in :attr:`DispatchCall.memory`."""
     combines: set[object] = field(default_factory=set)
-    """Shapes and dtypes of combine arguments that have passed the checks."""
+    """Signatures of combine arguments that have passed the checks."""
     launch: Any = None
-    """The engine's own: constant kernel arguments."""
+    """Constant kernel arguments; private to the engine."""
 
 
 @dataclass(eq=False, slots=True)
 class DispatchCall:
-    """One dispatch: what it reads, what it fills, and what combine needs of it."""
+    """One dispatch: its inputs, its outputs, and what its combine needs."""
 
     shape: DispatchShape
     x: Tensor
@@ -80,11 +80,11 @@ class DispatchCall:
     scales: Tensor | None
     """[L, R * M, S] fp32 or int32, tokens contiguous."""
     memory: Tensor
-    """int32, 1-D: ``shape.state_words`` for the engine, ``src_info`` and ``counts``, in one allocation."""
+    """int32, 1-D: ``shape.state_words`` words for the engine, ``src_info`` and ``counts``, in one allocation."""
     counts: Tensor
     """[L] int32."""
     src_info: Tensor
-    """[L, R * M] int32: token at its source."""
+    """[L, R * M] int32: index of the token at its source."""
     layout_range: Tensor
     """[L, R] int64: first row << 32 | rows."""
     stats: Tensor | None
@@ -92,9 +92,9 @@ class DispatchCall:
     wait_stats: Tensor | None
     """[R] int64 nanoseconds, added to."""
     received: bool = False
-    """Whether the receiving half was queued."""
+    """Whether the receiving half has been enqueued."""
     state: Any = None
-    """The reference engine's own: where each token's rows went."""
+    """Private to the reference engine: where each token's rows went."""
 
 
 @dataclass(eq=False, slots=True)
@@ -104,7 +104,7 @@ class CombineCall:
     x: Tensor
     """[L, R * M, H] bf16."""
     topk_idx: Tensor
-    """[T, K]: that of the dispatch; entries may have become -1."""
+    """[T, K]: the indices of the dispatch, in which entries may have been replaced by -1."""
     topk_weights: Tensor
     """[T, K] float32."""
     dispatched: DispatchCall
@@ -113,29 +113,29 @@ class CombineCall:
     wait_stats: Tensor | None
     """[R] int64 nanoseconds, added to."""
     state: Any = None
-    """The engine's own."""
+    """Private to the engine."""
 
 
 class Engine(Protocol):
-    """Moves rows. All calls but those on masks are collective; they are queued on the current stream."""
+    """Moves rows. All methods except those for masks are collective and enqueue on the current stream."""
 
     name: str
 
     def state_words(self, max_tokens: int, topk: int) -> int:
-        """int32 words of memory that a dispatch leaves to its combine (:attr:`DispatchCall.memory`)."""
+        """int32 words that the engine needs in :attr:`DispatchCall.memory`."""
 
     def dispatch(self, call: DispatchCall, half: Half) -> None: ...
     def combine(self, call: CombineCall, half: Half) -> None: ...
     def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        """Take part in a dispatch only to tell the others that this rank cannot."""
+        """Take part in a dispatch without tokens, to tell the other ranks that this rank refused its arguments."""
 
     def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
-        """The same in a combine, of ``call`` if that is known."""
+        """The same for a combine; ``call``: its dispatch, if known."""
 
     def update_mask(self, rank: int, masked: bool) -> None: ...
     def query_mask(self, status: Tensor) -> None: ...
     def clean_mask(self) -> None: ...
     def check(self) -> None:
-        """Raise what went wrong so far, if anything did."""
+        """Raise the first problem reported so far, if any."""
 
     def close(self) -> None: ...

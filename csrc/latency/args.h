@@ -1,22 +1,22 @@
-// Memory and kernel arguments of the latency engine: decode-sized batches, at places that are fixed beforehand.
+// Memory and kernel arguments of the latency engine, which moves decode-sized batches to places fixed in advance.
 //
-// Symbols in shapes: T tokens of a rank, M the most of any rank, K top-k, R ranks, E experts, L = E / R local experts,
-// H hidden size.
+// Symbols in shapes: T tokens of a rank, M maximum tokens of any rank, K top-k, R ranks, E experts, L = E / R local
+// experts, H hidden size.
 //
-// Two kinds of packets cross the link, and neither needs a fence or a flag of its own. Each is sixteen bytes that are
-// written and read at once.
-//   tables  three words and the epoch of the call: there when the epoch is that of the running call
-//   rows    sixteen bytes of a row, the last word inverted: there when that word is not 0. Who has read one clears it.
+// Two kinds of packets cross the link. Each is sixteen bytes, written and read by one instruction, so neither kind
+// needs fences or flags.
+//   tables  three words and the epoch of the call: valid if the epoch is that of the running call
+//   rows    sixteen bytes of a row, the last word inverted: valid if that word is not 0. The reader clears it.
 //
-// Why a slot may be written again. All of it exists twice and call e of a kind uses half e % 2, so what is written has
-// been used by call e - 2. Before a rank writes to a peer it waits until the peer says that it has finished reading
-// call e - 2 (Control::consumed). A peer says so at the start of every kernel, about kernels before that one on its
-// stream, all of whose reads and clears are done. It is never waited for in vain: at the latest the peer's own call e
-// says it before it waits for anything, and a rank makes call e only after it has received call e - 2.
+// When a slot may be overwritten. Memory is double-buffered: call e of a kind uses half e % 2, last used by call e - 2.
+// Before a rank writes to a peer, it waits until the peer has confirmed that it has finished reading call e - 2
+// (Control::consumed). Each kernel starts by confirming the calls of earlier kernels on its stream, whose reads and
+// clears are complete. This wait always ends: the peer's own call e confirms before it waits for anything, and a rank
+// makes call e only after it has received call e - 2.
 //
-// Who waits for whom. The first R blocks send tables and wait for nothing but `consumed`; rows of a dispatch wait for
-// nothing else either; rows of a combine wait for the peers' tables; receivers wait for tables, then rows. There is no
-// circle, provided that all blocks of the grid can be resident: the grid is at most two blocks per SM.
+// No deadlock. The first R blocks send tables and wait only for `consumed`, and so do the senders of a dispatch's rows;
+// senders of a combine's rows wait for the peers' tables; receivers wait for tables, then for rows. These waits form no
+// cycle if all blocks of the grid are resident, so the grid has at most two blocks per SM.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,16 +29,16 @@
 namespace deepep_moe::latency {
 
 constexpr int kMaxTopk = 32;          // one lane of a warp per route of a token
-constexpr int kMaxExperts = 1024;     // what shared memory holds
-constexpr int kTokenLimit = 1 << 15;  // a place within one source and expert has 16 bits
+constexpr int kMaxExperts = 1024;     // limited by shared memory
+constexpr int kTokenLimit = 1 << 15;  // a position among the rows of one source and expert has 16 bits
 constexpr int kMaxBlocks = 1024;
 constexpr int kThreads = 512;
 constexpr int kBlocksPerSm = 2;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCrowd = 1024;  // warps that wait for rows at once, from which on they do so with one lane
+constexpr int kCrowd = 1024;  // if more warps than this wait for rows, only one lane of each polls
 
-constexpr int kRoutesPerPacket = 3;   // dispatch: local expert << 16 | place among the source's rows of it; -1: none
-constexpr int kWeightsPerPacket = 2;  // combine: two weights, and their local experts in 16 bits each; 0xffff: none
+constexpr int kRoutesPerPacket = 3;   // dispatch: local expert << 16 | position among the source's rows of it, or -1
+constexpr int kWeightsPerPacket = 2;  // combine: two weights, and their local experts in 16 bits each (0xffff: none)
 constexpr int kMaxRoutePackets = (kMaxTopk + kRoutesPerPacket - 1) / kRoutesPerPacket;
 constexpr int kMaxWeightPackets = kMaxTopk / kWeightsPerPacket;
 
@@ -46,26 +46,26 @@ inline __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 enum Kind : int { kDispatch, kCombine, kNumKinds };
 
-// Which half of a call a kernel does.
+// Which half of a call a kernel executes.
 enum Half : int { kSend = 1, kReceive = 2, kBoth = 3 };
 
 enum class Format : int { kBf16, kFp8, kFp8Rounded, kFp8Ue8m0 };
 
 // What a rank tells the others about a call, in packets of three words and the epoch.
 struct Facts {
-    // In the order of words. Ranks must agree on those below kNumAgreed.
+    // Index of each word. Words below kNumAgreed must be equal on all ranks.
     enum Word : int {
         kFactMaxTokens,
         kFactHidden,
         kFactTopk,
         kFactExperts,
         kFactFormat,
-        kFactHandle,  // of a combine: the epoch of the dispatch that it belongs to
+        kFactHandle,  // combine: the epoch of its dispatch
         kNumAgreed,
         kFactTokens = kNumAgreed,
-        kFactRefused,  // this rank refused its input: it has no tokens, and sends none of the rows it was asked for
-        // Said before the call, and only what must agree is. The call itself says the rest, the number of tokens above
-        // all: whoever has read an announcement that agrees goes on waiting.
+        kFactRefused,  // this rank refused its input: it has no tokens and sends no rows
+        // An announcement, sent before the call, contains only the words that must agree. A reader that finds them
+        // equal keeps waiting for the packets of the call itself, which contain the number of tokens.
         kFactAnnounced,
         kNumWords
     };
@@ -77,17 +77,17 @@ struct Facts {
 // Symmetric memory, one for all arenas.
 struct Control {
     int4 facts[kNumKinds][2][kMaxRanks][Facts::kPackets];  // [kind][epoch % 2][source]
-    int consumed[kMaxRanks][kNumKinds * 2];                // [source][2 * kind + epoch % 2] last epoch it has received
-    int4 meeting[2][kMaxRanks];  // [first, second half][source] its epochs of either kind, 0, number of the meeting
+    int consumed[kMaxRanks][kNumKinds * 2];  // [source][2 * kind + epoch % 2] last epoch that rank has received
+    int4 meeting[2][kMaxRanks];              // [first, second half][source] its epochs of both kinds, 0, barrier number
 };
 
-// Device memory of this rank alone. Epochs are counted here, not in launch arguments, so that a captured graph can be
-// replayed, and by every block on its own: all kernels have the same grid, and no block need wait for another.
+// Private device memory of this rank. Epochs are counted here instead of passed as arguments, so that captured graphs
+// can be replayed. Each block counts for itself: all kernels have the same grid, so blocks need not synchronise.
 struct LocalState {
     int epochs[kNumKinds][kMaxBlocks];
-    int consumed[kNumKinds * 2];            // what Control::consumed will say
+    int consumed[kNumKinds * 2];            // the next values of Control::consumed
     int masked[kMaxRanks];                  // not 0: nothing is sent to that rank or expected from it
-    int decided[kNumKinds * 2][kMaxRanks];  // whether the blocks of call e count on a rank: 2 * e + lost, modulo 2^32
+    int decided[kNumKinds * 2][kMaxRanks];  // whether call e treats a rank as lost: 2 * e + lost, modulo 2^32
     int meetings;
 };
 
@@ -95,15 +95,15 @@ struct Runtime {
     Domain domain;
     Control* control[kMaxRanks];  // [rank] as mapped here
     LocalState* local;
-    bool masks;  // a rank that does not answer in time is masked, instead of being the end
+    bool masks;  // a rank that does not answer in time is masked instead of ending the domain
 };
 
-// Symmetric memory of one (M, H), fixed once and for all: captured graphs hold it.
+// Symmetric memory of one (M, H). It is never moved, because captured graphs contain its addresses.
 //   routes  [2][R][M][packets of K routes]                     of dispatch, by source
 //   counts  [2][R][kMaxExperts] Tagged: rows for each local expert
 //   weights [2][R][M][packets of K weights]                    of combine, by home rank
-//   rows    [kinds][2][R][M][2 * H bytes]: of dispatch by source and token (e4m3 is followed by its scales); of combine
-//           by the rank that summed them and token
+//   rows    [kinds][2][R][M][2 * H bytes]: of dispatch by source and token (scales follow e4m3 data); of combine by
+//           summing rank and token
 struct Arena {
     char* base[kMaxRanks];  // [rank] as mapped here
     int num_ranks, max_tokens, hidden;
@@ -133,20 +133,21 @@ struct Arena {
     }
 };
 
-// What a dispatch leaves for its combine (and its sending half for the receiving one), in memory of the call.
+// Results of a dispatch that its combine needs (the epoch also passes from its sending to its receiving half), in
+// memory that belongs to the call.
 struct Places {
     int* data;
 
     static constexpr int kHead = 2 + kMaxRanks;
     __device__ __forceinline__ int& epoch() const { return data[0]; }
-    __device__ __forceinline__ int& tokens(int source) const { return data[2 + source]; }  // as received: 0 if masked
-    // [R][M][K]: row of the route in [L * R * M], -1 where its expert is elsewhere
+    __device__ __forceinline__ int& tokens(int source) const { return data[2 + source]; }  // 0 if masked
+    // [R][M][K]: row of the route in [L * R * M], -1 if its expert is on another rank
     __device__ __forceinline__ int& row(const Arena& arena, int num_topk, int source, int token, int k) const {
         return data[kHead + (static_cast<int64_t>(source) * arena.max_tokens + token) * num_topk + k];
     }
 };
 
-// Expert indices of the caller: [T, K] int32 or int64.
+// The caller's expert indices: [T, K] int32 or int64.
 struct TopkIdx {
     const void* data;
     bool wide;
@@ -189,16 +190,16 @@ struct CombineArgs {
     unsigned long long* wait_stats;
 };
 
-// Launches; each is defined beside its kernel and returns the launch's status.
+// Launches, each defined next to its kernel. They return the status of the launch.
 cudaError_t launch_dispatch(const DispatchArgs& args, Half half, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, cudaStream_t stream);
-// Tell the peers what they must agree on in the dispatch that is about to come, before this rank does what may take it
-// long; or withdraw that, before any rank makes another call instead.
+// Announce to the peers the values of the next dispatch that must agree, before this rank does something that may take
+// long; or withdraw the announcement, before any rank makes another call.
 cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, bool withdrawn, cudaStream_t stream);
 cudaError_t launch_set_mask(const Runtime& runtime, int rank, cudaStream_t stream);
 cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t stream);
-// A barrier of all ranks that are not masked, or whose bit in `lift` is set; those of the latter that come are masked
-// no longer. All ranks have the same epochs after it.
+// A barrier of all ranks that are not masked or whose bit in `lift` is set. Ranks of `lift` that arrive are unmasked.
+// All ranks have equal epochs afterwards.
 cudaError_t launch_meet(const Runtime& runtime, bool second, RankMask lift, cudaStream_t stream);
 
 }  // namespace deepep_moe::latency

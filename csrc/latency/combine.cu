@@ -1,16 +1,14 @@
-// Combine: the rank that computed a token's rows sums them, times their weights, and sends one row home, which adds the
-// ranks' rows.
+// Combine: the rank that computed a token's rows sums them with their weights and sends one row to the token's rank
+// (its home), which adds the rows of all ranks.
 //
 //   tables   block d < R: weights and local experts of this rank's tokens, for rank d
-//   rows     all other blocks, a warp per 512 channels of a token of any rank: wait for its weights, sum its experts'
-//   rows
-//            in top-k order in fp32, round to BF16, store a packet per lane
-//   receive  all blocks, a warp per 256 channels of a token of this rank: wait for the packets of each rank that has
-//   one
-//            of its experts, add them in rank order in fp32, clear them
+//   rows     all other blocks, a warp per 512 channels of a token of any rank: wait for the weights, sum the experts'
+//            rows in top-k order in fp32, round to BF16, store a packet per lane
+//   receive  all blocks, a warp per 256 channels of a token of this rank: wait for the packets of each rank that owns
+//            one of its experts, add them in rank order in fp32, clear them
 //
-// Own sums go the same way, so that a result does not depend on where an expert is. Which ranks send for a token, and
-// which ones are waited for, both follow from the indices given to this combine: they cannot disagree.
+// A rank's sums for its own tokens take the same path, so results do not depend on where an expert is. Which ranks send
+// for a token and which are waited for both follow from the indices given to this combine, so they always agree.
 #include <cuda_bf16.h>
 
 #include "device/sum.cuh"
@@ -34,7 +32,7 @@ __device__ __forceinline__ Facts facts_of(const CombineArgs& args) {
 
 // -- tables --------------------------------------------------------------------------------------------------
 
-// Packet j of a token's for `peer`, but for its epoch; i = token * packets + j.
+// Packet j of a token for `peer`, without its epoch; i = token * packets + j.
 __device__ __forceinline__ int4 weights_packet(const CombineArgs& args, int peer, int i, int packets) {
     const Domain& domain = args.runtime.domain;
     const int local_experts = args.num_experts / domain.num_ranks, token = i / packets, j = i % packets;
@@ -57,8 +55,8 @@ __device__ __forceinline__ int4 weights_packet(const CombineArgs& args, int peer
 
 // -- rows ----------------------------------------------------------------------------------------------------
 
-// What a warp sums at a time: 512 channels of a token of some rank. Warps side by side take tokens of different ranks,
-// so that all links are busy.
+// The unit of work of a sending warp: 512 channels of a token of some rank. Neighbouring warps take tokens of different
+// ranks, to use all links at once.
 struct Piece {
     int home, token, first;  // first: of the vectors
     bool exists;
@@ -75,7 +73,7 @@ struct Piece {
     }
 };
 
-// Fetch the rows while their weights are still on the way.
+// Prefetch the rows while their weights are in flight.
 __device__ __forceinline__ void prefetch(const CombineArgs& args, const Piece& piece) {
     const int lane = threadIdx.x % kWarpSize, vectors = args.arena.hidden / 8;
     for (unsigned left = __ballot_sync(kFullMask, piece.row >= 0); left; left &= left - 1) {
@@ -86,7 +84,7 @@ __device__ __forceinline__ void prefetch(const CombineArgs& args, const Piece& p
     }
 }
 
-// Weight and local expert (kNoExpert: none here) of this lane's route. False if they do not come.
+// Weight and local expert (kNoExpert: not on this rank) of this lane's route. False if they do not arrive.
 __device__ __forceinline__ bool read_weights(const CombineArgs& args, const Waiting& waiting, const Piece& piece,
                                              float& weight, int& expert) {
     const Runtime& rt = args.runtime;
@@ -97,7 +95,7 @@ __device__ __forceinline__ bool read_weights(const CombineArgs& args, const Wait
         if (lane < packets) packet = load_packet(from);
         return packet.w == waiting.epoch;
     };
-    // a rank that refused its input has sent no weights, but has said so
+    // a rank that refused its input sends no weights, only that fact
     const auto refused = [&] {
         constexpr int kWord = Facts::kFactRefused;
         const int4* facts = rt.control[rt.domain.rank]->facts[kCombine][waiting.epoch & 1][piece.home];
@@ -177,7 +175,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
     sum.clear();
     while (left) {
         int4 v[kRanksAtOnce];
-        RankMask loading = left;  // all at once, waited for one by one
+        RankMask loading = left;  // loaded together, then waited for in order
 #pragma unroll
         for (int n = 0; n < kRanksAtOnce; ++n) {
             v[n] = {0, 0, 0, 1};
@@ -207,7 +205,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
         store_streaming(reinterpret_cast<int4*>(args.out) + static_cast<int64_t>(token) * vectors + at, sum.pack());
 }
 
-// All threads of the block call.
+// Called by all threads of the block.
 __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;

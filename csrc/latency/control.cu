@@ -1,11 +1,11 @@
-// What the latency engine does apart from moving rows: announcements, masks, and meetings that end masks.
+// Announcements, masks, and the barrier that ends masks.
 #include "latency/packets.cuh"
 
 namespace deepep_moe::latency {
 
 namespace {
 
-// Only where nothing is overwritten that a peer has not read; there is no waiting here.
+// Skips peers that have not confirmed reading the previous use of the slot; does not wait.
 __global__ void __launch_bounds__(kWarpSize)
     announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
     if (is_stopped(rt.domain)) return;  // as the dispatch will be
@@ -23,9 +23,9 @@ __global__ void query_mask_kernel(const __grid_constant__ Runtime rt, int* statu
     if (threadIdx.x < rt.domain.num_ranks) status[threadIdx.x] = rt.local->masked[threadIdx.x] != 0;
 }
 
-// Each rank tells its epochs and goes on with the furthest. All kernels that a rank made before its first half have
-// ended when others see that: none of their rows is still on its way. What masked ranks had sent is wiped between the
-// halves, and no rank sends anything new before all have come to the second.
+// A barrier in two halves. Each rank sends its epochs and continues with the largest of all. When a rank's first half
+// is seen, its earlier kernels have ended, so none of their rows is in flight. Rows left by masked ranks are cleared
+// between the halves; no rank sends new rows before all have reached the second.
 __global__ void __launch_bounds__(kWarpSize)
     meet_kernel(const __grid_constant__ Runtime rt, bool second, RankMask lift) {
     const Domain& domain = rt.domain;

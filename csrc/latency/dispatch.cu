@@ -89,7 +89,7 @@ __device__ __forceinline__ int4 quantise(int4 a, int4 b, bool rounded, float& sc
     return {low.x, low.y, high.x, high.y};
 }
 
-// What a warp sends at a time: 512 channels of a token.
+// The unit of work of a sending warp: 512 channels of a token.
 struct Piece {
     int4 a, b;  // of this lane
     RankMask ranks;
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
 
 // -- receive -------------------------------------------------------------------------------------------------
 
-// Counts of all sources to the first row of each source and expert. All threads of the block call.
+// Computes the first row of each source and expert from the counts of all sources. Called by all threads of the block.
 __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const Waiting& waiting, bool report) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, local_experts = args.num_experts / ranks;
@@ -200,14 +200,14 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
     __syncthreads();
 }
 
-// The first of the rows of `source` for this lane's expert, -1: none, from the counts of earlier sources, as far as
-// this lane needs them. False if they do not come.
+// The index of the first row of `source` for this lane's expert (-1: none), from the counts of earlier sources for that
+// expert alone. False if they do not arrive.
 __device__ __forceinline__ bool first_row(const DispatchArgs& args, const Waiting& waiting, int source, int expert,
                                           int& first) {
     first = 0;
     for (int begin = 0; begin < source; begin += kSourcesAtOnce) {
         Tagged count[kSourcesAtOnce];
-        const auto load = [&](int n) {  // all at once, waited for one by one
+        const auto load = [&](int n) {  // loaded together, then waited for in order
             if (expert >= 0 && begin + n < source)
                 count[n] =
                     load_tagged_system(args.arena.counts(args.runtime.domain.rank, waiting.epoch, begin + n) + expert);
@@ -230,8 +230,8 @@ __device__ __forceinline__ bool first_row(const DispatchArgs& args, const Waitin
     return true;
 }
 
-// What a warp receives at a time: 1024 bytes of a row, with the scales beside them and the routes of the token. Loads
-// begin before it is known whether they find anything.
+// The unit of work of a receiving warp: 1024 bytes of a row, their scales, and the routes of the token. Loads are
+// issued before it is known that the packets have arrived, and repeated for those that have not.
 template <bool kFp8>
 struct Arriving {
     int source, token, number;
@@ -292,7 +292,7 @@ struct Arriving {
     }
 };
 
-// Local expert of this lane's route, -1: none, and its place among the expert's rows. False if they do not come.
+// Local expert of this lane's route (-1: none) and its index among the expert's rows. False if they do not arrive.
 template <bool kFp8>
 __device__ __forceinline__ bool read_place(const DispatchArgs& args, const Receiving& shared, bool counted,
                                            const Waiting& waiting, Arriving<kFp8>& piece, int& expert, int& place) {
@@ -314,8 +314,7 @@ __device__ __forceinline__ bool read_place(const DispatchArgs& args, const Recei
     return true;
 }
 
-// The scales beside a piece, column-major: lane i holds packet i of them, four scales. `column` of an expert's first
-// row: where its scales begin.
+// Stores the scales of a piece, column-major. Lane i holds packet i: four scales.
 __device__ __forceinline__ void store_scales(const DispatchArgs& args, int4 packet, int number, int expert, int place,
                                              unsigned routes) {
     const int lane = threadIdx.x % kWarpSize, blocks = args.arena.hidden / kScaleChannels;
@@ -338,7 +337,7 @@ __device__ __forceinline__ void store_scales(const DispatchArgs& args, int4 pack
         value = word == 0 ? x : word == 1 ? y : word == 2 ? z : w;
     }
     has = has && column < columns;
-    // Fits an int: a scale stands for 128 bytes of a row.
+    // An int is large enough: there is one scale per 128 bytes of rows.
     const int begin = expert * columns * slots + place;
     int* const scales = static_cast<int*>(args.scales) + column * slots;
     for (unsigned left = routes; left; left &= left - 1) {
@@ -361,7 +360,7 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
         if (row >= 0) args.src_info[row] = token;
     }
     if (!known || routes == 0) return;
-    // a rank that is lost after it sent its tables leaves rows of zeros if it is masked then, of NaN if that is the end
+    // Rows of a rank that is lost after it sent its tables are zero if it is masked, NaN if this is a failure.
     const int lost = args.runtime.masks ? 0 : -1;
     const bool whole = waiting.warp(source, [&] { return piece.rows_arrived(args, waiting.epoch); });
     int4* const staged = piece.staged(args, waiting.epoch);
@@ -383,7 +382,7 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
     if (piece.has_scales(args)) store_packet(staged + piece.scales_at(args), {0, 0, 0, 0});
 }
 
-// All threads of the block call. `turn`: of the block; those that have nothing else to do come first.
+// Called by all threads of the block. `turn`: order of the block; blocks without other work come first.
 template <bool kFp8>
 __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
                                         int turn) {
@@ -393,7 +392,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
     int item = turn * kWarps + threadIdx.x / kWarpSize;
     Arriving<kFp8> piece;
     piece.load(args, waiting.epoch, item, pieces);
-    // With masks a lost rank counts as none in all blocks alike, so they need the same answer about each of its counts.
+    // With masks all blocks must treat a lost rank alike, so each of them reads all counts.
     const bool counted = reports || rt.masks;
     if (counted) {
         place_sources(args, shared, waiting, reports);

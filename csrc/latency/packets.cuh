@@ -1,4 +1,4 @@
-// Packets, waits for them, and what every kernel of this engine begins with.
+// Packets, waits for packets, and the start of every kernel of this engine.
 #pragma once
 
 #include "device/wait.cuh"
@@ -6,7 +6,8 @@
 
 namespace deepep_moe::latency {
 
-// -- packets: sixteen bytes, written and read at once --------------------------------------------------------
+// -- packets: sixteen bytes, written and read by one instruction
+// --------------------------------------------------------
 
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
 __device__ __forceinline__ int4 load_packet(const int4* p) {
@@ -30,7 +31,7 @@ __device__ __forceinline__ void store_packet(int4* p, int4 packet) {
                  "l"(v.half[0]), "l"(v.half[1])
                  : "memory");
 }
-#else  // what that becomes on every GPU since Volta
+#else  // the same machine instructions on every GPU since Volta
 __device__ __forceinline__ int4 load_packet(const int4* p) {
     int4 v;
     asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -46,7 +47,7 @@ __device__ __forceinline__ void store_packet(int4* p, int4 v) {
 }
 #endif
 
-// Part of a row <-> a packet. All bits set in the last word are NaNs in any format: one of them has other bits then.
+// Part of a row <-> a packet. A last word with all bits set is NaN in every format; it becomes another NaN.
 __device__ __forceinline__ int4 seal(int4 v) {
     v.w = v.w == -1 ? 1 : ~v.w;
     return v;
@@ -62,13 +63,13 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
 struct Waiting {
     const Runtime& runtime;
     int phase, epoch;
-    bool crowded = false;  // so many warps wait for rows that their loads alone would keep the L2 cache busy
+    bool crowded = false;  // so many warps wait for rows that polling by all lanes would saturate the L2 cache
 
     __device__ __forceinline__ bool is_masked(int rank) const {
         return runtime.masks && *static_cast<const volatile int*>(&runtime.local->masked[rank]) != 0;
     }
 
-    // The slow part of a wait. True: `peer` will not be waited for any longer.
+    // The slow path of a wait. True: stop waiting for `peer`.
     __device__ __forceinline__ bool give_up(int peer, int seen, uint64_t start) const {
         const Domain& domain = runtime.domain;
         const bool late = global_nanoseconds() - start > domain.timeout_nanoseconds;
@@ -82,7 +83,7 @@ struct Waiting {
         return late;
     }
 
-    // A thread's wait, until arrived() says so; seen() is for the report.
+    // One thread waits until arrived(). `seen` goes into the report of a timeout.
     template <typename Arrived>
     __device__ __forceinline__ bool thread(int peer, const Arrived& arrived, const int& seen) const {
         if (arrived()) return true;
@@ -95,7 +96,7 @@ struct Waiting {
         }
     }
 
-    // A warp's wait, until arrived() says so in all its lanes; disturbed(), of the first lane, ends it too.
+    // A warp waits until arrived() in all lanes; disturbed(), evaluated by the first lane, ends the wait as well.
     template <typename Arrived, typename Disturbed>
     __device__ __forceinline__ bool warp(int peer, const Arrived& arrived, const Disturbed& disturbed) const {
         if (__all_sync(kFullMask, arrived())) return true;
@@ -122,11 +123,11 @@ struct Waiting {
 // -- the beginning of a kernel -------------------------------------------------------------------------------
 
 struct Entered {
-    int epoch;          // of this call; 0: it is skipped, on all ranks alike, or they are out of step for good
-    RankMask writable;  // ranks whose half of the double buffer this call may write; not those that are masked or lost
+    int epoch;          // of this call; 0: the call is skipped, on all ranks or after a failure that lasts
+    RankMask writable;  // ranks whose half of the double buffer this call may write: neither masked nor lost
 };
 
-// Tell all peers which calls this rank has finished reading: those of earlier kernels. A warp calls.
+// Tell all peers which calls this rank has finished reading: those of earlier kernels. Called by a warp.
 __device__ __forceinline__ void post_consumed(const Runtime& rt) {
     constexpr int kWords = kNumKinds * 2;
     __threadfence_system();
@@ -136,17 +137,17 @@ __device__ __forceinline__ void post_consumed(const Runtime& rt) {
     __syncwarp();
 }
 
-// The block that writes what is said once of a call. Not the last one, whose post_consumed() takes long.
+// Whether this block writes the results that exist once per call. Not the last block: its post_consumed() is slow.
 __device__ __forceinline__ bool reports_here() { return blockIdx.x == gridDim.x - 2; }
 
-// All threads call. `passed_on`: where the sending half leaves the epoch for the receiving one, or null. What the
-// kernel is to begin with is loaded first and waited for last, and meanwhile() runs between. `source`: the epoch of the
-// call whose results this one needs, or null.
+// Called by all threads of a block. `passed_on`: where the sending half stores the epoch for the receiving half, or
+// null. `source`: the epoch of the call whose results this one needs, or null. meanwhile() runs while the loads of this
+// function are in flight.
 //
-// While kernels are frozen no call begins, and none follows one that did not begin. But a receiving half does what its
-// sending half was answered with: rows that nobody takes would be taken for those of a later call.
+// While kernels are frozen, no call starts, and no call starts that depends on one that did not. A receiving half still
+// runs if its sending half ran: rows left in memory would be mistaken for those of a later call.
 //
-// Relaxed loads of `consumed` suffice: what depends on them are stores, which cannot run ahead of them.
+// Relaxed loads of `consumed` suffice: only stores depend on them, and stores are not executed speculatively.
 template <int kHalf, typename Meanwhile>
 __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase, int* passed_on, const int* source,
                                          const Meanwhile& meanwhile) {
@@ -191,7 +192,7 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
     return shared;
 }
 
-// Three lanes or more call. Withdrawn: as if nothing had been said about this call.
+// Called by at least three lanes. `withdrawn`: as if nothing had been sent for this call.
 __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epoch, int peer, const Facts& facts,
                                            bool withdrawn = false) {
     const int i = threadIdx.x % kWarpSize;
@@ -200,7 +201,7 @@ __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epo
                      {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], withdrawn ? 0 : epoch});
 }
 
-// The first word that must agree and does not, or -1.
+// The first word that must agree and differs, or -1.
 __device__ __forceinline__ int first_difference(const Facts& own, const Facts& theirs) {
     int word = -1;
 #pragma unroll
@@ -209,8 +210,8 @@ __device__ __forceinline__ int first_difference(const Facts& own, const Facts& t
     return word;
 }
 
-// What one thread reads of `peer`; false: it did not come. An announcement is an answer only where it differs
-// from `own`.
+// One thread reads the facts of `peer`; false: they did not arrive. An announcement counts only if it differs from
+// `own`.
 __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, const Facts& own,
                                            Facts& facts) {
     const Runtime& rt = waiting.runtime;
@@ -232,7 +233,7 @@ __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, in
     return waiting.thread(peer, arrived, packets[0].w);
 }
 
-// False, and the end of it all, where facts that must agree do not.
+// Reports a failure that lasts and returns false if facts that must agree differ.
 __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Facts& own, const Facts& theirs) {
     constexpr int kFields[] = {kMaxTokens, kHidden, kNumTopk, kNumExperts, kRowFormat, kHandle};
     const int word = first_difference(own, theirs);
@@ -244,7 +245,7 @@ __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Fa
     return word < 0;
 }
 
-// The same answer for all blocks of a call, should a rank be lost to some of them only. Needed with masks alone.
+// Makes all blocks of a call agree on whether a rank is lost, in case it is lost to some of them only. Used with masks.
 __device__ __forceinline__ bool all_lose(const Runtime& rt, Kind kind, int epoch, int rank, bool lost) {
     int* decided = &rt.local->decided[2 * kind + (epoch & 1)][rank];
     const int mine = static_cast<int>(2u * static_cast<unsigned>(epoch) + lost);
@@ -255,13 +256,13 @@ __device__ __forceinline__ bool all_lose(const Runtime& rt, Kind kind, int epoch
     return is_decided(found) ? found & 1 : lost;
 }
 
-// What a block knows about the ranks of a call before it receives, in shared memory.
+// Facts about the ranks of a call, in shared memory.
 struct Ranks {
-    int tokens[kMaxRanks];  // of each rank; 0 where it is lost or refused its input
+    int tokens[kMaxRanks];  // of each rank; 0 if it is lost or refused its input
     int lost[kMaxRanks];
     int refused[kMaxRanks];
 
-    // A warp calls, a lane per rank. Times go to wait_stats if that is not null.
+    // Called by a warp, with a lane per rank. Adds the time waited to wait_stats unless that is null.
     __device__ __forceinline__ void read(const Waiting& waiting, Kind kind, const Facts& own,
                                          unsigned long long* wait_stats) {
         const Runtime& rt = waiting.runtime;
@@ -278,7 +279,7 @@ struct Ranks {
     }
 };
 
-// The ranks that own experts of a token, a bit each. The whole warp calls. Indices out of range count as dropped.
+// The ranks that own experts of a token, as bits. Called by a whole warp. Indices out of range count as dropped.
 __device__ __forceinline__ RankMask ranks_of(const TopkIdx& topk_idx, int64_t token, int num_topk, int num_experts,
                                              int local_experts) {
     const int lane = threadIdx.x % kWarpSize;

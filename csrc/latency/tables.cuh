@@ -2,8 +2,8 @@
 // this rank sends to that expert; and how many rows each expert gets. The receiver adds the rows of earlier ranks.
 //
 // The experts of a token differ, so a bit per (expert, token) says who chose what, and the place of a route is the
-// number of bits below its token's. A thread makes one packet: the block needs two barriers, and no order of atomics
-// shows in the result.
+// number of bits below its token's. Each thread makes one packet. The block needs two barriers, and the result does not
+// depend on the order of the atomic operations.
 #pragma once
 
 #include "latency/packets.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
              0, args.refused ? 0 : args.num_tokens, args.refused, 0}};
 }
 
-// A thread makes one packet of a tile: three routes of a token.
+// The routes of the packet that this thread makes: three routes of a token of the tile.
 struct PacketRoutes {
     int token, number;             // in the tile; packet of the token
     int expert[kRoutesPerPacket];  // local expert at the peer, -1: another rank's, or none
@@ -36,8 +36,7 @@ __device__ __forceinline__ int tile_of(const DispatchArgs& args, int first, int 
     return min(min(kThreads / packets, kTileWords * 32), tokens - first);
 }
 
-// A token that chose an expert earlier in its top-k has the route already. Rare, so only looked for where a bit of
-// Tables::chosen was set twice.
+// Whether the token chose the same expert earlier in its top-k. Only checked if a bit of Tables::chosen was set twice.
 __device__ __forceinline__ bool is_repeated(const DispatchArgs& args, int64_t token, int k) {
     const int64_t expert = args.topk_idx.at(token * args.num_topk + k);
 #pragma unroll 1
@@ -50,8 +49,8 @@ __device__ __forceinline__ bool is_repeated(const DispatchArgs& args, int64_t to
     return false;
 }
 
-// Read the routes of a tile and note who chose which expert of `peer`. All threads of the block call; none may read
-// the tables before a barrier.
+// Reads the routes of a tile and marks in the tables which tokens chose which experts of `peer`. Called by all threads
+// of the block; a barrier must follow before the tables are read.
 __device__ __forceinline__ PacketRoutes read_tile(const DispatchArgs& args, Tables& tables, int peer, int first,
                                                   int packets) {
     const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
@@ -93,7 +92,7 @@ __device__ __forceinline__ PacketRoutes read_tile(const DispatchArgs& args, Tabl
     return routes;
 }
 
-// All threads of a block call, with the first tile read.
+// Called by all threads of a block. `routes`: of the first tile.
 __device__ __forceinline__ void send_tables(const DispatchArgs& args, Tables& tables, PacketRoutes routes, int epoch,
                                             int peer, bool writable) {
     const Arena& arena = args.arena;
