@@ -1,7 +1,7 @@
 """The low-latency calls of DeepEP 1.x, for decode-sized batches.
 
-There is no plan and no host wait. Received rows are in ``[L, R * M, H]`` (L local experts, R ranks, at most M tokens per
-rank). A token crosses the link once per *rank* that owns one of its experts, and one row per token and rank comes back.
+There is no plan and no host wait. Received rows are in ``[L, R * M, H]``: L local experts, R ranks, at most M tokens of
+each. A token crosses the link once per *rank* that owns one of its experts, and one row per token and rank comes back.
 Rows of an expert are ordered by source rank, then token, so equal input gives equal bits.
 
 Two engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain) and ``reference``
