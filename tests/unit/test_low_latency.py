@@ -14,6 +14,7 @@ from deepep_moe.errors import InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Half
+from tests.low_latency_util import differs
 
 META = torch.device("meta")
 
@@ -174,3 +175,11 @@ def test_what_is_remembered_is_bounded(calls: LowLatency, monkeypatch: pytest.Mo
     for count in range(9):
         dispatch(calls, x=tokens(count), topk_idx=indices(count))
         assert len(calls._shapes) <= 3
+
+
+def test_the_bound_on_sums_allows_two_units_and_no_more() -> None:
+    """-5.0 - 0.828125 is halfway between two values of BF16: if one sum rounds the other way, two units."""
+    ulp = 2**-5
+    expected = torch.tensor([-5.8125, -5.8125, -5.8125, 0.0], dtype=torch.bfloat16, device="cpu")
+    got = torch.tensor([-5.8125 - 2 * ulp, -5.8125 - 4 * ulp, torch.nan, torch.nan], dtype=torch.bfloat16, device="cpu")
+    assert differs(got, expected).tolist() == [False, True, True, True]
