@@ -37,9 +37,9 @@ def bars(axes: Any, title: str, unit: str, rows: list[tuple[str, float, bool]]) 
 
 def main() -> None:
     """Write overview.png."""
-    training = measurements(
-        "h100x4-dispatcher.json", "Dispatchers: 4096 tokens per rank, hidden 7168, top-8 of 256 experts"
-    )
+    title = "Dispatchers: 4096 tokens per rank, hidden 7168, top-8 of 256 experts"
+    training = measurements("h100x4-dispatcher.json", title)
+    training |= measurements("h100x4-dispatcher-collective.json", title) | training
     latency = measurements("h100x4-latency.json", "Low latency: 128 tokens")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 2.6))
     step = [
@@ -49,7 +49,6 @@ def main() -> None:
             ("deepep_moe, NCCL only\n(backend collective)", "Megatron deepep, collective", True),
             ("deepep_moe\n(backend nvlink)", "Megatron deepep, all SMs", True),
         )
-        if ("total", setting) in training
     ]
     bars(
         left,
