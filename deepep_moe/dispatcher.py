@@ -334,7 +334,7 @@ def _as_config(config: Any) -> DispatcherConfig:
         return config
     if config is not None and not isinstance(config, Mapping):
         raise InputError("config", describe(config), "must be a DispatcherConfig or a mapping of its fields")
-    return DispatcherConfig.load(config)
+    return DispatcherConfig.load(config, source="argument config")
 
 
 def _as_device(device: Any) -> torch.device | None:

@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepep_moe.backends.base import Backend, Layout, Phase, Plan, Rows, Tokens, Wire, new_backend_number
+from deepep_moe.backends.exchange import gather
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import CapacityError, InputError
@@ -170,15 +171,21 @@ class Replay(Shared):
         own = [] if self.save_state is None else [self.save_state()]
         cpu_state = torch.get_rng_state()
         cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        buffers = [  # by name, because a forward may assign a new tensor
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
 
         def restore() -> None:
             torch.set_rng_state(cpu_state)
             if cuda_state is not None:
                 torch.cuda.set_rng_state(cuda_state)
             with torch.no_grad():
-                for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                for module, name, buffer, saved in buffers:
+                    module._buffers[name] = buffer
+                    if buffer is not None and saved is not None:
+                        buffer.copy_(saved)
             for put_back in own:
                 put_back()
 
@@ -203,12 +210,11 @@ class Replay(Shared):
         )  # then every rank has found the same: nothing has to be sent where there was no overflow
         if not found and all_in_each:
             return None
-        kinds = {kind.type: kind for kind in chosen._device_types}
-        device = kinds.get("cpu", self._dispatchers[0].backend.device)  # ranks may share a GPU, which NCCL refuses
-        numbers = torch.tensor([float(bool(found)), factor, tokens, staging], dtype=torch.float64, device=device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=chosen)
-        overflowed, factor, tokens, staging = numbers.tolist()
-        return (factor, int(tokens), int(staging)) if overflowed else None
+        timeout_seconds = max(dispatcher.config.timeout_seconds for dispatcher in self._dispatchers)
+        device = self._dispatchers[0].backend.device
+        needs = gather("replay", chosen, device, timeout_seconds, [bool(found), factor, tokens, staging])
+        overflowed, factor, tokens, staging = (max(values) for values in zip(*needs))
+        return (factor, tokens, staging) if overflowed else None
 
     def _grow(self, factor: float, tokens: int, staging: int) -> None:
         for dispatcher in self._dispatchers:

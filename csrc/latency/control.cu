@@ -10,10 +10,9 @@ __global__ void __launch_bounds__(kWarpSize)
     announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
     if (is_stopped(rt.domain)) return;  // as the dispatch will be
     const int epoch = next_epoch(rt.local->epochs[kDispatch][0]);
-    const int before = epoch == 2 ? -2 : epoch - 2;
     for (int r = 0; r < rt.domain.num_ranks; ++r) {
         const int* consumed = &rt.control[rt.domain.rank]->consumed[r][2 * kDispatch + (epoch & 1)];
-        if (reached(load_acquire_system(consumed), before)) send_facts(rt, kDispatch, epoch, r, facts, withdrawn);
+        if (half_is_free(load_acquire_system(consumed), epoch)) send_facts(rt, kDispatch, epoch, r, facts, withdrawn);
     }
 }
 

@@ -140,6 +140,14 @@ __device__ __forceinline__ void post_consumed(const Runtime& rt) {
 // Whether this block writes the results that exist once per call. Not the last block: its post_consumed() is slow.
 __device__ __forceinline__ bool reports_here() { return blockIdx.x == gridDim.x - 2; }
 
+// Whether a peer that has read the rows of call `seen` has read those of the call before `epoch` in the same half, so
+// that `epoch` may write there. Epochs wrap from -1 to 2, so 2 and 3 follow -2 and -1, and 0 and 1 at first.
+__device__ __forceinline__ bool half_is_free(int seen, int epoch) {
+    if (epoch == 2) return reached(seen, -2);
+    if (epoch == 3) return seen == -1 || reached(seen, 1);
+    return reached(seen, epoch - 2);
+}
+
 // Called by all threads of a block. `passed_on`: where the sending half stores the epoch for the receiving half, or
 // null. `source`: the epoch of the call whose results this one needs, or null. meanwhile() runs while the loads of this
 // function are in flight.
@@ -174,12 +182,11 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
         if (kHalf & kSend) {
             epoch = next_epoch(epoch);
             const Waiting waiting{rt, phase, epoch};
-            const int before = epoch == 2 ? -2 : epoch - 2;  // 0 comes before 2 at first, later the last even number
             int seen = epoch & 1 ? consumed[1] : consumed[0];
             bool mine = !stopped && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
-            if (mine && !reached(seen, before))
+            if (mine && !half_is_free(seen, epoch))
                 mine = waiting.thread(
-                    lane, [&] { return reached(seen = load_relaxed_system(of_peer + (epoch & 1)), before); }, seen);
+                    lane, [&] { return half_is_free(seen = load_relaxed_system(of_peer + (epoch & 1)), epoch); }, seen);
             writable = __ballot_sync(kFullMask, mine);
             if (lane == 0 && !stopped) *counter = epoch;
             if (lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;

@@ -434,6 +434,8 @@ class CollectiveOnGPU(CollectiveBackend):
 
     def _crossing(self, phase: Phase, plan: Plan) -> tuple[Crossing, Tensor]:
         if isinstance(plan, _HostPlan) and plan.crossing is not None and plan.starts is not None:
+            if plan.starts.is_cuda:  # callers cannot record it: it is not among the plan's tensors
+                plan.starts.record_stream(torch.cuda.current_stream(self.device))
             return plan.crossing, plan.starts
         # A plan that went through operators is made of tensors alone: this waits for the device.
         prefix = self._open().to_host(phase, plan.rank_prefix)

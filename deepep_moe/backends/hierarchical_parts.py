@@ -81,8 +81,8 @@ class Parts:
     def of(cls, plan: HierarchicalPlan, layout: Layout, chunks: int) -> Parts:
         """Kept with the plan for the way back."""
         parts = plan.kept_parts.get((layout, chunks))
+        plan.way.use_on_current_stream()
         if not isinstance(parts, Parts):
-            plan.way.use_on_current_stream()
             parts = plan.kept_parts[layout, chunks] = cls(plan, layout, chunks)
         parts.use_on_current_stream()
         return parts

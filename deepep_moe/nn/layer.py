@@ -12,8 +12,9 @@ from deepep_moe.backends.base import Phase
 from deepep_moe.backends.checks import check_tensor, describe
 from deepep_moe.dispatcher import TokenDispatcher
 from deepep_moe.errors import InputError
+from deepep_moe.nn.experts import GroupedExperts
 from deepep_moe.nn.parallel import ExpertParallel
-from deepep_moe.nn.router import Router
+from deepep_moe.nn.router import Router, TopKRouter
 
 
 class MoELayer(ExpertParallel):
@@ -47,6 +48,18 @@ class MoELayer(ExpertParallel):
             raise InputError("experts", describe(experts), "must be a torch.nn.Module")
         if not callable(router):
             raise InputError("router", describe(router), "must be callable: from tokens to topk_idx and topk_weights")
+        if isinstance(router, TopKRouter) and router.weight.shape[0] != dispatcher.num_experts:
+            raise InputError(
+                "router", f"{router.weight.shape[0]} experts", f"the dispatcher has {dispatcher.num_experts} experts"
+            )
+        if isinstance(experts, GroupedExperts) and experts.experts != dispatcher.local_experts:
+            raise InputError(
+                "experts",
+                f"experts {experts.experts[0]} to {experts.experts[-1]}",
+                "must be those of this rank: GroupedExperts(dispatcher.local_experts, ...)",
+            )
+        if shared_expert is not None and not callable(shared_expert):
+            raise InputError("shared_expert", describe(shared_expert), "must be a torch.nn.Module")
         super().__init__(dispatcher, experts)
         self.router = router
         self.shared_expert = shared_expert
@@ -72,7 +85,7 @@ class MoELayer(ExpertParallel):
         sent = self.dispatcher.dispatch(tokens, topk_idx, topk_weights)
         counts = sent.tokens_per_expert_host
         rows = self._call("combine", self.experts, sent.rows, sent.tokens_per_expert if counts is None else counts)
-        shared = None if self.shared_expert is None else self._call("combine", self.shared_expert, tokens)
+        shared = self._call("combine", self._apply_shared_expert, tokens, rows)
         out = self.dispatcher.combine(rows, sent, weights=sent.weights)
         if shared is not None:
             out = out + shared
@@ -84,6 +97,17 @@ class MoELayer(ExpertParallel):
             shown = f"{len(routing)} values" if isinstance(routing, tuple) else describe(routing)
             raise InputError("router(x)", shown, "must be two tensors: topk_idx and topk_weights")
         return routing
+
+    def _apply_shared_expert(self, tokens: Tensor, rows: Tensor) -> Tensor | None:
+        if self.shared_expert is None:
+            return None
+        shared = self.shared_expert(tokens)
+        if not torch.compiler.is_compiling() and isinstance(rows, Tensor):  # else combine refuses the rows
+            check_tensor("shared_expert(x)", shared)
+            wanted = (tokens.shape[0], rows.shape[-1])  # another shape would be broadcast
+            if shared.shape != wanted:
+                raise InputError("shared_expert(x)", f"shape {tuple(shared.shape)}", f"must be {list(wanted)}")
+        return shared  # type: ignore[no-any-return]
 
     def _call(self, phase: Phase, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``; an error is passed on to the other ranks, which are on their way into ``phase``."""

@@ -237,6 +237,8 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
 
 
 def _layers(module: nn.Module) -> Iterator[ExpertParallel]:
+    if not isinstance(module, nn.Module):
+        raise InputError("module", describe(module), "must be a torch.nn.Module")
     return (part for part in module.modules() if isinstance(part, ExpertParallel))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepep_moe.backends.checks import check_integer
+from deepep_moe.backends.checks import check_integer, describe
 from deepep_moe.errors import InputError
 
 Score = Literal["softmax", "sigmoid"]
@@ -88,6 +88,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Router`; ``topk_idx`` is int64, ``topk_weights`` fp32."""
+        if not torch.compiler.is_compiling() and x.shape[-1] != self.weight.shape[1]:
+            raise InputError("x", f"hidden size {x.shape[-1]}", f"the router has hidden size {self.weight.shape[1]}")
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
             scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
@@ -96,7 +98,7 @@ class TopKRouter(nn.Module):
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             weights = weights * self.scale
             if self.balance_loss is not None and self.training and torch.is_grad_enabled():
-                weights = _AddLoss.apply(weights, self.balance_loss(scores, topk_idx))
+                weights = _AddLoss.apply(weights, _check_loss(self.balance_loss(scores, topk_idx)))
         return topk_idx, weights
 
     def extra_repr(self) -> str:
@@ -121,6 +123,13 @@ def load_balancing_loss(scores: Tensor, topk_idx: Tensor) -> Tensor:
     shares = shares.scatter_add(0, chosen.clamp(min=0), (chosen >= 0).to(scores.dtype))
     means = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).sum(0)
     return experts * (shares * means).sum() / max(topk_idx.numel() * tokens, 1)
+
+
+def _check_loss(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        shown = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else describe(loss)
+        raise InputError("balance_loss(scores, topk_idx)", shown, "must be a scalar tensor")
+    return loss
 
 
 class _AddLoss(torch.autograd.Function):

@@ -431,7 +431,7 @@ def a_mistake_on_one_rank_reaches_all(group: dist.ProcessGroup) -> None:
         def forward(self, *args: Any) -> Any:
             return None
 
-    right, x = layer(), torch.randn(5, HIDDEN)
+    right, x, own = layer(), torch.randn(5, HIDDEN), dispatcher.local_experts
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: layer(router=Broken())(x), ValueError, "out of paper"),
         (lambda: layer(router=lambda x: (x, x, x))(x), InputError, "router(x) = 3 values: must be two tensors"),
@@ -440,21 +440,27 @@ def a_mistake_on_one_rank_reaches_all(group: dist.ProcessGroup) -> None:
         (lambda: layer(experts=Broken())(x), ValueError, "out of paper"),
         (lambda: layer(experts=Nothing())(x), InputError, "rows = None: must be a torch.Tensor"),
         (lambda: layer(shared_expert=Broken())(x), ValueError, "out of paper"),
-        (lambda: layer(experts=GroupedExperts(2, HIDDEN + 1, FFN))(x), InputError, "must be [M, 17]"),
         (
-            lambda: layer(experts=GroupedExperts(2, HIDDEN, FFN, dtype=torch.bfloat16))(x),
+            lambda: layer(shared_expert=nn.Linear(HIDDEN, 1))(x),
+            InputError,
+            "shared_expert(x) = shape (5, 1): must be [5, 16]",
+        ),
+        (lambda: layer(experts=GroupedExperts(own, HIDDEN + 1, FFN))(x), InputError, "must be [M, 17]"),
+        (
+            lambda: layer(experts=GroupedExperts(own, HIDDEN, FFN, dtype=torch.bfloat16))(x),
             InputError,
             "rows = torch.float32: must be torch.bfloat16, the dtype of the experts' weights",
-        ),
-        (
-            lambda: layer(experts=GroupedExperts(3, HIDDEN, FFN))(x),
-            InputError,
-            "tokens_per_expert = torch.int64 of shape (2,): must be integers of shape (3,)",
         ),
         (lambda: right(None), InputError, "x = None: must be a torch.Tensor"),
         (lambda: right(torch.tensor(1.0)), InputError, "x = a tensor without dimensions"),
         (lambda: right(x.double()), InputError, "x = torch.float64: must be one of"),
-        (lambda: layer(router=TopKRouter(HIDDEN, 2 * world + 9, 2 * world + 9))(x), InputError, "topk_idx"),
+        (lambda: right(torch.randn(5, HIDDEN + 1)), InputError, "x = hidden size 17: the router has hidden size 16"),
+        (lambda: layer(router=lambda x: (torch.full((5, 2), 2 * world), torch.ones(5, 2)))(x), InputError, "topk_idx"),
+        (
+            lambda: layer(router=TopKRouter(HIDDEN, 2 * world, 2, balance_loss=lambda scores, idx: scores.sum(0)))(x),
+            InputError,
+            "balance_loss(scores, topk_idx) = shape",
+        ),
     ]
     for call, kind, told in wrong:
         if rank == world - 1:
@@ -467,7 +473,10 @@ def a_mistake_on_one_rank_reaches_all(group: dist.ProcessGroup) -> None:
     for part, value, told in (
         ("dispatcher", group, "must be a TokenDispatcher"),
         ("experts", len, "must be a torch.nn.Module"),
+        ("experts", GroupedExperts(own.stop + 1, HIDDEN, FFN), "must be those of this rank"),
         ("router", 3, "must be callable"),
+        ("router", TopKRouter(HIDDEN, 2 * world + 1, 2), f"{2 * world + 1} experts: the dispatcher has {2 * world}"),
+        ("shared_expert", 3, "must be a torch.nn.Module"),
     ):
         with raises(InputError, part, told):
             MoELayer(**{"dispatcher": dispatcher, "router": right.router, "experts": right.experts, part: value})

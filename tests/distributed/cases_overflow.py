@@ -31,10 +31,14 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.recompute = recompute
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += len(x)
-        return x + (checkpoint(self.moe, x, use_reentrant=False) if self.recompute else self.moe(x))
+        out = checkpoint(self.moe, x, use_reentrant=False) if self.recompute else self.moe(x)
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * out.detach().sum()  # a new tensor
+        return x + out
 
     def moe(self, x: Tensor) -> Tensor:
         bias = torch.arange(EXPERTS, 0, -1) * 2e-4 * self.seen

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from deepep_moe import DispatcherConfig, ElasticBuffer
+from deepep_moe import DispatcherConfig, ElasticBuffer, TokenDispatcher
 from deepep_moe.backends import Layout, get_backend
 from deepep_moe.domain import Domain
-from deepep_moe.errors import PeerTimeoutError
+from deepep_moe.errors import CapacityError, PeerTimeoutError
+from deepep_moe.overflow import replay_on_overflow
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import GROUP_TIMEOUT, case
 
@@ -95,3 +96,31 @@ def silence_in_the_set_up_is_a_timeout(group: dist.ProcessGroup) -> None:
         with bounded_wait(), raises(PeerTimeoutError, no_answer):
             Domain.supports(others, torch.device("cuda", 0), config.timeout_seconds)
     dist.barrier()  # of the default group: the silent rank waits here
+
+
+@case(ranks=(2, 3))
+def replay_of_some_ranks_only_is_a_timeout(group: dist.ProcessGroup) -> None:
+    """A rank that does not replay raises its CapacityError and leaves; those that do wait for it, but not for long."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    config = DispatcherConfig(capacity_factor=0.5, timeout_seconds=1)
+    dispatcher = TokenDispatcher(group, 2 * world, config)
+    topk_idx = torch.zeros((8, 1), dtype=torch.int64)  # all tokens to one expert
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dispatcher = dispatcher
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sent = self.dispatcher.dispatch(x, topk_idx)
+            return self.dispatcher.combine(sent.rows, sent)
+
+    layer = Layer()
+    if rank == world - 1:
+        with raises(CapacityError, "capacity_factor = 0.5"):
+            layer(torch.ones(8, 4))
+    else:
+        replay_on_overflow(layer, group=group)
+        with bounded_wait(), raises(PeerTimeoutError, "replay", f"no answer from rank {world - 1} within 1 s"):
+            layer(torch.ones(8, 4))
+    dist.barrier()  # of the default group: the last rank waits here
