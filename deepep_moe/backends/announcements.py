@@ -44,6 +44,8 @@ class Announced:
     """[R, HEADER_WORDS] int64 on the device; None where calls are not compared."""
     copy: Tensor | None = None
     """The same in pinned memory, once the device has written it."""
+    compared: bool = False
+    """Whether ``copy`` has been compared."""
     done: Tensor | None = None
     """[1] in pinned memory, written when the rows of the call have arrived."""
 
@@ -59,6 +61,8 @@ class Announcements:
     def __init__(self, exchange: Exchange, compared: bool) -> None:
         self._exchange, self._compared = exchange, compared
         self._calls: deque[Announced] = deque()
+        self._finished: list[Announced] = []
+        """Freed by :meth:`begin`: freeing pinned memory may record an event on a stream that is being captured."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._one: Tensor | None = None  # on the device
@@ -71,6 +75,7 @@ class Announcements:
         if self._compared:
             call.receive = self._send(phase, self._exchange.header(phase, facts))
         with self._lock:
+            self._finished.clear()
             self._calls.append(call)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
@@ -110,13 +115,13 @@ class Announcements:
         """End the group if a call in flight has failed. Local, does not wait."""
         with self._lock:
             while self._calls and self._is_over(self._calls[0]):
-                self._calls.popleft()
+                self._finished.append(self._calls.popleft())
 
     def _is_over(self, call: Announced) -> bool:
         done = call.done is not None and _is_written(call.done)  # read first: headers are written before it
-        if call.copy is not None and _is_written(call.copy):
+        if call.copy is not None and not call.compared and _is_written(call.copy):
             self._compare(call, call.copy)
-            call.copy = None
+            call.compared = True
         if done or not self._exchange.usable:
             return True
         waited = time.monotonic() - call.began
