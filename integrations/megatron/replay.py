@@ -60,8 +60,11 @@ def _save_state() -> Callable[[], None]:
 
 
 def _logged() -> dict[str, Tensor]:
-    """The auxiliary losses of all layers, by name, which Megatron-Core adds up for its logs."""
+    """Losses that forwards add up for Megatron-Core's logs, by name: auxiliary ones, and of multi-token prediction."""
+    prediction: Any = importlib.import_module("megatron.core.transformer.multi_token_prediction")
+    tracker = prediction.MTPLossLoggingHelper.tracker
+    found = {f"prediction {name}": value for name, value in tracker.items() if isinstance(value, Tensor)}
     utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if hasattr(utils, "get_moe_metrics_tracker"):  # 0.19
-        return {name: entry.values for name, entry in utils.get_moe_metrics_tracker().metrics.items()}
-    return {name: entry["values"] for name, entry in utils.get_moe_layer_wise_logging_tracker().items()}
+        return found | {name: entry.values for name, entry in utils.get_moe_metrics_tracker().metrics.items()}
+    return found | {name: entry["values"] for name, entry in utils.get_moe_layer_wise_logging_tracker().items()}
