@@ -96,6 +96,8 @@ def _report_error(text: str, error: Exception | None, once: bool) -> None:
 
 # ---------------------------------------------------------------------------------------------- settings
 
+BYTES = 256  # different values of a byte of text
+
 Positive = Annotated[int, 1]
 """An integer field of a section that must be at least 1. Other numbers of sections must not be negative."""
 
@@ -193,6 +195,12 @@ def utilization(world: World, flops_per_second: float) -> float | None:
     return None if peak is None else 100 * flops_per_second / (peak * 1e12 * world.size)
 
 
+def check_vocabulary(name: str, size: int) -> None:
+    """Raise :class:`RecipeError` unless a vocabulary of ``size`` tokens holds every byte of a text."""
+    if size < BYTES:
+        raise RecipeError(f"{name} = {size}: allowed is at least {BYTES}, because text is read as bytes")
+
+
 def start_processes(timeout_seconds: float = 600) -> World:
     """Join the process group: NCCL with a GPU for every process, gloo on a machine without GPUs.
 
@@ -201,6 +209,9 @@ def start_processes(timeout_seconds: float = 600) -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise RecipeError(f"RANK is set but not {', '.join(missing)}: start with torchrun, which sets all of them")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count()

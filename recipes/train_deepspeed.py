@@ -331,6 +331,7 @@ class Checkpoints:
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
     shape = common.fill(Shape, "model", settings["model"])
+    common.check_vocabulary("model.vocab_size", shape.vocab_size)
     data = common.fill(Data, "data", settings["data"])
     train = common.fill(Train, "train", settings["train"])
     trackers = common.find_trackers(train.trackers)

@@ -382,6 +382,7 @@ class DispatcherMeter:
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
     gpt = common.fill(Gpt, "gpt", settings["gpt"])
+    common.check_vocabulary("gpt.vocab_size", gpt.vocab_size)
     data = common.fill(Data, "data", settings["data"])
     train = common.fill(Train, "train", settings["train"])
     trackers = common.find_trackers(train.trackers)

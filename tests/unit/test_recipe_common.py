@@ -311,3 +311,20 @@ def test_trackers_get_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RecipeError, match=r"train\.trackers = 'wandb': `pip install wandb` first"):
         common.find_trackers("wandb")
+
+
+def test_a_vocabulary_holds_every_byte() -> None:
+    common.check_vocabulary("gpt.vocab_size", 256)
+    with pytest.raises(common.RecipeError, match=r"gpt\.vocab_size = 255: allowed is at least 256"):
+        common.check_vocabulary("gpt.vocab_size", 255)
+
+
+def test_rank_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(
+        common.RecipeError, match="RANK is set but not LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun"
+    ):
+        common.start_processes()
