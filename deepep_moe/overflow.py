@@ -18,8 +18,10 @@ Inside a forward an overflow raises nothing: the calls that follow it move nothi
 dispatcher's group (:class:`DeferringBackend`), so that all ranks go through the same communication, also that of other
 groups. The ranks compare at the end. That is the only wait for the device, once per forward instead of once per layer.
 
-The size needed becomes the new capacity factor of all dispatchers of the model, with a margin. It never shrinks:
-activation checkpointing runs parts of a forward again, which must find as much room then.
+The size needed becomes the new capacity factor of all dispatchers of the model, with a margin; it never shrinks.
+Activation checkpointing that runs parts of a forward again uses the factor of that time, so the backward of a forward
+must come before a later forward can raise it. ``torch.compile`` of the replaying module itself turns replays off: compile
+its submodules.
 """
 
 from __future__ import annotations
