@@ -20,8 +20,8 @@ groups. The ranks compare at the end. That is the only wait for the device, once
 
 The size needed becomes the new capacity factor of all dispatchers of the model, with a margin; it never shrinks.
 Activation checkpointing that runs parts of a forward again uses the factor of that time, so the backward of a forward
-must come before a later forward can raise it. ``torch.compile`` of the replaying module itself turns replays off: compile
-its submodules.
+must come before a later forward can raise it. ``torch.compile`` of the replaying module itself turns replays off:
+compile its submodules.
 """
 
 from __future__ import annotations
