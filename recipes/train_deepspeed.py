@@ -24,11 +24,15 @@ from typing import Annotated, Any
 warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about calls that DeepSpeed makes
 
 import common
+import reports
+import sections
+import timing
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from common import Positive, RecipeError, World
+from common import World
+from sections import Positive, RecipeError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -226,7 +230,7 @@ class Meter:
     """Time in dispatch and combine with their backward (deepep_moe's only), and how evenly experts are loaded."""
 
     def __init__(self, engine: Any, world: World) -> None:
-        self.timer, self.world = common.PhaseTimer(world.device), world
+        self.timer, self.world = timing.PhaseTimer(world.device), world
         self.loads: dict[nn.Module, Tensor] = {}  # per MoE layer [experts]: routes of this rank since the last report
         self.measures = False
         for layer in (module for module in engine.module.modules() if isinstance(module, MoE)):
@@ -330,11 +334,11 @@ class Checkpoints:
 
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
-    shape = common.fill(Shape, "model", settings["model"])
-    common.check_vocabulary("model.vocab_size", shape.vocab_size)
-    data = common.fill(Data, "data", settings["data"])
-    train = common.fill(Train, "train", settings["train"])
-    trackers = common.find_trackers(train.trackers)
+    shape = sections.fill(Shape, "model", settings["model"])
+    sections.check_vocabulary("model.vocab_size", shape.vocab_size)
+    data = sections.fill(Data, "data", settings["data"])
+    train = sections.fill(Train, "train", settings["train"])
+    trackers = reports.find_trackers(train.trackers)
     ds_config = dict(settings["ds_config"])
     expert_parallel = train.expert_parallel or world.size
     for name, whole in (("processes", world.size), ("experts", shape.experts)):
@@ -358,7 +362,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     meter = Meter(engine, world)
 
     own = sum(p.numel() for p in engine.module.parameters())
-    journal = common.Journal(folder, world, folder.name, train.steps, first, trackers)
+    journal = reports.Journal(folder, world, folder.name, train.steps, first, trackers)
     journal.say(
         f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
         f"{'deepep_moe' if meter.measures else 'stock DeepSpeed'}, ZeRO {engine.zero_optimization_stage()}, "
@@ -386,7 +390,7 @@ def _train(
     train: Train,
     world: World,
     meter: Meter,
-    journal: common.Journal,
+    journal: reports.Journal,
     checkpoints: Checkpoints,
     first: int,
 ) -> None:
@@ -463,18 +467,18 @@ The layers of Mixtral on two GPUs:
 @app.command(epilog=EXAMPLES)
 def main(
     config: Annotated[Path, typer.Argument(help="JSON file with the sections model, data, train, ds_config")],
-    overrides: common.Overrides = None,
+    overrides: sections.Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="folder for checkpoints and curves [runs/deepspeed_NAME OF THE FILE]")
     ] = None,
-    resume: common.Resume = False,
+    resume: sections.Resume = False,
 ) -> None:
     """Train a mixture of experts with DeepSpeed's MoE layers, on deepep_moe.
 
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
-    with common.plain_errors():
-        settings = common.read_settings(config, overrides or [], ("model", "data", "train", "ds_config"))
+    with sections.plain_errors():
+        settings = sections.read_settings(config, overrides or [], ("model", "data", "train", "ds_config"))
         if not settings["ds_config"]:
             raise RecipeError(f"{config} has no section ds_config")
         world = common.start_processes()

@@ -22,17 +22,21 @@ from typing import Annotated, Any, ClassVar
 warnings.filterwarnings("ignore", module=r"megatron\.")  # that optional packages are missing is no news here
 
 import common
+import reports
+import sections
+import timing
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from common import Positive, RecipeError, World
+from common import World
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from sections import Positive, RecipeError
 from torch import Tensor, nn
 
 import deepep_moe.integrations.megatron  # makes the type "deepep" known to Megatron-Core
@@ -100,7 +104,7 @@ def transformer_config(
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise RecipeError(f"unknown key model.{key}: not a field of Megatron-Core's TransformerConfig{hint}")
-        given[key] = common.checked(f"model.{key}", value, known[key])
+        given[key] = sections.checked(f"model.{key}", value, known[key])
     experts = given.get("num_moe_experts")
     if not experts or experts % expert_parallel:
         raise RecipeError(
@@ -324,7 +328,7 @@ class DispatcherMeter:
     }
 
     def __init__(self, model: GPTModel, world: World) -> None:
-        self.timer = common.PhaseTimer(world.device)
+        self.timer = timing.PhaseTimer(world.device)
         self.timer.active = False
         self.world, self.elapsed = world, 1.0
         self.loads: list[Tensor] = []  # one [local experts] per MoE layer: tokens since the last report
@@ -381,11 +385,11 @@ class DispatcherMeter:
 
 def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -> None:
     """Train as ``settings`` say; everything written goes to ``folder``."""
-    gpt = common.fill(Gpt, "gpt", settings["gpt"])
-    common.check_vocabulary("gpt.vocab_size", gpt.vocab_size)
-    data = common.fill(Data, "data", settings["data"])
-    train = common.fill(Train, "train", settings["train"])
-    trackers = common.find_trackers(train.trackers)
+    gpt = sections.fill(Gpt, "gpt", settings["gpt"])
+    sections.check_vocabulary("gpt.vocab_size", gpt.vocab_size)
+    data = sections.fill(Data, "data", settings["data"])
+    train = sections.fill(Train, "train", settings["train"])
+    trackers = reports.find_trackers(train.trackers)
     # Fields of DispatcherConfig; a YAML file ($DEEPEP_MOE_CONFIG) and DEEPEP_MOE_<FIELD> variables override them.
     dispatcher = DispatcherConfig.load(settings["dispatcher"], source="section dispatcher")
     deepep_moe.integrations.megatron.register(settings=settings["dispatcher"])
@@ -419,7 +423,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         checkpoints.clear()
 
     own = sum(p.numel() for p in model.parameters())
-    journal = common.Journal(folder, world, folder.name, train.steps, first, trackers)
+    journal = reports.Journal(folder, world, folder.name, train.steps, first, trackers)
     journal.say(
         f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
         f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each, {optimizer.name}\n"
@@ -448,7 +452,7 @@ def _train(
     train: Train,
     world: World,
     meter: DispatcherMeter,
-    journal: common.Journal,
+    journal: reports.Journal,
     checkpoints: common.Checkpoints,
     first: int,
     flops: float,
@@ -460,7 +464,7 @@ def _train(
     for step in range(first, train.steps):
         done, last = step + 1, step + 1 == train.steps
         logs = done % train.log_every == 0 or last
-        profiled = common.profiled(journal) if done == train.profile_step else nullcontext()
+        profiled = timing.profiled(journal) if done == train.profile_step else nullcontext()
         with profiled, meter.measuring() if logs else nullcontext():
             losses.append(train_step(model, optimizer, text, train, world, step))
         journal.advance()
@@ -521,18 +525,18 @@ Your own text, longer:
 @app.command(epilog=EXAMPLES)
 def main(
     config: Annotated[Path, typer.Argument(help="YAML file with the sections model, gpt, data, train, dispatcher")],
-    overrides: common.Overrides = None,
+    overrides: sections.Overrides = None,
     output: Annotated[
         Path | None, typer.Option(help="folder for checkpoints and curves [runs/NAME OF THE FILE]")
     ] = None,
-    resume: common.Resume = False,
+    resume: sections.Resume = False,
 ) -> None:
     """Train a Megatron-Core MoE whose tokens deepep_moe moves to their experts and back.
 
     Start it with torchrun, one process per GPU. Without --resume a folder's earlier run is replaced.
     """
-    with common.plain_errors():
-        settings = common.read_settings(config, overrides or [], ("model", "gpt", "data", "train", "dispatcher"))
+    with sections.plain_errors():
+        settings = sections.read_settings(config, overrides or [], ("model", "gpt", "data", "train", "dispatcher"))
         world = common.start_processes()
         run(settings, output or Path("runs") / config.stem, resume, world)
 

@@ -18,6 +18,7 @@ from tests.launch import ROOT, case
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common
+import sections
 import train_megatron as recipe
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -143,7 +144,7 @@ def fused_attention_computes_what_megatrons_does(group: dist.ProcessGroup) -> No
         torch.testing.assert_close(
             found[1][name], expected, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )
-    with pytest.raises(common.RecipeError, match=r"model.window_size = .*: set gpt.fused_attention=false"):
+    with pytest.raises(sections.RecipeError, match=r"model.window_size = .*: set gpt.fused_attention=false"):
         build(world, 2, grouped=True, window_size=(4, 0))
     parallel_state.destroy_model_parallel()
 
@@ -174,9 +175,9 @@ def wrong_model_settings_are_named(group: dist.ProcessGroup) -> None:
         ({"moe_router_topk": 9}, "model.moe_router_topk = 9: allowed is 1 to 8"),
         ({"recompute_granularity": "whole"}, "section model: Megatron-Core refuses it: .*recompute"),
     ):
-        with pytest.raises(common.RecipeError, match=message):
+        with pytest.raises(sections.RecipeError, match=message):
             recipe.transformer_config({**MODEL, **changed}, world, 2)
-    with pytest.raises(common.RecipeError, match=r"train\.precision = fp16: allowed are auto, bf16, fp32"):
+    with pytest.raises(sections.RecipeError, match=r"train\.precision = fp16: allowed are auto, bf16, fp32"):
         recipe.transformer_config(MODEL, world, 2, "fp16")
 
 

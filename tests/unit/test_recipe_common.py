@@ -19,7 +19,10 @@ from tests.launch import ROOT
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common
-from common import RecipeError
+import reports
+import sections
+import timing
+from sections import RecipeError
 
 CPU = torch.device("cpu")
 ALONE = common.World(0, 1, CPU)
@@ -37,7 +40,7 @@ SECTIONS = ("train", "model", "dispatcher")
 
 @dataclass
 class Section:
-    steps: common.Positive
+    steps: sections.Positive
     warmup: int = 3
     rate: float = 0.5
     tied: bool = False
@@ -49,7 +52,7 @@ def test_settings_take_overrides(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("train: {steps: 5, lr: 1.0e-3, adam: {betas: [0.9, 0.95]}}\nmodel:\n")
     overrides = ["train.steps=7", "model.moe_layer_freq=[0, 1]", "dispatcher.num_sms=24", "train.adam.eps=1e-8"]
-    assert common.read_settings(path, overrides, SECTIONS) == {
+    assert sections.read_settings(path, overrides, SECTIONS) == {
         "train": {"steps": 7, "lr": 1e-3, "adam": {"betas": [0.9, 0.95], "eps": "1e-8"}},
         "model": {"moe_layer_freq": [0, 1]},
         "dispatcher": {"num_sms": 24},
@@ -61,13 +64,13 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     path.write_text("train: {steps: 5}\nmodel: {}\n")
     for wrong in ("train.steps", "steps=3", "optimizer.lr=1", "train.=1"):
         with pytest.raises(RecipeError, match=r"section\.key=value with a section of train, model, dispatcher"):
-            common.read_settings(path, [wrong], SECTIONS)
+            sections.read_settings(path, [wrong], SECTIONS)
     with pytest.raises(RecipeError, match=r"--set train\.steps\.most=3: steps is 5, not a mapping"):
-        common.read_settings(path, ["train.steps.most=3"], SECTIONS)
+        sections.read_settings(path, ["train.steps.most=3"], SECTIONS)
     with pytest.raises(RecipeError, match=r"--set train\.steps=\[3: the value is not YAML"):
-        common.read_settings(path, ["train.steps=[3"], SECTIONS)
+        sections.read_settings(path, ["train.steps=[3"], SECTIONS)
     with pytest.raises(RecipeError, match="cannot read"):
-        common.read_settings(tmp_path / "b.yaml", [], SECTIONS)
+        sections.read_settings(tmp_path / "b.yaml", [], SECTIONS)
     for content, message in (
         ("trian: {}", "unknown section trian .*allowed: train, model, dispatcher"),
         ("train: 3", "section train in .* must be a mapping, not 3"),
@@ -75,13 +78,13 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
     ):
         path.write_text(content)
         with pytest.raises(RecipeError, match=message):
-            common.read_settings(path, [], SECTIONS)
+            sections.read_settings(path, [], SECTIONS)
 
 
 def test_sections_are_checked() -> None:
     given = {"steps": 9, "rate": "1e-4", "groups": None, "text": "b"}
-    assert common.fill(Section, "train", given) == Section(9, rate=1e-4, text="b")
-    assert common.fill(Section, "train", {"steps": 9, "rate": 1, "groups": 4}) == Section(9, rate=1.0, groups=4)
+    assert sections.fill(Section, "train", given) == Section(9, rate=1e-4, text="b")
+    assert sections.fill(Section, "train", {"steps": 9, "rate": 1, "groups": 4}) == Section(9, rate=1.0, groups=4)
     for values, message in (
         ({"step": 9}, r"unknown key train\.step \(did you mean steps\?\); allowed: steps, warmup"),
         ({"rate": 0.1}, r"train\.steps is missing"),
@@ -97,7 +100,7 @@ def test_sections_are_checked() -> None:
         ({"steps": 1, "groups": "all"}, r"train\.groups = 'all': allowed is an integer or null"),
     ):
         with pytest.raises(RecipeError, match=message):
-            common.fill(Section, "train", values)
+            sections.fill(Section, "train", values)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +110,9 @@ def test_sections_are_checked() -> None:
 def test_errors_reach_torchruns_report(
     error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"RANK": "3", "LOCAL_RANK": "1", common.ERROR_FILE: str(tmp_path / "error.json")}.items():
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", sections.ERROR_FILE: str(tmp_path / "error.json")}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(typer.Exit) as raised, common.plain_errors():
+    with pytest.raises(typer.Exit) as raised, sections.plain_errors():
         raise error
     assert raised.value.exit_code == 1
     written = json.loads((tmp_path / "error.json").read_text())["message"]
@@ -203,7 +206,7 @@ class Clock:
 
 def test_timer_adds_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(common, "time", clock)
+    monkeypatch.setattr(timing, "time", clock)
 
     class Move(torch.autograd.Function):
         """Takes 2 s forward and 3 s backward."""
@@ -218,7 +221,7 @@ def test_timer_adds_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> Non
             clock.now += 3
             return grad * 2
 
-    timer = common.PhaseTimer(CPU)
+    timer = timing.PhaseTimer(CPU)
     x = torch.ones(3, requires_grad=True)
     y, counts = timer.timed("move", Move.apply)(x)
     assert counts.tolist() == [1, 1, 1]
@@ -234,11 +237,11 @@ def test_timer_adds_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_journal_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    journal = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0)
+    journal = reports.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0)
     for step in range(1, 5):
         journal.add({"step": step, "train_loss": 1.0 / step}, "")
     journal.close()
-    resumed = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=2)
+    resumed = reports.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=2)
     resumed.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "train_loss": 1.0}, {"step": 2, "train_loss": 0.5}]
@@ -293,8 +296,8 @@ def test_trackers_get_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    trackers = common.find_trackers("tensorboard, wandb")
-    journal = common.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0, trackers=trackers)
+    trackers = reports.find_trackers("tensorboard, wandb")
+    journal = reports.Journal(tmp_path, ALONE, "test", steps=4, resumed_at=0, trackers=trackers)
     journal.add({"step": 2, "train_loss": 0.5, "mfu_percent": 30.0}, "")
     journal.close()
     assert seen == [
@@ -305,18 +308,18 @@ def test_trackers_get_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"train_loss": 0.5, "mfu_percent": 30.0}, 2),
     ]
 
-    assert common.find_trackers("") == []
+    assert reports.find_trackers("") == []
     with pytest.raises(RecipeError, match=r"train\.trackers = 'comet': allowed are tensorboard, wandb"):
-        common.find_trackers("comet")
+        reports.find_trackers("comet")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RecipeError, match=r"train\.trackers = 'wandb': `pip install wandb` first"):
-        common.find_trackers("wandb")
+        reports.find_trackers("wandb")
 
 
 def test_a_vocabulary_holds_every_byte() -> None:
-    common.check_vocabulary("gpt.vocab_size", 256)
-    with pytest.raises(common.RecipeError, match=r"gpt\.vocab_size = 255: allowed is at least 256"):
-        common.check_vocabulary("gpt.vocab_size", 255)
+    sections.check_vocabulary("gpt.vocab_size", 256)
+    with pytest.raises(sections.RecipeError, match=r"gpt\.vocab_size = 255: allowed is at least 256"):
+        sections.check_vocabulary("gpt.vocab_size", 255)
 
 
 def test_rank_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,6 +328,6 @@ def test_rank_variables_that_are_missing_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(
-        common.RecipeError, match="RANK is set but not LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun"
+        sections.RecipeError, match="RANK is set but not LOCAL_RANK, LOCAL_WORLD_SIZE: start with torchrun"
     ):
         common.start_processes()
