@@ -55,6 +55,21 @@ def aligned(rows: Tensor) -> Tensor:
     return rows if rows.data_ptr() % VECTOR_BYTES == 0 else rows.clone()
 
 
+def vector_padded(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to a multiple of 16: bytes from row to row."""
+    return -(-num_bytes // VECTOR_BYTES) * VECTOR_BYTES
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of the tensor's data as the extension takes it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the current GPU records a CUDA graph; False on a CPU."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def current_stream(device: torch.device) -> int:
     """The current CUDA stream of ``device``, as the extension takes it."""
     return torch.cuda.current_stream(device).cuda_stream

@@ -21,7 +21,7 @@ from torch import Tensor
 from deepep_moe.backends.exchange import gather
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
-from deepep_moe.extension import _C
+from deepep_moe.extension import _C, address
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
 from deepep_moe.peer_memory import PeerMemory
 
@@ -75,12 +75,12 @@ class CudaEngine:
             topk_idx.dtype == torch.int64,
             call.memory.data_ptr(),
             call.rows.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
+            address(scales),
             call.counts.data_ptr(),
             call.src_info.data_ptr(),
             call.layout_range.data_ptr(),
-            _address(call.stats),
-            _address(call.wait_stats),
+            address(call.stats),
+            address(call.wait_stats),
             self._domain.enter_stream(),
         )
         if told:
@@ -101,9 +101,9 @@ class CudaEngine:
             topk_idx.dtype == torch.int64,
             call.topk_weights.data_ptr(),
             call.dispatched.memory.data_ptr(),
-            _address(call.state),
+            address(call.state),
             call.out.data_ptr(),
-            _address(call.wait_stats),
+            address(call.wait_stats),
             self._domain.enter_stream(),
         )
         if told:
@@ -271,7 +271,3 @@ class CudaEngine:
         torch.cuda.synchronize(self.device)
         self._arenas.clear()
         self._last = None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -128,11 +128,11 @@ def _launch(
     with torch.cuda.device(x.device):
         extension._C.scale_rows(
             x.data_ptr(),
-            0 if rows is None else rows.data_ptr(),
+            extension.address(rows),
             weights.data_ptr(),
-            0 if row_recv is None else row_recv.data_ptr(),
-            0 if out is None else out.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
+            extension.address(row_recv),
+            extension.address(out),
+            extension.address(sums),
             DTYPE_CODES[x.dtype],
             x.shape[0],
             x.shape[1] * x.element_size(),

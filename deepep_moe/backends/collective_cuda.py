@@ -195,8 +195,8 @@ class CollectiveOnGPU(CollectiveBackend):
         send_slot = torch.empty((tokens, ranks), dtype=torch.int32, device=self.device)
         extension._C.count(
             topk_idx=topk_idx.data_ptr(),
-            given_membership=0 if is_token_in_rank is None else is_token_in_rank.data_ptr(),
-            given_expert_counts=0 if num_tokens_per_expert is None else num_tokens_per_expert.data_ptr(),
+            given_membership=extension.address(is_token_in_rank),
+            given_expert_counts=extension.address(num_tokens_per_expert),
             num_tokens=tokens,
             num_topk=topk,
             num_experts=num_experts,
@@ -469,7 +469,7 @@ class CollectiveOnGPU(CollectiveBackend):
         """Raise what forbids a call on this rank, without taking part in it."""
         exchange = self._open()
         exchange.check_usable(phase)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if extension.is_capturing(self.device):
             raise UnsupportedError(
                 "the collective backend cannot be captured in a CUDA graph: the host reads the counts of each plan. "
                 "Backend nvlink with capacity_factor can"

@@ -33,6 +33,7 @@ from torch import Tensor
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.rollcall import Note, explain, roll_call
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.extension import is_capturing
 from deepep_moe.notices import span
 
 Fact: TypeAlias = int | float | torch.dtype | Enum
@@ -353,7 +354,7 @@ class Exchange:
         """Leave an operation that the peers are in, with a note of the reason."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             return  # nothing runs, so nobody waits
         with self._state.lock:
             self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")

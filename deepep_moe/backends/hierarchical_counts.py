@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.backends.checks import overflow_text
 from deepep_moe.backends.exchange import reason_of, refused_by
 from deepep_moe.config import DispatcherConfig
@@ -181,7 +182,7 @@ def count(
         max_recv=limits[0],
         max_rows=limits[1],
         **{name: tensor.data_ptr() for name, tensor in counted._asdict().items()},
-        stream=torch.cuda.current_stream(device).cuda_stream,
+        stream=extension.current_stream(device),
     )
     return counted
 
@@ -309,7 +310,7 @@ class Counts:
             num_experts=self.num_experts,
             alignment=self.alignment,
             **{name: tensor.data_ptr() for name, tensor in digest._asdict().items()},
-            stream=torch.cuda.current_stream(self.table.device).cuda_stream,
+            stream=extension.current_stream(self.table.device),
         )
         return digest
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.backends.base import Layout
 from deepep_moe.backends.hierarchical_counts import SHARES, share_of
 from deepep_moe.backends.hierarchical_plan import (
@@ -232,7 +233,7 @@ def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv
         recv_moves=recv_moves.data_ptr(),
         recv_starts=recv_starts.data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in tables._asdict().items()},
-        stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+        stream=extension.current_stream(geometry.device),
     )
     return tables
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.backends.base import Plan
 from deepep_moe.backends.exchange import to_device
 from deepep_moe.backends.hierarchical_counts import SHARES, Counts, Crossing, Geometry, share_of
@@ -169,7 +170,7 @@ def place(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
         received=placed.received.data_ptr(),
         row_recv=placed.row_recv.data_ptr(),
         arrived=placed.arrived.data_ptr(),
-        stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+        stream=extension.current_stream(geometry.device),
     )
     return placed
 

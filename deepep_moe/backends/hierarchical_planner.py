@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deepep_moe import extension
 from deepep_moe.backends.base import Backend, Phase, Plan
 from deepep_moe.backends.checks import check_limits, check_plan_inputs
 from deepep_moe.backends.exchange import Exchange, Fact
@@ -157,7 +158,7 @@ class Planner:
         without_wait = self.defers and request.max_recv is not None
         known = without_wait and request.kind in self._known
         words = self.words
-        if _capturing(geometry.device) and not known:
+        if extension.is_capturing(geometry.device) and not known:
             raise UnsupportedError(
                 "a CUDA graph captures only plans of fixed size of a kind (experts, top-k, alignment) that was planned "
                 "before: set capacity_factor (num_worst_tokens of Buffer) and max_tokens_per_rank, and run once before"
@@ -231,7 +232,7 @@ class Planner:
 
     def raise_deferred(self) -> None:
         """Raise what is wrong with the last plan that made no host wait. All ranks find it in the same call."""
-        if _capturing(self.geometry.device):
+        if extension.is_capturing(self.geometry.device):
             return
         for deferred in self._deferred.values():
             if deferred.pending:
@@ -328,13 +329,13 @@ class Planner:
         position = torch.empty((geometry.num_nodes, room), dtype=torch.int32, device=geometry.device)
         geometry.kernels.batch(
             told=batch.data_ptr(),
-            bad=0 if bad is None else bad.data_ptr(),
+            bad=extension.address(bad),
             room=room,
             num_topk=batch.shape[1],
             num_experts=num_experts,
             routes=routes.data_ptr(),
             recv_position=position.data_ptr(),
-            stream=torch.cuda.current_stream(geometry.device).cuda_stream,
+            stream=extension.current_stream(geometry.device),
         )
         return routes, position
 
@@ -360,7 +361,7 @@ class Deferred:
         """``kind``: see :attr:`Request.kind`."""
         self._table.copy_(table, non_blocking=True)
         self.kind, self.pending = kind, True
-        if _capturing(table.device):
+        if extension.is_capturing(table.device):
             self._captured = True
         elif self._copied is not None:
             self._copied.record()
@@ -373,7 +374,3 @@ class Deferred:
         table = self._table.clone()
         self._table.zero_()  # an error is raised once
         return table
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

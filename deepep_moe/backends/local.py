@@ -25,7 +25,7 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Layout, Rows
 from deepep_moe.backends.exchange import as_bytes
-from deepep_moe.extension import DTYPE_CODES, VECTOR_BYTES
+from deepep_moe.extension import DTYPE_CODES, address, vector_padded
 from deepep_moe.fp8 import BLOCK, dequantize_e4m3, quantize_e4m3
 
 _MOST_SUMMED = 64  # rows of one item; csrc/local/args.h has kMaxSummedRows, biases included
@@ -64,12 +64,12 @@ class RowFormat(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Where the scales begin."""
-        return _round_up(self.dense_bytes)
+        return vector_padded(self.dense_bytes)
 
     @property
     def pitch(self) -> int:
         """Bytes from row to row."""
-        return _round_up(self.row_bytes + 4 * (self.num_scales + self.num_weights))
+        return vector_padded(self.row_bytes + 4 * (self.num_scales + self.num_weights))
 
 
 class Segments(NamedTuple):
@@ -135,7 +135,7 @@ def pack_rows(
     extension._C.pack(
         x=x.data_ptr(),
         scales=_scales(scales),
-        weights=_address(weights),
+        weights=address(weights),
         num_rows=x.shape[0],
         quantise=quantize,
         places=_places(places, starts),
@@ -198,13 +198,13 @@ def expand_rows(
         num_received=num_received,
         dequantise=dequantize,
         places=_no_places() if by_source else _places(places, None),
-        row_recv=_address(None if by_source else row_recv),
+        row_recv=address(None if by_source else row_recv),
         owned=places.data_ptr() if by_source else 0,
         owned_stride=places.stride(0) if by_source else 0,
         num_out=num_out,
         out=into.x.data_ptr(),
         out_scales=_scales(into.scales),
-        out_weights=_address(into.weights),
+        out_weights=address(into.weights),
         headers=_headers(headers),
         stream=extension.current_stream(packed.device),
     )
@@ -260,9 +260,9 @@ def sum_rows(
         out=out.data_ptr(),
         out_pitch=format.pitch,
         segments=extension._C.Segments(*segments),
-        row_weights=_address(row_weights),
+        row_weights=address(row_weights),
         apply_weights=apply_weights,
-        vectors=_address(vectors),
+        vectors=address(vectors),
         vectors_pitch=4 * format.num_weights,
         out_vectors=out.data_ptr() + format.row_bytes if format.num_weights else 0,
         out_vectors_pitch=format.pitch,
@@ -325,7 +325,7 @@ def sum_packed_rows(
         apply_weights=False,
         vectors=packed.data_ptr() + format.row_bytes if format.num_weights else 0,
         vectors_pitch=format.pitch,
-        out_vectors=_address(out_weights),
+        out_vectors=address(out_weights),
         out_vectors_pitch=4 * format.num_weights,
         num_weights=format.num_weights,
         headers=_headers(headers),
@@ -430,7 +430,7 @@ def _on_kernel(format: RowFormat, device: torch.device, num_summed: int = 0) -> 
 
 def _places(places: Tensor, starts: Tensor | None) -> extension._C.Places:
     assert places.dtype == torch.int32 and (places.stride(1) == 1 or places.shape[1] <= 1)
-    return extension._C.Places(places.data_ptr(), places.shape[1], places.stride(0), _address(starts))
+    return extension._C.Places(places.data_ptr(), places.shape[1], places.stride(0), address(starts))
 
 
 def _no_places() -> extension._C.Places:
@@ -453,13 +453,5 @@ def _headers(headers: Tensor | None) -> extension._C.Headers:
     return extension._C.Headers(0, 0) if headers is None else extension._C.Headers(headers.data_ptr(), len(headers))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _empty(dtype: torch.dtype, like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // VECTOR_BYTES) * VECTOR_BYTES

@@ -47,7 +47,7 @@ from deepep_moe.backends.tensor_plan import is_plan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError
-from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES, aligned
+from deepep_moe.extension import _C, DTYPE_CODES, VECTOR_BYTES, address, aligned, current_stream, vector_padded
 from deepep_moe.notices import span
 from deepep_moe.peer_memory import PeerMemory
 from deepep_moe.shared import Shared
@@ -130,7 +130,7 @@ class NVLinkBackend(Shared):
             num_tokens_per_rank=per_rank.data_ptr(),
             num_tokens_per_expert=per_expert.data_ptr(),
             is_token_in_rank=in_rank.data_ptr(),
-            stream=torch.cuda.current_stream(self.device).cuda_stream,
+            stream=current_stream(self.device),
         )
         return Destinations(per_rank, None, per_expert, in_rank)
 
@@ -165,7 +165,7 @@ class NVLinkBackend(Shared):
             topk_idx = torch.empty((tokens, 0), dtype=torch.int64, device=self.device)
         # Kernels that run later read these, so the plan keeps them alive.
         inputs = [None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)]
-        membership, expert_counts = (0 if t is None else t.data_ptr() for t in inputs)
+        membership, expert_counts = map(address, inputs)
         stream = self._enter_stream()
 
         def begin(wait: bool) -> None:
@@ -290,7 +290,7 @@ class NVLinkBackend(Shared):
             self._refuse_operation(error, plan)
         hidden = x.shape[1]
         num_scales = hidden // _CHANNELS_PER_SCALE if quantize else 0 if scales is None else scales.shape[1]
-        pitch = _pitch(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
+        pitch = vector_padded(row_bytes + 4 * num_scales + (4 * plan.num_topk if weights is not None else 0))
         self._reserve(self._staging.tokens, plan.num_topk, pitch)
         stream = self._enter_stream()
 
@@ -320,18 +320,18 @@ class NVLinkBackend(Shared):
             pitch=pitch,
             x=x.data_ptr(),
             x_stride=x.stride(0) * x.element_size(),
-            scales=0 if scales is None else scales.data_ptr(),
+            scales=address(scales),
             scale_row_stride=0 if scales is None else scales.stride(0),
             scale_channel_stride=0 if scales is None else scales.stride(1),
             num_scales=num_scales,
             with_weights=weights is not None,
-            weights=0 if weights is None else weights.data_ptr(),
+            weights=address(weights),
             weights_stride=0 if weights is None else weights.stride(0),
             out=out.data_ptr(),
-            out_scales=0 if out_scales is None else out_scales.data_ptr(),
+            out_scales=address(out_scales),
             out_scale_row_stride=0 if out_scales is None else out_scales.stride(0),
             out_scale_channel_stride=0 if out_scales is None else out_scales.stride(1),
-            out_weights=0 if out_weights is None else out_weights.data_ptr(),
+            out_weights=address(out_weights),
             num_blocks=blocks,
             num_send_blocks=_dispatch_send_blocks(blocks, self.world_size),
             stream=stream,
@@ -360,7 +360,7 @@ class NVLinkBackend(Shared):
         except Exception as error:
             self._refuse_operation(error, plan)
         carry = weights is not None and not apply_weights
-        pitch = _pitch(row_bytes + (4 * plan.num_topk if carry else 0))
+        pitch = vector_padded(row_bytes + (4 * plan.num_topk if carry else 0))
         self._reserve(self._staging.tokens, plan.num_topk, pitch)
         stream = self._enter_stream()
 
@@ -385,14 +385,14 @@ class NVLinkBackend(Shared):
             row_bytes=row_bytes,
             pitch=pitch,
             x=x.data_ptr(),
-            weights=0 if weights is None else weights.data_ptr(),
+            weights=address(weights),
             apply_weights=apply_weights,
             carry_weights=carry,
             bias0=added[0].data_ptr() if added else 0,
             bias1=added[1].data_ptr() if len(added) > 1 else 0,
             out=out.data_ptr(),
             out_stride=out.stride(0) * out.element_size(),
-            out_weights=0 if out_weights is None else out_weights.data_ptr(),
+            out_weights=address(out_weights),
             out_weights_stride=0 if out_weights is None else out_weights.stride(0),
             num_blocks=blocks,
             num_send_blocks=_combine_send_blocks(blocks, self.world_size, layout is Layout.BY_EXPERT),
@@ -467,7 +467,7 @@ class NVLinkBackend(Shared):
         dtype = torch.float32 if given is None else given.dtype
         if given is not None and given.stride(1) == 1:
             return self._empty(dtype, rows, num_scales)
-        return self._empty(dtype, num_scales, _pitch(4 * rows) // 4).t()[:rows]
+        return self._empty(dtype, num_scales, vector_padded(4 * rows) // 4).t()[:rows]
 
     # -- checks --------------------------------------------------------------------------------------------------
 
@@ -550,10 +550,6 @@ def _readable(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and x.stride(0) * x.element_size() % VECTOR_BYTES == 0 and x.data_ptr() % VECTOR_BYTES == 0:
         return x
     return aligned(x)
-
-
-def _pitch(num_bytes: int) -> int:
-    return -(-num_bytes // VECTOR_BYTES) * VECTOR_BYTES
 
 
 def _dispatch_send_blocks(blocks: int, ranks: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe import nvshmem
+from deepep_moe import extension, nvshmem
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.rail import Blocks
 from deepep_moe.config import DispatcherConfig
@@ -156,7 +156,7 @@ class NvshmemRail:
             last=chunk == num_chunks - 1,
             block_rows=sent.shape[0] // (self._ranks - 1),
             row_bytes=sent.shape[1],
-            used=0 if used is None else used.data_ptr(),
+            used=extension.address(used),
             sent=sent.data_ptr(),
             received=received.data_ptr(),
         )

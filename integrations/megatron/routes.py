@@ -57,7 +57,7 @@ def _launch(routing_map: Tensor | None, probs: Tensor, index: Tensor, weights: T
     tokens, experts = probs.shape
     with torch.cuda.device(probs.device):
         extension._C.routes(
-            0 if routing_map is None else routing_map.data_ptr(),
+            extension.address(routing_map),
             probs.data_ptr(),
             DTYPE_CODES[probs.dtype],
             tokens,
