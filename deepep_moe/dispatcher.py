@@ -202,7 +202,9 @@ class TokenDispatcher(Shared):
         routes, plan = (None, topk_idx) if is_plan(topk_idx) else (topk_idx, None)
         try:
             _check_differentiable("x", x)
-            _check_dtype("x", x)
+            # While torch.compile traces, an error would be raised on this rank alone: then the backend checks.
+            if not torch.compiler.is_compiling():
+                _check_dtype("x", x)
             if plan is not None:
                 self._check_plan(plan)
             elif isinstance(routes, Tensor) and routes.dim() == 2 and not torch.compiler.is_compiling():
@@ -241,9 +243,7 @@ class TokenDispatcher(Shared):
                 raise HandleError(f"dispatched is {describe(dispatched)}; pass on what dispatch() returned")
             self._check_plan(dispatched.plan)
             _check_differentiable("rows", rows)
-            if torch.compiler.is_compiling():  # where the number of rows is not known yet
-                _check_dtype("rows", rows)
-            else:
+            if not torch.compiler.is_compiling():
                 whose = "as many as dispatched.rows"
                 check_rows("rows", rows, dispatched.plan.num_rows, whose, SUMMED_DTYPES, self.backend.device)
             if weights is not None:

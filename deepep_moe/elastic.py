@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_tensor, describe
-from deepep_moe.backends.exchange import gather
 from deepep_moe.buffer import Buffer, bias_tensors, tokens_and_scales
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
@@ -164,10 +163,11 @@ class ElasticBuffer(Shared):
 
         Raises:
             PeerTimeoutError: names the ranks that did not call in time.
+            RankMismatchError: another rank is in another call.
         """
         backend = self._open()
         device = backend.device
-        gather("barrier", self.group, device, backend.config.timeout_seconds, None)
+        backend.barrier()
         if with_cpu_sync and device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -505,7 +505,14 @@ def _signature(*tensors: Tensor | None) -> tuple[object, ...] | None:
     try:
         for tensor in tensors:
             if type(tensor) is Tensor:
-                key += (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous(), tensor.layout)
+                key += (
+                    tensor.shape,
+                    tensor.dtype,
+                    tensor.device,
+                    tensor.is_contiguous(),
+                    tensor.layout,
+                    tensor.is_neg(),
+                )
             elif tensor is None:
                 key.append(None)
             else:

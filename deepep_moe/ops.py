@@ -55,7 +55,8 @@ def make_plan(topk_idx: Tensor, backend: int, num_experts: int, alignment: int, 
         max_recv, max_rows: :data:`NO_LIMIT` for exact sizes.
     """
     if is_traced(topk_idx):
-        topk_idx = topk_idx.to(torch.int64)
+        if topk_idx.dtype == torch.int32:  # others reach the backend, which refuses them on all ranks
+            topk_idx = topk_idx.to(torch.int64)
         outputs = plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)
         return plan_from_outputs(topk_idx, outputs, num_experts, alignment)
     return _run_plan(topk_idx, backend, num_experts, alignment, max_recv, max_rows)

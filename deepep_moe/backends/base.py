@@ -32,7 +32,7 @@ from torch import Tensor
 
 from deepep_moe.config import DispatcherConfig
 
-Phase = Literal["plan", "dispatch", "combine"]
+Phase = Literal["plan", "dispatch", "combine", "barrier"]
 
 _backend_numbers = itertools.count()
 
@@ -375,6 +375,15 @@ class Backend(Protocol):
 
     def waits(self) -> dict[str, float]:
         """Seconds that this rank has waited for its peers so far: by phase, or by peer where that is measured."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until all ranks have made this call. Collective.
+
+        Raises:
+            RankMismatchError: another rank is in another call (not on nvlink, whose other calls do not meet this one).
+            PeerTimeoutError: a rank did not come within ``timeout_seconds``.
+        """
         ...
 
     def check(self) -> None:

@@ -173,6 +173,8 @@ def check_tensor(argument: str, tensor: Any) -> None:
         raise InputError(argument, "a nested tensor", "must be dense (torch.strided)")
     if tensor.layout is not torch.strided:
         raise InputError(argument, f"a tensor of layout {tensor.layout}", "must be dense (torch.strided)")
+    if not torch.compiler.is_compiling() and tensor.is_neg():  # its memory holds the opposite numbers
+        raise InputError(argument, "a view with the negative bit", "must be a plain tensor: pass resolve_neg() of it")
 
 
 def describe(value: object) -> str:

@@ -383,6 +383,10 @@ class CollectiveBackend(Shared):
             raise HandleError("this backend was closed; make a new dispatcher or Buffer")
         return self._exchange
 
+    def barrier(self) -> None:
+        with self._open().agreement("barrier"):
+            pass
+
     def _agreement(self, phase: Phase) -> AbstractContextManager[Agreement]:
         """Calls on a CPU are always compared, because gloo ends the process if sizes differ."""
         compared = self.config.check_agreement or self.device.type == "cpu" or phase == "plan"

@@ -383,6 +383,10 @@ class HierarchicalBackend(Shared):
                 f"a row of {row_bytes} bytes must be a multiple of {VECTOR_BYTES} bytes on GPUs",
             )
 
+    def barrier(self) -> None:
+        with self._agreed("barrier"):
+            pass
+
     def _agreed(self, phase: Phase) -> AbstractContextManager[Agreement]:
         """As large as a plan's: ranks that are in different calls find out that they are."""
         return self._open().agreement(phase, words=self._planner.words)

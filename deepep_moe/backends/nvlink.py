@@ -40,6 +40,7 @@ from deepep_moe.backends.checks import (
     check_plan_inputs,
     check_topk_idx,
 )
+from deepep_moe.backends.exchange import gather
 from deepep_moe.backends.nvlink_operation import describe_format, describe_operation, format_code
 from deepep_moe.backends.nvlink_plan import DevicePlan, route_of
 from deepep_moe.backends.nvlink_staging import Staging
@@ -482,6 +483,10 @@ class NVLinkBackend(Shared):
         torch.cuda.synchronize(self.device)
         self._engine = self._control = self._unfinished = None
         self._staging.free()
+
+    def barrier(self) -> None:
+        self._open()
+        gather("barrier", self.group, self.device, self.config.timeout_seconds, None)
 
     def waits(self) -> dict[str, float]:
         """Summed over the warps, by peer; measured with ``config.debug_waits`` only. Waits for the device."""

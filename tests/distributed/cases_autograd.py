@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepep_moe import DispatcherConfig, TokenDispatcher, ops
-from deepep_moe.errors import UnsupportedError
+from deepep_moe.errors import InputError, PeerError, UnsupportedError
 from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from deepep_moe.grouped import Groups, grouped_linear
 from deepep_moe.row_scaling import scale_rows
@@ -242,3 +242,27 @@ def a_copied_layer_has_weights_of_its_own_and_the_same_dispatcher(group: dist.Pr
     assert average.weight.grad is not None and layer.weight.grad is None
     with raises(UnsupportedError, "TokenDispatcher cannot be pickled", "state_dict"):
         torch.save(layer, io.BytesIO())
+
+
+@case(ranks=(2,))
+def what_a_compiled_layer_refuses_is_an_error_on_all_ranks(group: dist.ProcessGroup) -> None:
+    """Nothing is converted in silence, and a rank with bad input does not leave its peer behind."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    x, topk_idx, weights = random_batch(rank, 24, HIDDEN, 2, 2 * world, torch.float32)
+    dispatcher = TokenDispatcher(group, 2 * world, DispatcherConfig())
+
+    def layer(x: Tensor, topk_idx: Tensor) -> Tensor:
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        return dispatcher.combine(sent.rows, sent, weights=sent.weights)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = layer(x, topk_idx)
+    for name, given in (
+        ("topk_idx", (x, topk_idx.float() + 0.7)),
+        ("topk_idx", (x, topk_idx > 0)),
+        ("x = torch.float64", (x.double(), topk_idx)),
+    ):
+        with raises(InputError if rank == 0 else PeerError, name, "must be"):
+            compiled(*given) if rank == 0 else compiled(x, topk_idx)
+    torch.testing.assert_close(compiled(x, topk_idx), expected)
+    torch.testing.assert_close(compiled(x, topk_idx.int()), expected)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe import ElasticBuffer
-from deepep_moe.errors import HandleError, InputError
+from deepep_moe.errors import HandleError, InputError, RankMismatchError
 from tests.distributed.cases_buffer import EXPERTS_PER_RANK, HIDDEN, TOPK, Batch
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import case
@@ -145,3 +145,15 @@ def misuse_is_named(group: dist.ProcessGroup) -> None:
     with raises(HandleError, "destroyed"):
         buffer.combine(x, handle)
     assert buffer.num_bytes == ElasticBuffer.get_buffer_size_hint(group, 16, HIDDEN, TOPK) > 0
+
+
+@case(ranks=(2,))
+def a_barrier_beside_another_call_is_an_error(group: dist.ProcessGroup) -> None:
+    buffer = buffer_for(group)
+    batch = Batch(group)
+    with raises(RankMismatchError, "call", "barrier", "plan"):
+        if dist.get_rank(group) == 0:
+            buffer.barrier()
+        else:
+            dispatch(buffer, batch)
+    buffer.barrier()  # ranks that are in step again

@@ -61,6 +61,7 @@ def strange(group: dist.ProcessGroup, like: Tensor) -> list[tuple[Any, str]]:
         (like.detach().to_sparse(), "a tensor of layout torch.sparse_coo: must be dense"),
         (torch.nested.nested_tensor([like.detach()]), "a nested tensor: must be dense"),
         (DTensor.from_local(like.detach(), mesh, [Replicate()]), "a DTensor: must be a plain tensor"),
+        (torch._neg_view(like.detach()), "a view with the negative bit: must be a plain tensor"),
     ]
 
 
