@@ -68,7 +68,9 @@ class LowLatencyCalls:
             event; the hook or None. Rows of an expert are ordered by source rank, then token.
 
         Raises:
-            InputError, HandleError: an argument, or a third call in flight; the other ranks get a PeerError.
+            InputError: an argument; the other ranks get a PeerError.
+            HandleError: a third call in flight. This rank does not enter the call: peers that do wait for it until they
+                time out.
             RankMismatchError, PeerTimeoutError, PeerError: ranks differ, or one does not answer (then masked instead,
                 with ``enable_shrink``). On GPUs a kernel notices; the next call or ``low_latency_check`` raises.
         """
