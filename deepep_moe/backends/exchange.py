@@ -106,8 +106,8 @@ class Exchange:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._state = _states.setdefault(group, {}).setdefault(device.type, _State())
         self._names = _names.get(group)
-        self.waited: dict[str, float] = dict.fromkeys(_PHASES, 0.0)
-        """Seconds that the host waited for peers, by phase."""
+        self.waited: dict[str, float] = dict.fromkeys(("plan", "dispatch", "combine"), 0.0)
+        """Seconds that the host waited for peers, by phase; others appear when they have been waited for."""
 
     @property
     def usable(self) -> bool:
