@@ -13,11 +13,13 @@ from deepep_moe.errors import DeepEPMoEError, InputError
 
 
 class Half(enum.IntFlag):
-    """The part of a call to execute: a call with a hook has two halves."""
+    """The part of a call to execute: a call with a hook has two halves. (The extension's values.)"""
 
-    SEND = 1
-    RECEIVE = 2
-    BOTH = 3
+    TABLES = 1
+    ROWS = 2
+    SEND = 3
+    RECEIVE = 4
+    BOTH = 7
 
 
 class Format(enum.IntEnum):

@@ -46,8 +46,14 @@ inline __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 enum Kind : int { kDispatch, kCombine, kNumKinds };
 
-// Which half of a call a kernel executes.
-enum Half : int { kSend = 1, kReceive = 2, kBoth = 3 };
+// Which part of a call a kernel executes.
+enum Half : int {
+    kTables = 1,  // send tables
+    kRows = 2,    // send rows; of a combine, after the peers' tables
+    kSend = kTables | kRows,
+    kReceive = 4,
+    kBoth = kSend | kReceive
+};
 
 enum class Format : int { kBf16, kFp8, kFp8Rounded, kFp8Ue8m0 };
 
@@ -99,37 +105,40 @@ struct Runtime {
 };
 
 // Symmetric memory of one (M, H). It is never moved, because captured graphs contain its addresses.
-//   routes  [2][R][M][packets of K routes]                     of dispatch, by source
-//   counts  [2][R][kMaxExperts] Tagged: rows for each local expert
-//   weights [2][R][M][packets of K weights]                    of combine, by home rank
-//   rows    [kinds][2][R][M][2 * H bytes]: of dispatch by source and token (scales follow e4m3 data); of combine by
-//           summing rank and token
+//
+// [R sources][2 halves] blocks of what the source sends to the owner in a call:
+//   routes   [M][packets of K routes]      of dispatch
+//   counts   [kMaxExperts] Tagged          of dispatch: rows for each local expert
+//   weights  [M][packets of K weights]     of combine
+//   rows     [kinds][M][2 * H bytes]       of dispatch (scales follow e4m3 data), of combine
+// So what one rank sends to another is in two blocks. If the other's memory is not mapped, `base` points to staging
+// memory of this rank, displaced so that these two blocks are in it.
 struct Arena {
     char* base[kMaxRanks];  // [rank] as mapped here
     int num_ranks, max_tokens, hidden;
-    int64_t counts_offset, weights_offset, rows_offset;
+    unsigned counts_offset, weights_offset, rows_offset;  // bytes, in a block
+    unsigned block_packets;                               // of sixteen bytes
 
     __host__ __device__ int64_t slots() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
     __host__ __device__ int64_t row_bytes() const { return 2 * static_cast<int64_t>(hidden); }
-    __host__ __device__ int64_t bytes() const { return rows_offset + 2 * kNumKinds * slots() * row_bytes(); }
+    __host__ __device__ int64_t block_bytes() const { return static_cast<int64_t>(block_packets) * sizeof(int4); }
+    __host__ __device__ int64_t bytes() const { return 2 * num_ranks * block_bytes(); }
 
-    __device__ __forceinline__ int64_t slot(int epoch, int source, int token) const {
-        return (static_cast<int64_t>(epoch & 1) * num_ranks + source) * max_tokens + token;
+    __device__ __forceinline__ char* block(int owner, int epoch, int source) const {
+        return base[owner] + static_cast<uint64_t>(2u * source + (epoch & 1)) * block_packets * sizeof(int4);
     }
     __device__ __forceinline__ int4* routes(int owner, int epoch, int source, int token, int packets) const {
-        return reinterpret_cast<int4*>(base[owner]) + slot(epoch, source, 0) * kMaxRoutePackets + token * packets;
+        return reinterpret_cast<int4*>(block(owner, epoch, source)) + token * packets;
     }
     __device__ __forceinline__ Tagged* counts(int owner, int epoch, int source) const {
-        return reinterpret_cast<Tagged*>(base[owner] + counts_offset) +
-               ((epoch & 1) * num_ranks + source) * kMaxExperts;
+        return reinterpret_cast<Tagged*>(block(owner, epoch, source) + counts_offset);
     }
     __device__ __forceinline__ int4* weights(int owner, int epoch, int source, int token, int packets) const {
-        return reinterpret_cast<int4*>(base[owner] + weights_offset) + slot(epoch, source, 0) * kMaxWeightPackets +
-               token * packets;
+        return reinterpret_cast<int4*>(block(owner, epoch, source) + weights_offset) + token * packets;
     }
     __device__ __forceinline__ int4* row(Kind kind, int owner, int epoch, int source, int token) const {
-        return reinterpret_cast<int4*>(base[owner] + rows_offset +
-                                       (kind * 2 * slots() + slot(epoch, source, token)) * row_bytes());
+        return reinterpret_cast<int4*>(block(owner, epoch, source) + rows_offset +
+                                       static_cast<uint64_t>(unsigned(kind) * max_tokens + token) * (2u * hidden));
     }
 };
 

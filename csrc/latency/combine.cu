@@ -170,7 +170,7 @@ __device__ __forceinline__ void receive_piece(const CombineArgs& args, const Wai
     const Domain& domain = args.runtime.domain;
     const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
     int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
-    const unsigned stride = arena.max_tokens * vectors;  // from rank to rank
+    const unsigned stride = 2 * arena.block_packets;  // from rank to rank
     Bf16x8 sum;
     sum.clear();
     while (left) {
@@ -239,13 +239,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     const int pieces = ceil_div(args.arena.hidden / 8, kSendVectors * kWarpSize);
     const int senders = (gridDim.x - ranks) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
     const int packets = ceil_div(args.num_topk, kWeightsPerPacket);
+    constexpr bool kSendsTables = (kHalf & kTables) != 0, kSendsRows = (kHalf & kRows) != 0;
     const int in_tables = sends_tables && !args.refused ? args.num_tokens * packets : 0;
     int items = 0, item = sends_tables ? 0 : (blockIdx.x - ranks) * kWarps + warp;
     int4 packet{};
     Piece piece;
     const auto load = [&] {  // what does not depend on the call's number
-        if constexpr ((kHalf & kSend) != 0) {
+        if constexpr (kSendsTables)
             if (static_cast<int>(threadIdx.x) < in_tables) packet = weights_packet(args, peer, threadIdx.x, packets);
+        if constexpr (kSendsRows) {
             if (sends_tables || args.refused) return;
             int most = 0;
             for (int s = 0; s < ranks; ++s) most = max(most, args.places.tokens(s));
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
         return;
     }
     const Waiting waiting{rt, kLowLatencyCombine, epoch};
-    if constexpr ((kHalf & kSend) != 0) {
+    if constexpr (kSendsTables) {
         if (sends_tables && (entered.writable >> peer & 1)) {
             if (warp == 0) send_facts(rt, kCombine, epoch, peer, facts_of(args));
             int4* to = args.arena.weights(peer, epoch, rt.domain.rank, 0, packets);
@@ -272,6 +274,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
                 store_packet(to + i, packet);
             }
         }
+    }
+    if constexpr (kSendsRows) {
         while (item < items) {
             if (piece.exists && (entered.writable >> piece.home & 1)) send_piece(args, waiting, piece);
             item += senders;
@@ -285,6 +289,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
 
 cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, cudaStream_t stream) {
     switch (half) {
+        case kTables: combine_kernel<kTables><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        case kRows: combine_kernel<kRows><<<num_blocks, kThreads, 0, stream>>>(args); break;
         case kSend: combine_kernel<kSend><<<num_blocks, kThreads, 0, stream>>>(args); break;
         case kReceive: combine_kernel<kReceive><<<num_blocks, kThreads, 0, stream>>>(args); break;
         case kBoth: combine_kernel<kBoth><<<num_blocks, kThreads, 0, stream>>>(args); break;

@@ -464,6 +464,7 @@ cudaError_t launch(const DispatchArgs& args, Half half, int num_blocks, cudaStre
         case kSend: dispatch_kernel<kFp8, kSend><<<num_blocks, kThreads, 0, stream>>>(args); break;
         case kReceive: dispatch_kernel<kFp8, kReceive><<<num_blocks, kThreads, 0, stream>>>(args); break;
         case kBoth: dispatch_kernel<kFp8, kBoth><<<num_blocks, kThreads, 0, stream>>>(args); break;
+        default: return cudaErrorInvalidValue;  // tables and rows are sent together
     }
     return cudaGetLastError();
 }

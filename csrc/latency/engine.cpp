@@ -15,10 +15,10 @@ Arena layout(int num_ranks, int max_tokens, int hidden) {
     arena.max_tokens = max_tokens;
     arena.hidden = hidden;
     const int64_t packet = sizeof(int4);
-    arena.counts_offset = align(2 * arena.slots() * kMaxRoutePackets * packet);
-    arena.weights_offset =
-        arena.counts_offset + align(2 * static_cast<int64_t>(num_ranks) * kMaxExperts * sizeof(Tagged));
-    arena.rows_offset = arena.weights_offset + align(2 * arena.slots() * kMaxWeightPackets * packet);
+    arena.counts_offset = align(max_tokens * kMaxRoutePackets * packet);
+    arena.weights_offset = arena.counts_offset + align(kMaxExperts * sizeof(Tagged));
+    arena.rows_offset = arena.weights_offset + align(max_tokens * kMaxWeightPackets * packet);
+    arena.block_packets = align(arena.rows_offset + kNumKinds * max_tokens * arena.row_bytes()) / packet;
     return arena;
 }
 
@@ -92,13 +92,17 @@ void LatencyEngine::query_mask(Address status, Address stream) {
     check(launch_query_mask(runtime_, at<int>(status), as_stream(stream)), "reading masks");
 }
 
+void LatencyEngine::clear_rows(const std::vector<Arena>& arenas, cudaStream_t stream) {
+    for (const Arena& arena : arenas)
+        check(cudaMemset2DAsync(arena.base[runtime_.domain.rank] + arena.rows_offset, arena.block_bytes(), 0,
+                                arena.block_bytes() - arena.rows_offset, 2 * arena.num_ranks, stream),
+              "ending masks");
+}
+
 void LatencyEngine::lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream) {
     const cudaStream_t on = as_stream(stream);
     check(launch_meet(runtime_, false, lift, on), "ending masks");
-    for (const Arena& arena : arenas)
-        check(cudaMemsetAsync(arena.base[runtime_.domain.rank] + arena.rows_offset, 0,
-                              arena.bytes() - arena.rows_offset, on),
-              "ending masks");
+    clear_rows(arenas, on);
     check(launch_meet(runtime_, true, 0, on), "ending masks");
 }
 

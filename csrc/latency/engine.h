@@ -48,6 +48,8 @@ class LatencyEngine {
 
   private:
     Told told() const;
+    // Clear the rows of all sources in this rank's memory.
+    void clear_rows(const std::vector<Arena>& arenas, cudaStream_t stream);
 
     std::shared_ptr<DomainRuntime> domain_;
     Runtime runtime_{};

@@ -148,7 +148,7 @@ __device__ __forceinline__ bool half_is_free(int seen, int epoch) {
     return reached(seen, epoch - 2);
 }
 
-// Called by all threads of a block. `passed_on`: where the sending half stores the epoch for the receiving half, or
+// Called by all threads of a block. `passed_on`: where the first part of a call stores the epoch for later ones, or
 // null. `source`: the epoch of the call whose results this one needs, or null. meanwhile() runs while the loads of this
 // function are in flight.
 //
@@ -164,11 +164,12 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
     const bool posts = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
     if (posts) post_consumed(rt);  // before any wait
     int stopped = 0, epoch = 0, consumed[2] = {0, 0};
-    int* counter = kHalf & kSend ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
+    constexpr bool kBegins = (kHalf & kTables) != 0;  // whether this is the first kernel of the call
+    int* counter = kBegins ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
     const int* of_peer = rt.control[rt.domain.rank]->consumed[lane] + 2 * kind;
     if (warp == 0) {
         stopped = *static_cast<const volatile int*>(&rt.domain.state->failed);
-        if (kHalf & kSend) {
+        if (kBegins) {
             stopped |= *static_cast<const volatile int*>(&rt.domain.state->frozen);
             if (source) stopped |= *static_cast<const volatile int*>(source) == 0;
         }
@@ -180,16 +181,16 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
     if (warp == 0) {
         RankMask writable = 0;
         if (kHalf & kSend) {
-            epoch = next_epoch(epoch);
+            if (kBegins) epoch = next_epoch(epoch);
             const Waiting waiting{rt, phase, epoch};
             int seen = epoch & 1 ? consumed[1] : consumed[0];
-            bool mine = !stopped && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
+            bool mine = !stopped && epoch != 0 && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
             if (mine && !half_is_free(seen, epoch))
                 mine = waiting.thread(
                     lane, [&] { return half_is_free(seen = load_relaxed_system(of_peer + (epoch & 1)), epoch); }, seen);
             writable = __ballot_sync(kFullMask, mine);
-            if (lane == 0 && !stopped) *counter = epoch;
-            if (lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
+            if (kBegins && lane == 0 && !stopped) *counter = epoch;
+            if (kBegins && lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
         }
         if (lane == 0) shared = {stopped ? 0 : epoch, writable};
     }
