@@ -11,6 +11,7 @@ MAX_TOPK: int
 MAX_EXPERTS: int
 LATENCY_BLOCKS_PER_SM: int
 LATENCY_BROKEN: int
+LATENCY_ALLOCATING: int
 LATENCY_MAX_BLOCKS: int
 AGREED_WORDS: int
 HEADER_WORDS: int
@@ -486,11 +487,14 @@ class NodeMap:
 class LatencyArena:
     """Symmetric memory of one (M, hidden size): the address of each rank's, as mapped here."""
 
-    def __init__(self, addresses: list[int], max_tokens: int, hidden: int, /) -> None: ...
     @property
     def max_tokens(self) -> int: ...
     @property
     def hidden(self) -> int: ...
+
+class LatencyKind(enum.Enum):
+    DISPATCH = ...
+    COMBINE = ...
 
 class LatencyShape:
     """Kernel arguments that are the same in all calls of a shape."""
@@ -510,7 +514,6 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        refused: bool,
         num_tokens: int,
         x: int,
         topk_idx: int,
@@ -532,7 +535,6 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        refused: bool,
         num_tokens: int,
         x: int,
         topk_idx: int,
@@ -557,6 +559,18 @@ class LatencyEngine:
         withdrawn: bool,
         stream: int,
     ) -> None: ...
+    def add_arena(self, addresses: list[int], max_tokens: int, hidden: int, /) -> LatencyArena: ...
+    def announce_refusal(self, others: int, stream: int, /) -> None:
+        """Announce that this rank refuses the next dispatch, and wait for what the others send or announce.
+
+        ``others``: address of an int, which is set to LATENCY_ALLOCATING if others allocate an arena, to 0 if they are
+        in the call, and is left alone while kernels are frozen.
+        """
+
+    def refuse(self, *, kind: LatencyKind, passed_on: int, source: int, stream: int) -> None:
+        """Take part in a call without tokens. ``passed_on``: where a dispatch stores its epoch; ``source``: where the
+        epoch of the combine's dispatch is."""
+
     def set_mask(self, rank: int, stream: int, /) -> None: ...
     def query_mask(self, status: int, stream: int, /) -> None: ...
-    def lift_masks(self, arenas: list[LatencyArena], lift: int, stream: int, /) -> None: ...
+    def lift_masks(self, lift: int, stream: int, /) -> None: ...

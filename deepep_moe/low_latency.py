@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,22 +69,47 @@ class LowLatencyHandle(tuple):
 
 @dataclass(eq=False)
 class _InFlight:
-    """Numbers of the calls of one kind whose hook has not been called yet."""
+    """The calls of one kind whose hook has not been called yet. A call uses the memory of the call two before it."""
 
     kind: str
     made: int = 0
-    waiting: set[int] = field(default_factory=set)
+    """Number of the last call."""
+    waiting: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """By number of the call: what its hook does."""
+    received_early: set[int] = field(default_factory=set)
+    """Calls that were received although their hook has not been called."""
 
-    def enter(self) -> int:
-        """Number a new call. It reuses the memory of the call two before it, which must have been received."""
-        number = self.made + 1
-        if self.waiting and (late := [n for n in self.waiting if n <= number - CALLS_IN_FLIGHT]):
+    def check(self) -> None:
+        """Raise HandleError if a call whose memory the next call needs has not been received."""
+        if self.waiting and (late := self._late()):
             raise HandleError(
-                f"return_recv_hook: the hook of {self.kind} {min(late)} was not called, and this is {self.kind} "
-                f"{number}: at most {CALLS_IN_FLIGHT} may be in flight"
+                f"return_recv_hook: the hook of {self.kind} {late[0]} was not called, and this is {self.kind} "
+                f"{self.made + 1}: at most {CALLS_IN_FLIGHT} may be in flight"
             )
-        self.made = number
-        return number
+
+    def receive_late(self) -> None:
+        """Receive the calls whose memory the next call needs. Their hooks then do nothing."""
+        for number in self._late():
+            self.received_early.add(number)
+            self.waiting.pop(number)()
+
+    def hook(self, receive: Callable[[], None]) -> Callable[[], None]:
+        """The hook of the last call."""
+        number = self.made
+        self.waiting[number] = receive
+
+        def hook() -> None:
+            if number in self.received_early:
+                self.received_early.remove(number)
+            elif number in self.waiting:
+                self.waiting.pop(number)()
+            else:
+                raise HandleError(f"the hook of {self.kind} {number} was called twice")
+
+        return hook
+
+    def _late(self) -> list[int]:
+        return sorted(number for number in self.waiting if number <= self.made + 1 - CALLS_IN_FLIGHT)
 
 
 class LowLatency:
@@ -142,19 +168,20 @@ class LowLatency:
         if max_tokens.__class__ is int and num_experts.__class__ is int:
             key = _signature(x, topk_idx), max_tokens, num_experts, switches
         shape = self._find_shape(key)
-        if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
-            try:
+        try:
+            if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
                 _check_modes(async_finish, return_recv_hook)
                 format = Format.of(*switches)
                 self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
-            except DeepEPMoEError as problem:
-                hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
-                self._engine.refuse_dispatch(max_tokens, hidden, problem)
-                raise
-            if shape is None:
-                shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
-                self._keep_shape(key, shape)
-        number = self._dispatches.enter()
+                if shape is None:
+                    shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
+                    self._keep_shape(key, shape)
+            self._dispatches.check()
+        except DeepEPMoEError as problem:
+            hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
+            refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
+            self._refuse(self._dispatches, problem, refuse)
+            raise
         if async_finish:
             known = shape
 
@@ -170,23 +197,28 @@ class LowLatency:
             call = self._dispatch(shape, x, topk_idx, stats, wait_stats)
             return call, LowLatencyHandle.of(call, self._identity), _DONE, None
         sent = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
-        self._engine.dispatch(sent, Half.SEND)
+        self._send_dispatch(sent, Half.SEND)
 
         def receive() -> None:
             self._engine.dispatch(sent, Half.RECEIVE)
             sent.received = True
 
-        hook = self._hook(self._dispatches, number, receive)
-        return sent, LowLatencyHandle.of(sent, self._identity), _DONE, hook
+        return sent, LowLatencyHandle.of(sent, self._identity), _DONE, self._hook(self._dispatches, receive)
 
     def _dispatch(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
     ) -> DispatchCall:
         """Both halves at once."""
         call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
-        self._engine.dispatch(call, Half.BOTH)
+        self._send_dispatch(call, Half.BOTH)
         call.received = True
         return call
+
+    def _send_dispatch(self, call: DispatchCall, half: Half) -> None:
+        try:
+            self._engine.dispatch(call, half)
+        finally:
+            self._dispatches.made += call.sent
 
     def _find_shape(self, key: _Key | None) -> DispatchShape | None:
         """The shape of an earlier dispatch with the same key, whose arguments passed all checks."""
@@ -306,16 +338,16 @@ class LowLatency:
                 self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
                 if key is not None and self.device.type != "cpu" and len(shape.combines) < _MAX_SHAPES:
                     shape.combines.add(key)
+            self._combines.check()
         except DeepEPMoEError as problem:
-            self._engine.refuse_combine(dispatched, problem)
+            self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
             raise
-        number = self._combines.enter()
         if async_finish:
             known = dispatched
 
             def run() -> CombineCall:
                 call = self._new_combine(known, x, topk_idx, topk_weights, out, wait_stats)
-                self._engine.combine(call, Half.BOTH)
+                self._send_combine(call, Half.BOTH)
                 return call
 
             call, event = self._runner.run(
@@ -327,11 +359,17 @@ class LowLatency:
             return call.out, event, None
         call = self._new_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
         if not return_recv_hook:
-            self._engine.combine(call, Half.BOTH)
+            self._send_combine(call, Half.BOTH)
             return call.out, _DONE, None
-        self._engine.combine(call, Half.SEND)
-        hook = self._hook(self._combines, number, lambda: self._engine.combine(call, Half.RECEIVE))
+        self._send_combine(call, Half.SEND)
+        hook = self._hook(self._combines, lambda: self._engine.combine(call, Half.RECEIVE))
         return call.out, _DONE, hook
+
+    def _send_combine(self, call: CombineCall, half: Half) -> None:
+        try:
+            self._engine.combine(call, half)
+        finally:
+            self._combines.made += call.sent
 
     def _new_combine(
         self,
@@ -438,21 +476,33 @@ class LowLatency:
         if not self.masks:
             raise UnsupportedError(f"{call}: masks need Buffer(..., enable_shrink=True)")
 
-    def _hook(self, in_flight: _InFlight, number: int, receive: Callable[[], None]) -> Callable[[], None]:
-        in_flight.waiting.add(number)
+    def _refuse(self, in_flight: _InFlight, problem: DeepEPMoEError, refuse: Callable[[], bool]) -> None:
+        """Take part in a call whose arguments raised ``problem``, so that no rank waits for this one.
+
+        If too many calls are in flight, the oldest is received first: the call needs its memory.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # replaying would refuse other calls
+        earlier: DeepEPMoEError | None = None
+        try:
+            in_flight.receive_late()
+        except DeepEPMoEError as error:
+            earlier = error
+        in_flight.made += refuse()
+        if earlier is not None:
+            raise problem from earlier
+
+    def _hook(self, in_flight: _InFlight, receive: Callable[[], None]) -> Callable[[], None]:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
-        def hook() -> None:
-            if number not in in_flight.waiting:
-                raise HandleError(f"the hook of {in_flight.kind} {number} was called twice")
-            in_flight.waiting.remove(number)
+        def on_its_stream() -> None:
             if stream is None or stream == torch.cuda.current_stream(self.device):
                 receive()
             else:  # both halves run on the stream of the call
                 with torch.cuda.stream(stream):
                     receive()
 
-        return hook
+        return in_flight.hook(on_its_stream)
 
 
 def make_engine(backend: Backend, num_sms: int, masks: bool) -> Engine:

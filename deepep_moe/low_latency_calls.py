@@ -69,8 +69,8 @@ class LowLatencyCalls:
 
         Raises:
             InputError: an argument; the other ranks get a PeerError.
-            HandleError: a third call in flight. This rank does not enter the call: peers that do wait for it until they
-                time out.
+            HandleError: a third call in flight; the other ranks get a PeerError. The oldest call is received, so that
+                its hook has nothing left to do.
             RankMismatchError, PeerTimeoutError, PeerError: ranks differ, or one does not answer (then masked instead,
                 with ``enable_shrink``). On GPUs a kernel notices; the next call or ``low_latency_check`` raises.
         """

@@ -51,8 +51,7 @@ class CudaEngine:
         self._control = PeerMemory(domain.group, self.device, _C.LatencyEngine.control_bytes())
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
-        # Shape and places of the last dispatch: a rank that refuses its arguments takes part in the call with these.
-        self._last: tuple[DispatchShape, Tensor] | None = None
+        self._last: Tensor | None = None  # begins with the epoch of the last dispatch
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
@@ -63,12 +62,11 @@ class CudaEngine:
         if launch is None:
             launch = shape.launch = self._prepare(shape)
         if half is not Half.RECEIVE:
-            self._last = (shape, call.memory)
+            self._last = call.memory
         topk_idx, scales = call.topk_idx, call.scales
         told = self._engine.dispatch(
             launch,
             half,
-            False,
             shape.tokens,
             call.x.data_ptr(),
             topk_idx.data_ptr(),
@@ -83,6 +81,8 @@ class CudaEngine:
             address(call.wait_stats),
             self._domain.enter_stream(),
         )
+        if half is not Half.RECEIVE:
+            call.sent = told != _C.LATENCY_BROKEN
         if told:
             self._raise(told, half)
 
@@ -94,7 +94,6 @@ class CudaEngine:
         told = self._engine.combine(
             shape.launch,
             half,
-            False,
             shape.tokens,
             call.x.data_ptr(),
             topk_idx.data_ptr(),
@@ -106,6 +105,8 @@ class CudaEngine:
             address(call.wait_stats),
             self._domain.enter_stream(),
         )
+        if half is not Half.RECEIVE:
+            call.sent = told != _C.LATENCY_BROKEN
         if told:
             self._raise(told, half)
 
@@ -132,61 +133,43 @@ class CudaEngine:
 
     # -- refusals ------------------------------------------------------------------------------------------------
 
-    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
+    def refuse_dispatch(self, max_tokens: object, hidden: int, problem: DeepEPMoEError) -> bool:
+        """See :class:`~deepep_moe.low_latency_engine.Engine`. The host waits until all peers have entered the call."""
         self._domain.raise_lasting()
-        if self._last is None:
-            self._agree(max_tokens, hidden, problem)
-            return
-        shape, _ = self._last
-        # It receives what the others send and discards it: their rows must not stay in the arena.
-        rows = shape.local_experts * shape.slots
-        memory = torch.empty(rows * 2 * shape.hidden, dtype=torch.uint8, device=self.device)
-        scales = torch.empty(rows * (shape.hidden // 128 + 1), dtype=torch.int32, device=self.device)
-        counts = torch.empty(shape.local_experts, dtype=torch.int32, device=self.device)
-        src_info = torch.empty(rows, dtype=torch.int32, device=self.device)
-        ranges = torch.empty((shape.local_experts, self._domain.size), dtype=torch.int64, device=self.device)
-        places = torch.empty(shape.state_words, dtype=torch.int32, device=self.device)
-        self._engine.dispatch(
-            shape.launch,
-            half=Half.BOTH,
-            refused=True,
-            num_tokens=0,
-            x=0,
-            topk_idx=0,
-            wide_idx=True,
-            places=places.data_ptr(),
-            rows=memory.data_ptr(),
-            scales=scales.data_ptr(),
-            counts=counts.data_ptr(),
-            src_info=src_info.data_ptr(),
-            layout_range=ranges.data_ptr(),
-            stats=0,
-            wait_stats=0,
-            stream=self._domain.enter_stream(),
-        )
-        self._last = (shape, places)
+        if self._arenas and not self._others_allocate(max_tokens, hidden):
+            self._last = torch.empty((1,), dtype=torch.int32, device=self.device)
+            self._engine.refuse(
+                kind=_C.LatencyKind.DISPATCH,
+                passed_on=self._last.data_ptr(),
+                source=0,
+                stream=self._domain.enter_stream(),
+            )
+            return True
+        self._agree(max_tokens, hidden, problem)
+        if self._arenas:
+            self._withdraw()
+        return False
 
-    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
+    def _others_allocate(self, max_tokens: object, hidden: int) -> bool:
+        """Whether other ranks wait in :meth:`_make_arena` instead of in the dispatch that this rank refuses."""
+        others = torch.full((1,), -1, dtype=torch.int32, device=self.device)
+        self._engine.announce_refusal(others.data_ptr(), self._domain.enter_stream())
+        state = int(others.item())
+        if state < 0:  # kernels are frozen: assume that the others have the shape that this rank was given
+            return isinstance(max_tokens, int) and (max_tokens, hidden) not in self._arenas
+        return state == _C.LATENCY_ALLOCATING
+
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> bool:
         self._domain.raise_lasting()
-        last = self._last if call is None else (call.shape, call.memory)
-        if last is None:
-            return  # no dispatch yet, so no peer is in a combine
-        shape, places = last
-        self._engine.combine(
-            shape.launch,
-            half=Half.BOTH,
-            refused=True,
-            num_tokens=0,
-            x=0,
-            topk_idx=0,
-            wide_idx=True,
-            weights=0,
-            places=places.data_ptr(),
-            epoch=0,
-            out=0,
-            wait_stats=0,
+        if call is None and self._last is None:
+            return False  # no dispatch yet, so no peer is in a combine
+        self._engine.refuse(
+            kind=_C.LatencyKind.COMBINE,
+            passed_on=0,
+            source=address(self._last if call is None else call.memory),
             stream=self._domain.enter_stream(),
         )
+        return True
 
     # -- arenas --------------------------------------------------------------------------------------------------
 
@@ -201,50 +184,67 @@ class CudaEngine:
                 "capture: make one such call before capturing"
             )
 
-        def announce(withdrawn: bool) -> None:
+        announced = bool(self._arenas)
+        if announced:  # peers that have this arena are in the call already: they report the difference
             self._engine.announce(
                 max_tokens=max_tokens,
                 hidden=hidden,
                 num_topk=shape.topk,
                 num_experts=shape.num_experts,
                 format=shape.format,
-                withdrawn=withdrawn,
+                withdrawn=False,
                 stream=self._domain.enter_stream(),
             )
-
-        announced = bool(self._arenas)
-        if announced:  # peers that have this arena are in the call already: they report the difference
-            announce(withdrawn=False)
-        try:
-            self._agree(max_tokens, hidden, None)
-        except RankMismatchError:
-            if announced:  # before any rank's next call, which would otherwise be compared with this announcement
-                announce(withdrawn=True)
-                torch.cuda.synchronize(self.device)
-                gather("low-latency dispatch", self._domain.group, self.device, self._domain.timeout_seconds, None)
-            raise
+        problem = self._agree(max_tokens, hidden, None)
+        if problem is not None:
+            if announced:
+                self._withdraw()
+            raise problem
         try:
             memory = PeerMemory(self._domain.group, self.device, num_bytes)
         except torch.OutOfMemoryError as error:
             raise CapacityError(f"no memory for {num_bytes} bytes of low-latency buffers ({what})") from error
-        arena = _Arena(memory, _C.LatencyArena(memory.addresses, max_tokens, hidden))
+        arena = _Arena(memory, self._engine.add_arena(memory.addresses, max_tokens, hidden))
         self._arenas[max_tokens, hidden] = arena
         return arena
 
-    def _agree(self, max_tokens: int, hidden: int, problem: DeepEPMoEError | None) -> None:
-        """Before allocating: check that all ranks will allocate, with equal sizes. Collective."""
-        mine = (None if problem is None else str(problem), max_tokens, hidden)
+    def _agree(self, max_tokens: object, hidden: int, problem: DeepEPMoEError | None) -> DeepEPMoEError | None:
+        """Before allocating: whether all ranks will allocate, with equal sizes. Collective.
+
+        Args:
+            max_tokens, hidden: of this rank.
+            problem: why this rank will not allocate.
+
+        Returns:
+            The error to raise, or None.
+        """
+        mine = (None if problem is None else str(problem), max_tokens if isinstance(max_tokens, int) else 0, hidden)
         domain = self._domain
         told = gather("low-latency dispatch", domain.group, self.device, domain.timeout_seconds, mine)
         if problem is not None:
-            return  # the caller raises it
+            return problem
         refusals = "; ".join(f"rank {rank}: {reason}" for rank, (reason, _, _) in enumerate(told) if reason)
         if refusals:
-            raise PeerError(f"low-latency dispatch was refused by another rank of the group: {refusals}")
+            return PeerError(f"low-latency dispatch was refused by another rank of the group: {refusals}")
         for index, name in ((1, "num_max_dispatch_tokens_per_rank"), (2, "hidden size")):
             if len({values[index] for values in told}) > 1:
                 values = ", ".join(f"{values[index]} on rank {rank}" for rank, values in enumerate(told))
-                raise RankMismatchError(f"{name} differs between the ranks of the group: {values}")
+                return RankMismatchError(f"{name} differs between the ranks of the group: {values}")
+        return None
+
+    def _withdraw(self) -> None:
+        """Withdraw what this rank announced, before any rank's next call would be compared with it. Collective."""
+        self._engine.announce(
+            max_tokens=0,
+            hidden=0,
+            num_topk=0,
+            num_experts=0,
+            format=Format.BF16,
+            withdrawn=True,
+            stream=self._domain.enter_stream(),
+        )
+        torch.cuda.synchronize(self.device)
+        gather("low-latency dispatch", self._domain.group, self.device, self._domain.timeout_seconds, None)
 
     # -- masks and the end ---------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class CudaEngine:
         self._lift_masks((1 << self._domain.size) - 1)
 
     def _lift_masks(self, ranks: int) -> None:
-        self._engine.lift_masks([arena.view for arena in self._arenas.values()], ranks, self._domain.enter_stream())
+        self._engine.lift_masks(ranks, self._domain.enter_stream())
 
     def check(self) -> None:
         self._domain.raise_failure()

@@ -93,6 +93,8 @@ class DispatchCall:
     """[L] int32, added to."""
     wait_stats: Tensor | None
     """[R] int64 nanoseconds, added to."""
+    sent: bool = False
+    """Whether the sending half has been enqueued; set by the engine."""
     received: bool = False
     """Whether the receiving half has been enqueued."""
     state: Any = None
@@ -114,6 +116,8 @@ class CombineCall:
     """[T, H] bf16."""
     wait_stats: Tensor | None
     """[R] int64 nanoseconds, added to."""
+    sent: bool = False
+    """Whether the sending half has been enqueued; set by the engine."""
     state: Any = None
     """Private to the engine."""
 
@@ -128,10 +132,19 @@ class Engine(Protocol):
 
     def dispatch(self, call: DispatchCall, half: Half) -> None: ...
     def combine(self, call: CombineCall, half: Half) -> None: ...
-    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        """Take part in a dispatch without tokens, to tell the other ranks that this rank refused its arguments."""
+    def refuse_dispatch(self, max_tokens: object, hidden: int, problem: DeepEPMoEError) -> bool:
+        """Take part in a dispatch without tokens, to tell the other ranks that this rank refused its arguments.
 
-    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
+        Args:
+            max_tokens: num_max_dispatch_tokens_per_rank, which may be what is wrong.
+            hidden: hidden size, 0 if unknown.
+            problem: the error that the caller raises afterwards.
+
+        Returns:
+            Whether this was a call, which uses memory in its turn.
+        """
+
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> bool:
         """The same for a combine; ``call``: its dispatch, if known."""
 
     def update_mask(self, rank: int, masked: bool) -> None: ...

@@ -59,6 +59,7 @@ class ReferenceEngine:
     def dispatch(self, call: DispatchCall, half: Half) -> None:
         if half & Half.SEND:
             call.state = self._send(call)
+            call.sent = True
         if half & Half.RECEIVE:
             self._deliver(call, call.state)
 
@@ -125,6 +126,7 @@ class ReferenceEngine:
     def combine(self, call: CombineCall, half: Half) -> None:
         if half & Half.SEND:
             call.state = self._send_back(call)
+            call.sent = True
         if half & Half.RECEIVE:
             call.out.copy_(call.state)
 
@@ -162,15 +164,16 @@ class ReferenceEngine:
 
     # -- refusals, masks -----------------------------------------------------------------------------------------
 
-    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: DeepEPMoEError) -> None:
-        self._refuse("dispatch", problem)
+    def refuse_dispatch(self, max_tokens: object, hidden: int, problem: DeepEPMoEError) -> bool:
+        return self._refuse("dispatch", problem)
 
-    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> None:
-        self._refuse("combine", problem)
+    def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> bool:
+        return self._refuse("combine", problem)
 
-    def _refuse(self, phase: Phase, problem: DeepEPMoEError) -> None:
+    def _refuse(self, phase: Phase, problem: DeepEPMoEError) -> bool:
         with suppress(DeepEPMoEError), self._exchange.agreement(phase):  # the caller raises it
             raise problem
+        return False  # the other ranks raise: no rank makes the call
 
     def update_mask(self, rank: int, masked: bool) -> None:
         self._masked[rank] = masked

@@ -17,6 +17,8 @@
 // No deadlock. The first R blocks send tables and wait only for `consumed`, and so do the senders of a dispatch's rows;
 // senders of a combine's rows wait for the peers' tables; receivers wait for tables, then for rows. These waits form no
 // cycle if all blocks of the grid are resident, so the grid has at most two blocks per SM.
+//
+// A rank that refuses the arguments of a call executes the kernels of refuse.cu instead, which need no arguments.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -70,8 +72,9 @@ struct Facts {
         kNumAgreed,
         kFactTokens = kNumAgreed,
         kFactRefused,  // this rank refused its input: it has no tokens and sends no rows
-        // An announcement, sent before the call, contains only the words that must agree. A reader that finds them
-        // equal keeps waiting for the packets of the call itself, which contain the number of tokens.
+        // These packets were sent before the call, of which they contain either the words that must agree or only that
+        // the rank refused its input. Unless they show that a word differs, a reader keeps waiting for the packets of
+        // the call itself, which contain the number of tokens.
         kFactAnnounced,
         kNumWords
     };
@@ -87,13 +90,18 @@ struct Control {
     int4 meeting[2][kMaxRanks];              // [first, second half][source] its epochs of both kinds, 0, barrier number
 };
 
+// What the blocks of a call vote on (Waiting::vote).
+enum class Vote : int { kWritable, kTables };
+constexpr int kNumVotes = 2;
+
 // Private device memory of this rank. Epochs are counted here instead of passed as arguments, so that captured graphs
 // can be replayed. Each block counts for itself: all kernels have the same grid, so blocks need not synchronise.
 struct LocalState {
     int epochs[kNumKinds][kMaxBlocks];
-    int consumed[kNumKinds * 2];            // the next values of Control::consumed
-    int masked[kMaxRanks];                  // not 0: nothing is sent to that rank or expected from it
-    int decided[kNumKinds * 2][kMaxRanks];  // whether call e treats a rank as lost: 2 * e + lost, modulo 2^32
+    int consumed[kNumKinds * 2];  // the next values of Control::consumed
+    int masked[kMaxRanks];        // not 0: nothing is sent to that rank or expected from it
+    // [vote][2 * kind + epoch % 2][rank] whether the rank is lost for call e: 2 * e + lost, modulo 2^32
+    int decided[kNumVotes][kNumKinds * 2][kMaxRanks];
     int meetings;
 };
 
@@ -173,7 +181,6 @@ struct DispatchArgs {
     TopkIdx topk_idx;
     int num_tokens, num_topk, num_experts;
     Format format;
-    bool refused;
     Places places;
     char* rows;                      // [L, R * M, H] bf16 or e4m3
     void* scales;                    // [L, H / 128, R * M] fp32, or [L, H / 512 rounded up, R * M] packed exponents
@@ -192,11 +199,26 @@ struct CombineArgs {
     const float* weights;  // [T, K]
     int num_tokens, num_topk, num_experts;
     Format format;  // of the dispatch
-    bool refused;
     Places places;  // of the dispatch
     int* epoch;     // of this call, from its sending to its receiving half
     char* out;      // [T, H] bf16
     unsigned long long* wait_stats;
+};
+
+// Of a call whose arguments this rank refused.
+struct RefusalArgs {
+    Runtime runtime;
+    Kind kind;
+    const Arena* arenas;  // [num_arenas] all that exist, in device memory: peers may use any of them
+    int num_arenas;
+    int* passed_on;     // of a dispatch: its epoch for the combine, 0 if the call was skipped
+    const int* source;  // of a combine: the epoch of its dispatch, or null if unknown
+};
+
+// What the other ranks are doing instead of the dispatch that this rank refused.
+enum Others : int {
+    kInCall,     // they execute or refuse it
+    kAllocating  // some of them wait on their hosts, to allocate an arena on all ranks
 };
 
 // Launches, each defined next to its kernel. They return the status of the launch.
@@ -205,6 +227,11 @@ cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, c
 // Announce to the peers the values of the next dispatch that must agree, before this rank does something that may take
 // long; or withdraw the announcement, before any rank makes another call.
 cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, bool withdrawn, cudaStream_t stream);
+// Announce to the peers that this rank refuses the next dispatch, and wait until each of them has sent or announced its
+// own. `others` is set to an Others, or is left alone while kernels are frozen.
+cudaError_t launch_announce_refusal(const Runtime& runtime, int* others, cudaStream_t stream);
+// Take part in a call without tokens, so that the peers learn that this rank refused its arguments.
+cudaError_t launch_refusal(const RefusalArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_set_mask(const Runtime& runtime, int rank, cudaStream_t stream);
 cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t stream);
 // A barrier of all ranks that are not masked or whose bit in `lift` is set. Ranks of `lift` that arrive are unmasked.

@@ -21,9 +21,9 @@ struct Shape {
 };
 
 // Addresses are positional in eager calls: looking up a name costs as much as passing the number.
-int dispatch(LatencyEngine& self, const Shape& shape, int half, bool refused, int num_tokens, Address x,
-             Address topk_idx, bool wide_idx, Address places, Address rows, Address scales, Address counts,
-             Address src_info, Address layout_range, Address stats, Address wait_stats, Address stream) {
+int dispatch(LatencyEngine& self, const Shape& shape, int half, int num_tokens, Address x, Address topk_idx,
+             bool wide_idx, Address places, Address rows, Address scales, Address counts, Address src_info,
+             Address layout_range, Address stats, Address wait_stats, Address stream) {
     DispatchArgs args{};
     args.arena = shape.arena;
     args.x = at<char>(x);
@@ -32,7 +32,6 @@ int dispatch(LatencyEngine& self, const Shape& shape, int half, bool refused, in
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
-    args.refused = refused;
     args.places = {at<int>(places)};
     args.rows = at<char>(rows);
     args.scales = at<void>(scales);
@@ -44,9 +43,9 @@ int dispatch(LatencyEngine& self, const Shape& shape, int half, bool refused, in
     return self.dispatch(args, static_cast<Half>(half), stream);
 }
 
-int combine(LatencyEngine& self, const Shape& shape, int half, bool refused, int num_tokens, Address x,
-            Address topk_idx, bool wide_idx, Address weights, Address places, Address epoch, Address out,
-            Address wait_stats, Address stream) {
+int combine(LatencyEngine& self, const Shape& shape, int half, int num_tokens, Address x, Address topk_idx,
+            bool wide_idx, Address weights, Address places, Address epoch, Address out, Address wait_stats,
+            Address stream) {
     CombineArgs args{};
     args.arena = shape.arena;
     args.x = at<char>(x);
@@ -56,7 +55,6 @@ int combine(LatencyEngine& self, const Shape& shape, int half, bool refused, int
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
-    args.refused = refused;
     args.places = {at<int>(places)};
     args.epoch = at<int>(epoch);
     args.out = at<char>(out);
@@ -82,8 +80,9 @@ void bind_latency(py::module_& m) {
     m.attr("LATENCY_BLOCKS_PER_SM") = kBlocksPerSm;
     m.attr("LATENCY_MAX_BLOCKS") = kMaxBlocks;
     m.attr("LATENCY_BROKEN") = static_cast<int>(kBroken);
+    m.attr("LATENCY_ALLOCATING") = static_cast<int>(kAllocating);
+    py::enum_<Kind>(m, "LatencyKind").value("DISPATCH", kDispatch).value("COMBINE", kCombine);
     py::class_<Arena>(m, "LatencyArena")
-        .def(py::init(&LatencyEngine::arena))
         .def_readonly("max_tokens", &Arena::max_tokens)
         .def_readonly("hidden", &Arena::hidden);
     py::class_<Shape>(m, "LatencyShape")
@@ -99,15 +98,19 @@ void bind_latency(py::module_& m) {
         .def_static("arena_bytes", &Engine::arena_bytes)
         .def_static("places_words", &Engine::places_words)
         .def("set_control", &Engine::set_control)
-        .def("dispatch", &dispatch, py::arg("shape"), py::arg("half"), py::arg("refused"), py::arg("num_tokens"),
-             py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("places"), py::arg("rows"),
-             py::arg("scales"), py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"),
-             py::arg("wait_stats"), py::arg("stream"))
-        .def("combine", &combine, py::arg("shape"), py::arg("half"), py::arg("refused"), py::arg("num_tokens"),
-             py::arg("x"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"), py::arg("places"),
-             py::arg("epoch"), py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
+        .def("dispatch", &dispatch, py::arg("shape"), py::arg("half"), py::arg("num_tokens"), py::arg("x"),
+             py::arg("topk_idx"), py::arg("wide_idx"), py::arg("places"), py::arg("rows"), py::arg("scales"),
+             py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"), py::arg("wait_stats"),
+             py::arg("stream"))
+        .def("combine", &combine, py::arg("shape"), py::arg("half"), py::arg("num_tokens"), py::arg("x"),
+             py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"), py::arg("places"), py::arg("epoch"),
+             py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
         .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("format"), py::arg("withdrawn"), py::arg("stream"))
+        .def("add_arena", &Engine::add_arena)
+        .def("announce_refusal", &Engine::announce_refusal)
+        .def("refuse", &Engine::refuse, py::kw_only(), py::arg("kind"), py::arg("passed_on"), py::arg("source"),
+             py::arg("stream"))
         .def("set_mask", &Engine::set_mask)
         .def("query_mask", &Engine::query_mask)
         .def("lift_masks", &Engine::lift_masks);

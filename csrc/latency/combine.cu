@@ -27,7 +27,7 @@ constexpr int kNoExpert = 0xffff;
 
 __device__ __forceinline__ Facts facts_of(const CombineArgs& args) {
     return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             args.places.epoch(), args.refused ? 0 : args.num_tokens, args.refused, 0}};
+             args.places.epoch(), args.num_tokens, 0, 0}};
 }
 
 // -- tables --------------------------------------------------------------------------------------------------
@@ -210,14 +210,17 @@ __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& 
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
     const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
-    const int items = args.refused ? 0 : args.num_tokens * pieces;
+    const int items = args.num_tokens * pieces;
     int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
     RankMask wanted = item < items ? ranks_of(args, item / pieces) : 0;
     if (threadIdx.x < kWarpSize) {
-        ranks.read(waiting, kCombine, facts_of(args), reports ? args.wait_stats : nullptr);
-        __syncwarp();
+        const Facts own = facts_of(args);
         const int r = threadIdx.x;
-        const bool sends = r < args.runtime.domain.num_ranks && !ranks.lost[r] && !ranks.refused[r];
+        const bool exists = r < args.runtime.domain.num_ranks;
+        ranks.read(waiting, own, reports ? args.wait_stats : nullptr);
+        if (exists && args.runtime.masks) ranks.agree_on_lost(waiting, own, r);
+        __syncwarp();
+        const bool sends = exists && !ranks.lost[r] && !ranks.refused[r];
         const RankMask mask = __ballot_sync(kFullMask, sends);
         if (r == 0) sending = mask;
     }
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     const int senders = (gridDim.x - ranks) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
     const int packets = ceil_div(args.num_topk, kWeightsPerPacket);
     constexpr bool kSendsTables = (kHalf & kTables) != 0, kSendsRows = (kHalf & kRows) != 0;
-    const int in_tables = sends_tables && !args.refused ? args.num_tokens * packets : 0;
+    const int in_tables = sends_tables ? args.num_tokens * packets : 0;
     int items = 0, item = sends_tables ? 0 : (blockIdx.x - ranks) * kWarps + warp;
     int4 packet{};
     Piece piece;
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
         if constexpr (kSendsTables)
             if (static_cast<int>(threadIdx.x) < in_tables) packet = weights_packet(args, peer, threadIdx.x, packets);
         if constexpr (kSendsRows) {
-            if (sends_tables || args.refused) return;
+            if (sends_tables) return;
             int most = 0;
             for (int s = 0; s < ranks; ++s) most = max(most, args.places.tokens(s));
             items = ranks * most * pieces;
@@ -257,13 +260,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
             prefetch(args, piece);
         }
     };
-    const Entered entered = enter<kHalf>(rt, kCombine, kLowLatencyCombine, args.epoch, &args.places.epoch(), load);
+    const Entered entered = enter<kHalf>(rt, kCombine, args.epoch, &args.places.epoch(), load);
     const int epoch = entered.epoch;
     if (epoch == 0) {
         if ((kHalf & kReceive) && reports) poison(args.out, 2ll * args.num_tokens * args.arena.hidden);
         return;
     }
-    const Waiting waiting{rt, kLowLatencyCombine, epoch};
+    const Waiting waiting{rt, kCombine, epoch};
     if constexpr (kSendsTables) {
         if (sends_tables && (entered.writable >> peer & 1)) {
             if (warp == 0) send_facts(rt, kCombine, epoch, peer, facts_of(args));

@@ -5,15 +5,9 @@ namespace deepep_moe::latency {
 
 namespace {
 
-// Skips peers that have not confirmed reading the previous use of the slot; does not wait.
 __global__ void __launch_bounds__(kWarpSize)
     announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
-    if (is_stopped(rt.domain)) return;  // as the dispatch will be
-    const int epoch = next_epoch(rt.local->epochs[kDispatch][0]);
-    for (int r = 0; r < rt.domain.num_ranks; ++r) {
-        const int* consumed = &rt.control[rt.domain.rank]->consumed[r][2 * kDispatch + (epoch & 1)];
-        if (half_is_free(load_acquire_system(consumed), epoch)) send_facts(rt, kDispatch, epoch, r, facts, withdrawn);
-    }
+    if (!is_stopped(rt.domain)) send_early(rt, next_epoch(rt.local->epochs[kDispatch][0]), facts, withdrawn);
 }
 
 __global__ void set_mask_kernel(const __grid_constant__ Runtime rt, int rank) { rt.local->masked[rank] = 1; }
@@ -30,7 +24,7 @@ __global__ void __launch_bounds__(kWarpSize)
     const Domain& domain = rt.domain;
     LocalState* local = rt.local;
     const int r = threadIdx.x, number = next_epoch(local->meetings);
-    const Waiting waiting{rt, kLowLatencyDispatch, number};
+    const Waiting waiting{rt, kDispatch, number};
     int epochs[kNumKinds] = {local->epochs[kDispatch][0], local->epochs[kCombine][0]};
     const bool invited = r < domain.num_ranks && (!waiting.is_masked(r) || (lift >> r & 1));
     __syncwarp();

@@ -158,25 +158,25 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
 __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const Waiting& waiting, bool report) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, local_experts = args.num_experts / ranks;
-    if (threadIdx.x < kWarpSize)
-        shared.ranks.read(waiting, kDispatch, facts_of(args), report ? args.wait_stats : nullptr);
-    for (int i = threadIdx.x; i < args.num_experts; i += kThreads) {
+    if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, facts_of(args), report ? args.wait_stats : nullptr);
+    const auto read_count = [&](int i, bool masked) {
         const int source = i / local_experts;
         const Tagged* from = args.arena.counts(rt.domain.rank, waiting.epoch, source) + i % local_experts;
         Tagged count{0, 0};
         const auto arrived = [&] { return (count = load_tagged_system(from)).tag == waiting.epoch; };
-        const bool came = !waiting.is_masked(source) && waiting.thread(source, arrived, count.tag);
+        const bool came = !masked && waiting.thread(source, arrived, count.tag);
         shared.first[i] = came ? count.value : -1;
-    }
+    };
+    for (int i = threadIdx.x; i < args.num_experts; i += kThreads) read_count(i, waiting.is_masked(i / local_experts));
     __syncthreads();
     for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
         if (shared.first[i] < 0) shared.ranks.lost[i / local_experts] = 1;
     __syncthreads();
     if (rt.masks) {
-        if (threadIdx.x < ranks) {
-            const bool mine = shared.ranks.lost[threadIdx.x] != 0;
-            shared.ranks.lost[threadIdx.x] = all_lose(rt, kDispatch, waiting.epoch, threadIdx.x, mine);
-        }
+        if (threadIdx.x < ranks) shared.ranks.agree_on_lost(waiting, facts_of(args), threadIdx.x);
+        __syncthreads();
+        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
+            if (shared.first[i] < 0 && !shared.ranks.lost[i / local_experts]) read_count(i, false);
         __syncthreads();
     }
     for (int l = threadIdx.x; l < local_experts; l += kThreads) {
@@ -397,7 +397,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
     if (counted) {
         place_sources(args, shared, waiting, reports);
     } else {
-        if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, kDispatch, facts_of(args), nullptr);
+        if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, facts_of(args), nullptr);
         __syncthreads();
     }
     int most = 0;
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     const int send_blocks = min(static_cast<int>(gridDim.x) - ranks, kSenders), senders = send_blocks * kWarps;
     const int block = static_cast<int>(blockIdx.x), pieces = ceil_div(args.arena.hidden, kSendChannels);
     const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
-    const int items = args.refused ? 0 : args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
+    const int items = args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
     int item = sends_tables || block >= ranks + send_blocks ? items : (block - ranks) * kWarps + warp;
     Piece piece;
     PacketRoutes routes;
@@ -432,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
             if (item < items) piece.load<kFp8>(args, item, pieces);
         }
     };
-    const Entered entered = enter<kHalf>(rt, kDispatch, kLowLatencyDispatch, &args.places.epoch(), nullptr, load);
+    const Entered entered = enter<kHalf>(rt, kDispatch, &args.places.epoch(), nullptr, load);
     const int epoch = entered.epoch;
     if (epoch == 0) {
         if ((kHalf & kReceive) && reports) {  // nothing came
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
         }
         return;
     }
-    const Waiting waiting{rt, kLowLatencyDispatch, epoch};
+    const Waiting waiting{rt, kDispatch, epoch};
     if constexpr ((kHalf & kSend) != 0) {
         if (sends_tables) send_tables(args, shared.tables, routes, epoch, peer, entered.writable >> peer & 1);
         while (item < items) {

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace deepep_moe::latency {
 
@@ -37,8 +38,9 @@ LatencyEngine::LatencyEngine(std::shared_ptr<DomainRuntime> domain, int num_bloc
     check(cudaDeviceSynchronize(), "clearing device state");
 }
 
-LatencyEngine::~LatencyEngine() {
-    cudaFree(runtime_.local);  // at interpreter exit the driver may be gone already
+LatencyEngine::~LatencyEngine() {  // errors are ignored: at interpreter exit the driver may have shut down already
+    cudaFree(runtime_.local);
+    cudaFree(arenas_on_device_);
 }
 
 int64_t LatencyEngine::arena_bytes(int num_ranks, int max_tokens, int hidden) {
@@ -53,9 +55,15 @@ void LatencyEngine::set_control(const std::vector<Address>& addresses) {
     for (int r = 0; r < runtime_.domain.num_ranks; ++r) runtime_.control[r] = at<Control>(addresses.at(r));
 }
 
-Arena LatencyEngine::arena(const std::vector<Address>& addresses, int max_tokens, int hidden) {
+Arena LatencyEngine::add_arena(const std::vector<Address>& addresses, int max_tokens, int hidden) {
     Arena arena = layout(static_cast<int>(addresses.size()), max_tokens, hidden);
     for (int r = 0; r < arena.num_ranks; ++r) arena.base[r] = at<char>(addresses[r]);
+    arenas_.push_back(arena);
+    const size_t bytes = arenas_.size() * sizeof(Arena);
+    Arena* copy = nullptr;
+    check(cudaMalloc(&copy, bytes), "allocating device state");
+    check(cudaMemcpy(copy, arenas_.data(), bytes, cudaMemcpyHostToDevice), "copying to device state");
+    cudaFree(std::exchange(arenas_on_device_, copy));  // waits for kernels that read it
     return arena;
 }
 
@@ -84,6 +92,16 @@ void LatencyEngine::announce(const Facts& facts, bool withdrawn, Address stream)
     check(launch_announce(runtime_, facts, withdrawn, as_stream(stream)), "announcing a low-latency dispatch");
 }
 
+void LatencyEngine::announce_refusal(Address others, Address stream) {
+    check(launch_announce_refusal(runtime_, at<int>(others), as_stream(stream)), "announcing a refusal");
+}
+
+void LatencyEngine::refuse(Kind kind, Address passed_on, Address source, Address stream) {
+    const RefusalArgs args{runtime_,           kind,           arenas_on_device_, static_cast<int>(arenas_.size()),
+                           at<int>(passed_on), at<int>(source)};
+    check(launch_refusal(args, num_blocks_, as_stream(stream)), "refusing a low-latency call");
+}
+
 void LatencyEngine::set_mask(int rank, Address stream) {
     check(launch_set_mask(runtime_, rank, as_stream(stream)), "masking a rank");
 }
@@ -92,17 +110,17 @@ void LatencyEngine::query_mask(Address status, Address stream) {
     check(launch_query_mask(runtime_, at<int>(status), as_stream(stream)), "reading masks");
 }
 
-void LatencyEngine::clear_rows(const std::vector<Arena>& arenas, cudaStream_t stream) {
-    for (const Arena& arena : arenas)
+void LatencyEngine::clear_rows(cudaStream_t stream) {
+    for (const Arena& arena : arenas_)
         check(cudaMemset2DAsync(arena.base[runtime_.domain.rank] + arena.rows_offset, arena.block_bytes(), 0,
                                 arena.block_bytes() - arena.rows_offset, 2 * arena.num_ranks, stream),
               "ending masks");
 }
 
-void LatencyEngine::lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream) {
+void LatencyEngine::lift_masks(RankMask lift, Address stream) {
     const cudaStream_t on = as_stream(stream);
     check(launch_meet(runtime_, false, lift, on), "ending masks");
-    clear_rows(arenas, on);
+    clear_rows(on);
     check(launch_meet(runtime_, true, 0, on), "ending masks");
 }
 

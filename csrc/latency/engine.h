@@ -33,26 +33,31 @@ class LatencyEngine {
 
     // Symmetric memory, as mapped by this rank: one address per rank, zeroed before any rank uses it.
     void set_control(const std::vector<Address>& addresses);
-    static Arena arena(const std::vector<Address>& addresses, int max_tokens, int hidden);
+    Arena add_arena(const std::vector<Address>& addresses, int max_tokens, int hidden);
 
     // Launch; the engine fills in `runtime`. The result is what had been reported before.
     Told dispatch(DispatchArgs& args, Half half, Address stream);
     Told combine(CombineArgs& args, Half half, Address stream);
 
     void announce(const Facts& facts, bool withdrawn, Address stream);
+    // See launch_announce_refusal() and RefusalArgs.
+    void announce_refusal(Address others, Address stream);
+    void refuse(Kind kind, Address passed_on, Address source, Address stream);
     void set_mask(int rank, Address stream);
     void query_mask(Address status, Address stream);
-    // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; wipes rows that nobody
-    // will read from all `arenas`.
-    void lift_masks(const std::vector<Arena>& arenas, RankMask lift, Address stream);
+    // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; clears rows that were
+    // not read from all arenas.
+    void lift_masks(RankMask lift, Address stream);
 
   private:
     Told told() const;
     // Clear the rows of all sources in this rank's memory.
-    void clear_rows(const std::vector<Arena>& arenas, cudaStream_t stream);
+    void clear_rows(cudaStream_t stream);
 
     std::shared_ptr<DomainRuntime> domain_;
     Runtime runtime_{};
+    std::vector<Arena> arenas_;
+    Arena* arenas_on_device_ = nullptr;  // a copy
     int num_blocks_;
 };
 

@@ -62,11 +62,16 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
 
 struct Waiting {
     const Runtime& runtime;
-    int phase, epoch;
+    Kind kind;
+    int epoch;
     bool crowded = false;  // so many warps wait for rows that polling by all lanes would saturate the L2 cache
 
     __device__ __forceinline__ bool is_masked(int rank) const {
         return runtime.masks && *static_cast<const volatile int*>(&runtime.local->masked[rank]) != 0;
+    }
+
+    __device__ __forceinline__ int phase() const {
+        return kind == kDispatch ? kLowLatencyDispatch : kLowLatencyCombine;
     }
 
     // The slow path of a wait. True: stop waiting for `peer`.
@@ -78,8 +83,8 @@ struct Waiting {
             if (late || failed) *static_cast<volatile int*>(&runtime.local->masked[peer]) = 1;
             return late || failed || is_masked(peer);
         }
-        if (any_rank_failed(domain, phase, epoch)) return true;
-        if (late) report_failure(domain, {kTimeout, phase, peer, 0, epoch, seen});
+        if (any_rank_failed(domain, phase(), epoch)) return true;
+        if (late) report_failure(domain, {kTimeout, phase(), peer, 0, epoch, seen});
         return late;
     }
 
@@ -117,6 +122,24 @@ struct Waiting {
     template <typename Arrived>
     __device__ __forceinline__ bool warp(int peer, const Arrived& arrived) const {
         return warp(peer, arrived, [] { return false; });
+    }
+
+    // With masks: whether `rank` is lost for this call. `lost`: whether it is for this block. A rank that answers at
+    // the moment of the timeout is in time for some blocks and late for others; the first block to vote decides for
+    // all. If it is not lost, its packets have arrived, and a mask set by a late block is removed.
+    __device__ __forceinline__ bool vote(Vote on, int rank, bool lost) const {
+        int* decided = &runtime.local->decided[static_cast<int>(on)][2 * kind + (epoch & 1)][rank];
+        const int mine = static_cast<int>(2u * static_cast<unsigned>(epoch) + lost);
+        const auto is_decided = [&](int value) { return (value & ~1) == (mine & ~1); };
+        int found = *static_cast<volatile int*>(decided);
+        if (!is_decided(found)) {
+            __threadfence();  // between the packets that this block has seen and its vote
+            const int before = atomicCAS(decided, found, mine);
+            found = before == found ? mine : before;
+        }
+        __threadfence();  // between the vote of another block and the packets that it has seen
+        if (lost && !(found & 1)) *static_cast<volatile int*>(&runtime.local->masked[rank]) = 0;
+        return found & 1;
     }
 };
 
@@ -157,7 +180,7 @@ __device__ __forceinline__ bool half_is_free(int seen, int epoch) {
 //
 // Relaxed loads of `consumed` suffice: only stores depend on them, and stores are not executed speculatively.
 template <int kHalf, typename Meanwhile>
-__device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase, int* passed_on, const int* source,
+__device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int* passed_on, const int* source,
                                          const Meanwhile& meanwhile) {
     __shared__ Entered shared;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -182,12 +205,14 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int phase
         RankMask writable = 0;
         if (kHalf & kSend) {
             if (kBegins) epoch = next_epoch(epoch);
-            const Waiting waiting{rt, phase, epoch};
+            const Waiting waiting{rt, kind, epoch};
             int seen = epoch & 1 ? consumed[1] : consumed[0];
             bool mine = !stopped && epoch != 0 && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
-            if (mine && !half_is_free(seen, epoch))
+            if (mine && !half_is_free(seen, epoch)) {
                 mine = waiting.thread(
                     lane, [&] { return half_is_free(seen = load_relaxed_system(of_peer + (epoch & 1)), epoch); }, seen);
+                if (rt.masks) mine = !waiting.vote(Vote::kWritable, lane, !mine);
+            }
             writable = __ballot_sync(kFullMask, mine);
             if (kBegins && lane == 0 && !stopped) *counter = epoch;
             if (kBegins && lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
@@ -209,6 +234,19 @@ __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epo
                      {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], withdrawn ? 0 : epoch});
 }
 
+// Sends facts of the next dispatch, before the kernel that executes it. Called by a warp, with a lane per rank.
+__device__ __forceinline__ void send_early(const Runtime& rt, int epoch, const Facts& facts, bool withdrawn) {
+    post_consumed(rt);  // before any wait, as in enter()
+    const int r = threadIdx.x % kWarpSize;
+    const Waiting waiting{rt, kDispatch, epoch};
+    const int* consumed = &rt.control[rt.domain.rank]->consumed[r][2 * kDispatch + (epoch & 1)];
+    int seen = 0;
+    const auto is_free = [&] { return half_is_free(seen = load_acquire_system(consumed), epoch); };
+    const bool mine = r < rt.domain.num_ranks && !waiting.is_masked(r) && waiting.thread(r, is_free, seen);
+    for (RankMask left = __ballot_sync(kFullMask, mine); left; left &= left - 1)
+        send_facts(rt, kDispatch, epoch, __ffs(left) - 1, facts, withdrawn);
+}
+
 // The first word that must agree and differs, or -1.
 __device__ __forceinline__ int first_difference(const Facts& own, const Facts& theirs) {
     int word = -1;
@@ -218,12 +256,11 @@ __device__ __forceinline__ int first_difference(const Facts& own, const Facts& t
     return word;
 }
 
-// One thread reads the facts of `peer`; false: they did not arrive. An announcement counts only if it differs from
-// `own`.
-__device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, int peer, const Facts& own,
-                                           Facts& facts) {
+// One thread waits for the facts of `peer`, and for more if enough(facts) is false; false: they did not arrive.
+template <typename Enough>
+__device__ __forceinline__ bool read_facts(const Waiting& waiting, int peer, Facts& facts, const Enough& enough) {
     const Runtime& rt = waiting.runtime;
-    const int4* from = rt.control[rt.domain.rank]->facts[kind][waiting.epoch & 1][peer];
+    const int4* from = rt.control[rt.domain.rank]->facts[waiting.kind][waiting.epoch & 1][peer];
     int4 packets[Facts::kPackets];
     const auto arrived = [&] {
         bool all = true;
@@ -236,7 +273,7 @@ __device__ __forceinline__ bool read_facts(const Waiting& waiting, Kind kind, in
             facts.word[3 * i + 1] = packets[i].y;
             facts.word[3 * i + 2] = packets[i].z;
         }
-        return all && (!facts.word[Facts::kFactAnnounced] || first_difference(own, facts) >= 0);
+        return all && enough(facts);
     };
     return waiting.thread(peer, arrived, packets[0].w);
 }
@@ -249,19 +286,8 @@ __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Fa
     for (int i = 0; i < Facts::kNumAgreed; ++i)
         if (i == word)
             report_failure(waiting.runtime.domain,
-                           {kMismatch, waiting.phase, peer, kFields[i], own.word[i], theirs.word[i]});
+                           {kMismatch, waiting.phase(), peer, kFields[i], own.word[i], theirs.word[i]});
     return word < 0;
-}
-
-// Makes all blocks of a call agree on whether a rank is lost, in case it is lost to some of them only. Used with masks.
-__device__ __forceinline__ bool all_lose(const Runtime& rt, Kind kind, int epoch, int rank, bool lost) {
-    int* decided = &rt.local->decided[2 * kind + (epoch & 1)][rank];
-    const int mine = static_cast<int>(2u * static_cast<unsigned>(epoch) + lost);
-    const int before = *static_cast<volatile int*>(decided);
-    const auto is_decided = [&](int value) { return (value & ~1) == (mine & ~1); };
-    if (is_decided(before)) return before & 1;
-    const int found = atomicCAS(decided, before, mine);
-    return is_decided(found) ? found & 1 : lost;
 }
 
 // Facts about the ranks of a call, in shared memory.
@@ -271,17 +297,36 @@ struct Ranks {
     int refused[kMaxRanks];
 
     // Called by a warp, with a lane per rank. Adds the time waited to wait_stats unless that is null.
-    __device__ __forceinline__ void read(const Waiting& waiting, Kind kind, const Facts& own,
-                                         unsigned long long* wait_stats) {
-        const Runtime& rt = waiting.runtime;
+    __device__ __forceinline__ void read(const Waiting& waiting, const Facts& own, unsigned long long* wait_stats) {
         const int r = threadIdx.x % kWarpSize;
-        if (r >= rt.domain.num_ranks) return;
+        if (r >= waiting.runtime.domain.num_ranks) return;
         const uint64_t start = wait_stats ? global_nanoseconds() : 0;
-        Facts facts{};
-        const bool came = !waiting.is_masked(r) && read_facts(waiting, kind, r, own, facts);
+        if (waiting.is_masked(r))
+            tokens[r] = refused[r] = 0, lost[r] = 1;
+        else
+            read_rank(waiting, own, r);
         if (wait_stats) atomicAdd(&wait_stats[r], static_cast<unsigned long long>(global_nanoseconds() - start));
+    }
+
+    // With masks: all blocks agree on which ranks are lost. Called by one thread for each rank, once `lost` says what
+    // was lost for this block.
+    __device__ __forceinline__ void agree_on_lost(const Waiting& waiting, const Facts& own, int r) {
+        const bool mine = lost[r], all = waiting.vote(Vote::kTables, r, mine);
+        if (mine && !all) read_rank(waiting, own, r);  // the facts are there
+        lost[r] = all;
+        if (all) tokens[r] = 0;
+    }
+
+  private:
+    __device__ __forceinline__ void read_rank(const Waiting& waiting, const Facts& own, int r) {
+        const Domain& domain = waiting.runtime.domain;
+        Facts facts{};
+        const bool came = read_facts(waiting, r, facts, [&](const Facts& theirs) {
+            if (!theirs.word[Facts::kFactAnnounced]) return true;
+            return !theirs.word[Facts::kFactRefused] && first_difference(own, theirs) >= 0;
+        });
         refused[r] = came && facts.word[Facts::kFactRefused];
-        if (refused[r] && r != rt.domain.rank) report_notice(rt.domain, {kBadPeerInput, waiting.phase, r, 0, 0, 0});
+        if (refused[r]) report_notice(domain, {kBadPeerInput, waiting.phase(), r, 0, 0, 0});
         lost[r] = !came || (!refused[r] && !agree(waiting, r, own, facts));
         tokens[r] = lost[r] || refused[r] ? 0 : facts.word[Facts::kFactTokens];
     }

@@ -21,7 +21,7 @@ struct Tables {
 
 __device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
     return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             0, args.refused ? 0 : args.num_tokens, args.refused, 0}};
+             0, args.num_tokens, 0, 0}};
 }
 
 // The routes of the packet that this thread makes: three routes of a token of the tile.
@@ -32,8 +32,7 @@ struct PacketRoutes {
 
 // Tokens of a tile that begins with token `first`.
 __device__ __forceinline__ int tile_of(const DispatchArgs& args, int first, int packets) {
-    const int tokens = args.refused ? 0 : args.num_tokens;
-    return min(min(kThreads / packets, kTileWords * 32), tokens - first);
+    return min(min(kThreads / packets, kTileWords * 32), args.num_tokens - first);
 }
 
 // Whether the token chose the same expert earlier in its top-k. Only checked if a bit of Tables::chosen was set twice.
@@ -96,7 +95,7 @@ __device__ __forceinline__ PacketRoutes read_tile(const DispatchArgs& args, Tabl
 __device__ __forceinline__ void send_tables(const DispatchArgs& args, Tables& tables, PacketRoutes routes, int epoch,
                                             int peer, bool writable) {
     const Arena& arena = args.arena;
-    const int rank = args.runtime.domain.rank, tokens = args.refused ? 0 : args.num_tokens;
+    const int rank = args.runtime.domain.rank, tokens = args.num_tokens;
     const int local_experts = args.num_experts / args.runtime.domain.num_ranks;
     const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
     if (writable && threadIdx.x / kWarpSize == kWarps - 1)  // the warp with the fewest packets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import torch
@@ -146,6 +147,40 @@ def two_calls_in_flight(group: dist.ProcessGroup) -> None:
     y = expert_outputs(batches[0], rank, "bf16", results[0])
     out, _, _ = buffer.low_latency_combine(y, batches[0].topk_idx[rank], batches[0].weights[rank], results[0][2])
     assert torch.equal(out, sent[0][0])
+
+
+@case(ranks=(2, 3))
+def a_third_call_in_flight_on_one_rank(group: dist.ProcessGroup) -> None:
+    buffer, batch = Buffer(group), small(group)
+    rank, first, began = buffer.rank, buffer.rank == 0, time.monotonic()
+    refused: Any = raises(HandleError if first else PeerError, "return_recv_hook", "1 was not called", "at most 2")
+    results = [dispatch(buffer, batch, use_fp8=False, return_recv_hook=True) for _ in range(2)]
+    if not first:
+        results[0][4]()
+    with refused:
+        dispatch(buffer, batch)
+    check_dispatch(batch, rank, "bf16", results[0])  # rank 0 has received it, to be able to refuse the third
+    if first:
+        results[0][4]()
+    results[1][4]()
+    check_dispatch(batch, rank, "bf16", results[1])
+    for result in results:
+        with raises(HandleError, "hook of dispatch", "twice"):
+            result[4]()
+    arguments = batch.topk_idx[rank], batch.weights[rank], results[0][2]
+    y = expert_outputs(batch, rank, "bf16", results[0])
+    sums = [buffer.low_latency_combine(y, *arguments, return_recv_hook=True) for _ in range(2)]
+    if not first:
+        sums[0][2]()
+    with refused:
+        buffer.low_latency_combine(y, *arguments, return_recv_hook=True)
+    if first:
+        sums[0][2]()
+    sums[1][2]()
+    for out, _, _ in sums:
+        check_combine(out, combined(batch, rank, "bf16"), "two in flight")
+    check_dispatch(batch, rank, "fp8", dispatch(buffer, batch))
+    assert time.monotonic() - began < 10  # no rank has waited for its timeout
 
 
 @case()

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe.errors import DeepEPMoEError, InputError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe import Buffer
+from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError, RankMismatchError
 from tests.gpu import lost_decoder
 from tests.gpu.conftest import Ranks
 from tests.gpu.low_latency_util import MakeBuffer, dispatch, normal_round_trip, round_trip, shape_of
 from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
-from tests.low_latency_util import Batch, check_combine, check_dispatch, combined, expert_outputs
+from tests.low_latency_util import FORMATS, Batch, check_combine, check_dispatch, combined, expert_outputs
 
 SHORT_SECONDS = 2.0  # longest wait for a rank that does not come
 
@@ -80,6 +81,46 @@ def test_masks_by_hand_and_by_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> 
     buffer.low_latency_check()
 
 
+@pytest.mark.timeout(90)
+def test_a_rank_that_answers_at_the_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    """Each of the others treats it as late or as in time in all of a call, though its blocks time out one by one."""
+    if ranks.size < 2:
+        pytest.skip("needs two ranks")
+    timeout = 0.5
+    buffer, rank, last = make_buffer(timeout, enable_shrink=True), ranks.rank, ranks.size - 1
+    status = torch.zeros(ranks.size, dtype=torch.int32, device=ranks.device)
+    batch = Batch(0, shape_of(ranks, room=64), ranks.device)
+    round_trip(buffer, batch, "fp8", "before")
+    for step in range(16):
+        # before the timeout, about at it, or after it; in a dispatch or in its combine
+        delay, late_in_combine = timeout + (step // 2 - 4) * 5e-5, step % 2
+        torch.cuda.synchronize()
+        dist.barrier(ranks.group)
+        if rank == last and not late_in_combine:
+            time.sleep(delay)
+        result = dispatch(buffer, batch, use_fp8=False)
+        if rank != last:
+            buffer.low_latency_query_mask_buffer(status)
+            lost = {last} if status[last] else set()
+            check_dispatch(batch, rank, "bf16", result, lost)
+        if late_in_combine:
+            y = expert_outputs(batch, rank, "bf16", result)
+            torch.cuda.synchronize()
+            dist.barrier(ranks.group)
+            if rank == last:
+                time.sleep(delay)
+            out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
+            if rank != last:
+                buffer.low_latency_query_mask_buffer(status)
+                lost = {last} if status[last] else set()
+                check_combine(out, combined(batch, rank, "bf16", masked=lost), f"step {step}")
+        torch.cuda.synchronize()
+        dist.barrier(ranks.group)
+        buffer.low_latency_clean_mask_buffer()
+    round_trip(buffer, batch, "fp8", "after")
+    buffer.low_latency_check()
+
+
 @pytest.mark.timeout(END_SECONDS + 40)
 def test_a_killed_rank_is_masked_and_the_others_go_on(ranks: Ranks) -> None:
     gpus = torch.cuda.device_count()
@@ -107,13 +148,6 @@ def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer
     round_trip(buffer, batch, "fp8", "before")
     x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
 
-    def others_hear_of_it() -> None:
-        torch.cuda.synchronize()
-        dist.barrier(ranks.group)
-        if not first:
-            with pytest.raises(PeerError, match="rank 0 refused its input in low-latency"):
-                buffer.low_latency_check()
-
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"num_max_dispatch_tokens_per_rank": 2}, "x = 16 tokens: num_max_dispatch_tokens_per_rank is 2"),
         ({"x": x.t().contiguous().t()}, "x = strides .* must be contiguous"),
@@ -130,7 +164,7 @@ def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer
             alone = Batch(0, shape, ranks.device)
             alone.topk_idx[0] = torch.full_like(alone.topk_idx[0], -1)
             check_dispatch(alone, rank, "fp8", result)
-        others_hear_of_it()
+        hear(ranks, buffer)
     result = dispatch(buffer, batch, use_fp8=False)
     y = expert_outputs(batch, rank, "bf16", result)
     for changed, message in (
@@ -145,9 +179,103 @@ def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer
         else:
             out, _, _ = buffer.low_latency_combine(**arguments)
             check_combine(out, combined(batch, rank, "bf16", masked={0}), f"without rank 0: {message}")
-        others_hear_of_it()
+        hear(ranks, buffer)
     round_trip(buffer, batch, "fp8", "after")
     buffer.low_latency_check()
+
+
+def hear(ranks: Ranks, buffer: Buffer, refuser: int = 0) -> None:
+    """All ranks but ``refuser`` are told, once, that it refused its input."""
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)
+    if ranks.rank != refuser:
+        with pytest.raises(PeerError, match=f"rank {refuser} refused its input in low-latency"):
+            buffer.low_latency_check()
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_refused_in_a_call_of_another_shape(ranks: Ranks, make_buffer: MakeBuffer, format: str) -> None:
+    """Rank 0 refuses a call whose shape its arguments do not tell: not that of its last call, and perhaps a new one."""
+    if ranks.size < 2:
+        pytest.skip("needs two ranks")
+    buffer, rank = make_buffer(), ranks.rank
+    small = Batch(0, shape_of(ranks), ranks.device)
+    large = Batch(1, shape_of(ranks, room=40, hidden=1408, topk=7, experts=9), ranks.device, dropped=0)
+    for batch in (large, small):
+        round_trip(buffer, batch, format, "before")
+    bad: tuple[dict[str, Any], ...] = (
+        {"x": large.x[rank].float()},
+        {"num_max_dispatch_tokens_per_rank": 40.0},
+        {"x": None},
+        {"num_max_dispatch_tokens_per_rank": 16},  # that of the other shape
+    )
+    for seed, options in enumerate(bad):
+        if rank == 0:
+            with pytest.raises(InputError, match=r"float|None|tokens"):
+                dispatch(buffer, large, **FORMATS[format], **options)
+        else:
+            result = dispatch(buffer, large, **FORMATS[format])
+            check_dispatch(large, rank, format, result, {0})
+        hear(ranks, buffer)
+        for batch in (small, large) if seed % 2 else (small,):
+            round_trip(buffer, batch, format, f"after {list(options)}")
+    # the others allocate
+    for seed, options in enumerate(bad):
+        new = Batch(2, shape_of(ranks, room=50 + seed, hidden=1408), ranks.device)
+        with pytest.raises(InputError if rank == 0 else PeerError, match=r"float|None|tokens"):
+            dispatch(buffer, new, **FORMATS[format], **(options if rank == 0 else {}))
+        round_trip(buffer, small, format, "after a refused allocation")
+    round_trip(buffer, new, format, "allocated after all")
+    # all refuse
+    for _ in range(3):
+        with pytest.raises(InputError, match="float"):
+            dispatch(buffer, large, x=large.x[rank].float())
+    round_trip(buffer, large, format, "after all refused")
+    buffer.low_latency_check()
+
+
+@pytest.mark.timeout(60)
+def test_a_third_call_in_flight_on_one_rank(ranks: Ranks, make_buffer: MakeBuffer) -> None:
+    buffer, rank, first = make_buffer(), ranks.rank, ranks.rank == 0
+    batch = Batch(0, shape_of(ranks), ranks.device)
+    round_trip(buffer, batch, "bf16", "before")
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for again in range(2):
+        results = [dispatch(buffer, batch, use_fp8=False, return_recv_hook=True) for _ in range(2)]
+        if not first:
+            results[0][4]()
+            result = dispatch(buffer, batch, use_fp8=False, return_recv_hook=True)
+            results[1][4]()
+            result[4]()
+            check_dispatch(batch, rank, "bf16", result, {0})
+        else:
+            with pytest.raises(HandleError, match=r"hook of dispatch \d+ was not called, .* at most 2"):
+                dispatch(buffer, batch)
+            for *_, hook in results:
+                hook()
+        for result in results:
+            check_dispatch(batch, rank, "bf16", result)
+        hear(ranks, buffer)
+        y = expert_outputs(batch, rank, "bf16", results[0])
+        arguments = y, batch.topk_idx[rank], batch.weights[rank], results[0][2]
+        sums = [buffer.low_latency_combine(*arguments, return_recv_hook=True) for _ in range(2)]
+        if not first:
+            sums[0][2]()
+            out, _, _ = buffer.low_latency_combine(*arguments)
+            check_combine(out, combined(batch, rank, "bf16", masked={0}), f"third, {again}")
+        else:
+            with pytest.raises(HandleError, match=r"hook of combine \d+ was not called, .* at most 2"):
+                buffer.low_latency_combine(*arguments)
+            sums[0][2]()
+        sums[1][2]()
+        for out, _, _ in sums:
+            check_combine(out, combined(batch, rank, "bf16"), f"two in flight, {again}")
+        hear(ranks, buffer)
+        round_trip(buffer, batch, "fp8", "after")
+    assert time.monotonic() - began < 20  # no rank has waited for its timeout
 
 
 @pytest.mark.timeout(60)

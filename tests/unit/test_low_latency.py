@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe import low_latency
-from deepep_moe.errors import InputError
+from deepep_moe.errors import HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Half
@@ -27,21 +27,23 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Half]] = []
         self.refused: list[str] = []
+        self.launches = True
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return 10
 
-    def dispatch(self, call: DispatchCall, half: Half) -> None:
+    def dispatch(self, call: DispatchCall | CombineCall, half: Half) -> None:
         self.calls.append((call, half))
+        call.sent = half is not Half.RECEIVE and self.launches
 
-    def combine(self, call: CombineCall, half: Half) -> None:
-        self.calls.append((call, half))
+    combine = dispatch
 
-    def refuse_dispatch(self, max_tokens: int, hidden: int, problem: Exception) -> None:
+    def refuse_dispatch(self, max_tokens: object, hidden: int, problem: Exception) -> bool:
         self.refused.append(str(problem))
+        return True
 
-    def refuse_combine(self, call: DispatchCall | None, problem: Exception) -> None:
-        self.refused.append(str(problem))
+    def refuse_combine(self, call: DispatchCall | None, problem: Exception) -> bool:
+        return self.refuse_dispatch(0, 0, problem)
 
 
 @pytest.fixture
@@ -159,6 +161,29 @@ def test_a_changed_argument_of_combine_is_checked_again(
     with pytest.raises(InputError, match=message):
         combine(calls, handle, **changed)
     assert len(engine.calls) == 2 and len(engine.refused) == 1
+
+
+def test_calls_use_memory_in_turn_refused_or_not(calls: LowLatency, engine: Recorder) -> None:
+    """A call uses the memory of the call two before it: a refused call as well, one that was not launched does not."""
+    hook = dispatch(calls, return_recv_hook=True)[3]  # 1
+    with pytest.raises(InputError, match=r"x = torch\.float16"):
+        dispatch(calls, x=tokens(dtype=torch.float16))  # 2
+    with pytest.raises(HandleError, match="hook of dispatch 1 was not called, and this is dispatch 3: at most 2"):
+        dispatch(calls)
+    assert [half for _, half in engine.calls] == [Half.SEND, Half.RECEIVE] and len(engine.refused) == 2
+    hook()  # nothing is left for it to do
+    with pytest.raises(HandleError, match="hook of dispatch 1 was called twice"):
+        hook()
+    assert len(engine.calls) == 2
+    hook = dispatch(calls, return_recv_hook=True)[3]  # 4
+    engine.launches = False  # as after a failure that lasts
+    for _ in range(3):
+        dispatch(calls)
+    engine.launches = True
+    dispatch(calls)  # 5
+    hook()
+    dispatch(calls)
+    assert len(engine.refused) == 2
 
 
 def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
