@@ -295,7 +295,7 @@ class DeferringBackend(Shared):
             except CapacityError as error:
                 self._overflow = error.with_traceback(None)  # or it would keep the caller's tensors alive
             else:
-                if plan.topk_idx.is_cuda:
+                if plan.topk_idx.is_cuda and not _is_capturing():
                     self._planned = self._planned or torch.cuda.Event()
                     self._planned.record()
                 return plan

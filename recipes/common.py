@@ -1,4 +1,4 @@
-"""What the training recipes share beside settings, timing and reports: processes, text, optimizer, checkpoints.
+"""What the training recipes share beside settings, timing and reports: processes, text, checkpoints.
 
 Nothing here knows a framework or a model; the recipes do.
 """
@@ -6,7 +6,6 @@ Nothing here knows a framework or a model; the recipes do.
 from __future__ import annotations
 
 import json
-import math
 import os
 import pydoc_data.topics
 import sysconfig
@@ -126,78 +125,6 @@ class ByteText:
     def _windows(self, tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         rows = tokens[starts[:, None] + torch.arange(self.sequence_length + 1)].long()
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-# ---------------------------------------------------------------------------------------------- optimizer
-
-
-class Adam:
-    """AdamW on fp32 copies of the parameters (fp32 parameters are their own copy).
-
-    NVIDIA Apex's fused Adam where ``apex.optimizers`` can be imported, else torch's fused one. The learning rate
-    rises over ``warmup`` steps and falls to a tenth along a cosine. Weights of one dimension do not decay.
-    """
-
-    def __init__(
-        self, parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float, warmup: int, steps: int
-    ) -> None:
-        self.parameters = parameters
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in parameters]
-        self.learning_rate, self.warmup, self.steps = learning_rate, warmup, steps
-        groups = [
-            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.inner, self.name = self._make(groups, parameters[0].device)
-
-    @staticmethod
-    def _make(groups: list[dict[str, Any]], device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-        betas = (0.9, 0.95)
-        if device.type == "cuda":
-            try:
-                from apex.optimizers import FusedAdam
-
-                return FusedAdam(groups, betas=betas, adam_w_mode=True), "Apex FusedAdam"
-            except (ImportError, RuntimeError):
-                pass  # not installed, PyPI's unrelated package of that name, or built without its CUDA extension
-        return torch.optim.AdamW(groups, betas=betas, fused=True), "torch AdamW (fused)"
-
-    @torch.no_grad()
-    def step(self, step: int, gradient_scale: float | Tensor) -> float:
-        """Update the parameters from their gradients times ``gradient_scale``; clears them, returns the rate used."""
-        rate = self.learning_rate * self._schedule(step)
-        for group in self.inner.param_groups:
-            group["lr"] = rate
-        for parameter, master in zip(self.parameters, self.masters):
-            gradient, parameter.grad = parameter.grad, None  # freed one by one, as their fp32 copies appear
-            master.grad = None if gradient is None else gradient.float()
-        scale = torch.as_tensor(gradient_scale, dtype=torch.float32, device=self.masters[0].device)
-        if isinstance(self.inner, torch.optim.AdamW):
-            # By which the fused kernel divides gradients, as torch.amp.GradScaler has it do.
-            self.inner.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
-        else:
-            torch._foreach_mul_([master.grad for master in self.masters if master.grad is not None], scale)
-        self.inner.step()
-        for parameter, master in zip(self.parameters, self.masters):
-            if parameter is not master:
-                parameter.copy_(master)
-            master.grad = None
-        return rate
-
-    def _schedule(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
 
 
 # -------------------------------------------------------------------------------------------- checkpoints

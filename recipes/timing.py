@@ -31,19 +31,20 @@ class PhaseTimer:
     """Seconds that the device spends in named phases of a step, forward and backward.
 
     On a GPU these are CUDA events on the current stream: work that another stream hides does not count, and
-    nothing waits before :meth:`collect`.
+    nothing waits before :meth:`collect`. Events that are captured in a CUDA graph are recorded by each of its replays.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.active = True
         self._pairs: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._captured: dict[str, list[tuple[Any, Any]]] = defaultdict(list)  # in a CUDA graph
         self._open: dict[object, Any] = {}
 
     def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
@@ -58,12 +59,21 @@ class PhaseTimer:
             args = self._mark(args, end_backward)
             start = self._now()
             result = function(*args)
-            self._pairs[phase].append((start, self._now()))
+            self._add(phase, start)
             if isinstance(result, tuple):
                 return self._mark(result, begin_backward)
             return self._mark((result,), begin_backward)[0]
 
         return call
+
+    def _add(self, phase: str, start: Any) -> None:
+        captured = self.cuda and torch.cuda.is_current_stream_capturing()
+        (self._captured if captured else self._pairs)[phase].append((start, self._now()))
+
+    def forget(self) -> None:
+        """Drop everything measured, and the events of a CUDA graph that will not run again."""
+        self._pairs.clear()
+        self._captured.clear()
 
     def _backward_hooks(self, phase: str, key: object) -> tuple[Callable[[], None], Callable[[], None]]:
         def begin() -> None:
@@ -71,7 +81,7 @@ class PhaseTimer:
 
         def end() -> None:
             if key in self._open:
-                self._pairs[phase].append((self._open.pop(key), self._now()))
+                self._add(phase, self._open.pop(key))
 
         return begin, end
 
@@ -89,14 +99,15 @@ class PhaseTimer:
             torch.cuda.synchronize()
 
     def collect(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
+        """Seconds per phase since the last call, with those of the last replay of a CUDA graph."""
         self.wait()
-        seconds = {
-            phase: sum(stop - start if not self.cuda else start.elapsed_time(stop) / 1000 for start, stop in pairs)
-            for phase, pairs in self._pairs.items()
-        }
+        seconds: dict[str, float] = defaultdict(float)
+        for measured in (self._pairs, self._captured):
+            for phase, pairs in measured.items():
+                for start, stop in pairs:
+                    seconds[phase] += start.elapsed_time(stop) / 1000 if self.cuda else stop - start
         self._pairs.clear()
-        return seconds
+        return dict(seconds)
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from __future__ import annotations
 # ruff: noqa: E402
 import dataclasses
 import difflib
+import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -31,11 +33,13 @@ import torch.nn.functional as F
 import typer
 from common import World
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from optimizer import Adam
 from sections import Positive, RecipeError
 from torch import Tensor, nn
 
@@ -58,6 +62,7 @@ class Gpt:
     share_embeddings_and_output_weights: bool = False
     grouped_experts: bool = False  # all local experts in one module; with dispatcher type deepep only
     fused_attention: bool = True  # PyTorch's scaled_dot_product_attention instead of Megatron-Core's local attention
+    transformer_engine: bool = False  # layers of TransformerEngine, which must be installed, instead of local ones
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Train:
     trackers: str = ""  # tensorboard, wandb, or both: they get what metrics.jsonl gets
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
+    cuda_graph: bool = False  # on GPUs, forward and backward of a step as one CUDA graph
     profile_step: int = 0  # this step under torch.profiler: profile.txt and trace.json; 0: none
     precision: str = "auto"  # of weights and activations: bf16 or fp32; auto: bf16 on GPUs, fp32 on CPUs
 
@@ -126,10 +132,9 @@ def transformer_config(
         values.update(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
     if world.device.type == "cpu":
         values.update(cpu.CONFIG)
-    elif values.get("bf16"):
-        values.update(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native")
     if given.get("gated_linear_unit"):
         values["activation_func"] = F.silu
+        values["bias_activation_fusion"] = world.device.type == "cuda"
     try:
         return TransformerConfig(**{**values, **given})
     except (AssertionError, TypeError, ValueError) as error:
@@ -172,14 +177,47 @@ class FusedAttention(nn.Module):
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
 
-def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world: World) -> GPTModel:
-    """Megatron-Core's GPTModel from its local layer spec: needs neither TransformerEngine nor Apex."""
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each token, ``[B, S]`` fp32, from ``logits [S, B, V]`` and ``labels [B, S]``.
+
+    Compiled, it reads BF16 logits once and its backward once more, without copies of them in fp32.
+    """
+    length, sequences, _ = logits.shape
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten(), reduction="none")
+    return loss.view(length, sequences).t()
+
+
+class Model(GPTModel):
+    """Megatron-Core's GPTModel, with another implementation of the same loss."""
+
+    token_loss = staticmethod(cross_entropy)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """``labels [B, S]``, ``logits [S, B, V]``; returns ``[B, S]``."""
+        return self.token_loss(logits, labels)
+
+
+@cache
+def compile_small_operations() -> None:
+    """Fuse what Megatron-Core computes with TransformerEngine's kernels, or one PyTorch operator after another."""
+    Model.token_loss = staticmethod(torch.compile(cross_entropy))
+    rope_utils._apply_rotary_pos_emb_bshd = torch.compile(rope_utils._apply_rotary_pos_emb_bshd)
+
+
+def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world: World) -> Model:
+    """Megatron-Core's GPTModel; from its local layer spec, unless TransformerEngine is asked for."""
+    if gpt.transformer_engine and importlib.util.find_spec("transformer_engine") is None:
+        raise RecipeError("gpt.transformer_engine = true, but the package transformer_engine is not installed")
     deepep_moe.integrations.megatron.register(grouped_experts=gpt.grouped_experts)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
-    if gpt.fused_attention:
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=gpt.transformer_engine, normalization=config.normalization
+    )
+    if gpt.fused_attention and not gpt.transformer_engine:
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = FusedAttention
-    model = GPTModel(
+    if world.device.type == "cuda":
+        compile_small_operations()
+    model = Model(
         config,
         transformer_layer_spec=spec,
         vocab_size=gpt.vocab_size,
@@ -241,65 +279,104 @@ def loss_of(model: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
     return model(tokens, positions, future, labels=labels).float().mean()
 
 
-SMALL = 1 << 18  # elements: smaller gradients are sent as one
-
-
-def reduce_gradients(model: GPTModel) -> None:
-    """Sum every gradient over the ranks that hold a copy of its parameter.
-
-    An expert's gradient already holds what all ranks of its expert-parallel group sent to it (the backward of dispatch
-    and combine brought it), so it is summed over the other copies of the expert only.
-    """
-    shared: dict[dist.ProcessGroup, list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is None:  # an expert that no token chose: its peers wait for the sum all the same
-            parameter.grad = torch.zeros_like(parameter)
-        group = replicas(parameter)
-        if group.size() > 1:
-            shared.setdefault(group, []).append(parameter.grad)
-    for group, gradients in shared.items():
-        small = [gradient for gradient in gradients if gradient.numel() < SMALL]
-        together = torch.cat([gradient.flatten() for gradient in small]) if small else gradients[0].new_empty(0)
-        large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
-        pending = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in (together, *large)]
-        for work in pending:
-            work.wait()
-        for gradient, part in zip(small, together.split([gradient.numel() for gradient in small])):
-            gradient.copy_(part.view_as(gradient))
-
-
-def gradient_norm(model: GPTModel) -> Tensor:
-    """2-norm of the whole gradient, all experts included; the same on every rank."""
-    norms: dict[bool, list[Tensor]] = {True: [], False: []}
-    for parameter in model.parameters():
-        norms[is_expert(parameter)].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
-    experts, others = (torch.stack(norms[kind]).square().sum() if norms[kind] else None for kind in (True, False))
-    assert others is not None
-    if experts is None:  # all experts are on every rank
-        return others.sqrt()
-    dist.all_reduce(experts, group=parallel_state.get_expert_model_parallel_group())
-    return (others + experts).sqrt()
-
-
-def train_step(
-    model: GPTModel, optimizer: common.Adam, text: common.ByteText, train: Train, world: World, step: int
-) -> Tensor:
-    """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it).
+def forward_backward(model: GPTModel, tokens: Tensor, labels: Tensor, world_size: int) -> Tensor:
+    """Gradients of one step, and this rank's mean loss. ``tokens`` and ``labels``: int64 ``[parts, sequences, length]``.
 
     The loss of a step is the mean over all tokens of all ranks, so each backward is scaled by the ranks and parts.
     """
-    total = torch.zeros((), dtype=torch.float32, device=world.device)
-    share = 1.0 / (train.accumulate * world.size)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(share, dtype=torch.float32, device=world.device))
-    for part in range(train.accumulate):
-        tokens, labels = text.batch(step * train.accumulate + part, world.rank, train.sequences)
-        loss = loss_of(model, world.to_device(tokens), world.to_device(labels))
-        (loss * share).backward()
-        total += loss.detach() / train.accumulate
-    reduce_gradients(model)
-    scale = (train.clip_gradient / (gradient_norm(model) + 1e-6)).clamp(max=1.0)
-    optimizer.step(step, scale)
+    parts = tokens.shape[0]
+    total = torch.zeros((), dtype=torch.float32, device=tokens.device)
+    for part in range(parts):
+        loss = loss_of(model, tokens[part], labels[part])
+        (loss / (parts * world_size)).backward()
+        total += loss.detach() / parts
     return total
+
+
+def check_capturable(config: TransformerConfig, gpt: Gpt, replay: object) -> None:
+    """That ``train.cuda_graph`` can be used."""
+    rule = None
+    if config.moe_token_dispatcher_type != "deepep" or not gpt.grouped_experts or replay is None:
+        rule = (
+            "model.moe_token_dispatcher_type=deepep, gpt.grouped_experts=true, dispatcher.capacity_factor above 0 and "
+            "dispatcher.replay_on_overflow=true: nothing in a graph can wait for the host"
+        )
+    elif config.hidden_dropout or config.attention_dropout:
+        rule = "model.hidden_dropout=0 and model.attention_dropout=0"
+    if rule is not None:
+        raise RecipeError(f"train.cuda_graph = true needs {rule}")
+
+
+class GraphedPass:
+    """:func:`forward_backward` as one CUDA graph, which takes the host a single launch.
+
+    Nothing in it may wait for the host, so the outputs of dispatch have a fixed size (``capacity_factor``). An overflow
+    is found when the graph has run: then all ranks capture it again with more room and run it on the same batch.
+    """
+
+    def __init__(self, model: GPTModel, meter: DispatcherMeter, shape: tuple[int, int, int], world: World) -> None:
+        replay = replay_of(model)
+        assert replay is not None
+        self.model, self.meter, self.world, self.replay = model, meter, world, replay
+        self.tokens, self.labels = (torch.zeros(shape, dtype=torch.int64, device=world.device) for _ in range(2))
+        self.stream = torch.cuda.Stream(world.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replays = -1  # of ``replay`` when the graph was captured; each one has given the dispatchers more room
+        self.loss = torch.zeros((), dtype=torch.float32, device=world.device)
+        self.captures = 0
+
+    def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """As :func:`forward_backward`. The gradients and the result are overwritten by the next call."""
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.labels.copy_(labels, non_blocking=True)
+        return self.replay.run(self.model, self._run)  # type: ignore[no-any-return]
+
+    def _run(self) -> Tensor:
+        if self.graph is None or self.replays != self.replay.replays:
+            self._capture()
+        assert self.graph is not None
+        self.graph.replay()
+        torch.cuda.synchronize()  # an overflow is known from here on
+        return self.loss
+
+    def _capture(self) -> None:
+        self.graph = None  # frees its memory
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with self.meter.recording(), torch.cuda.stream(self.stream):
+            for _ in range(2):  # compiles what torch.compile compiles, and finds the room that this batch needs
+                self.model.zero_grad(set_to_none=True)
+                forward_backward(self.model, self.tokens, self.labels, self.world.size)
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with self.meter.recording(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.loss = forward_backward(self.model, self.tokens, self.labels, self.world.size)
+        self.graph, self.replays = graph, self.replay.replays
+        self.captures += 1
+
+
+def train_step(
+    model: GPTModel,
+    optimizer: Adam,
+    text: common.ByteText,
+    train: Train,
+    world: World,
+    step: int,
+    graphed: GraphedPass | None = None,
+) -> Tensor:
+    """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it)."""
+    parts = range(step * train.accumulate, (step + 1) * train.accumulate)
+    batches = zip(*(text.batch(part, world.rank, train.sequences) for part in parts))
+    tokens, labels = (world.to_device(torch.stack(batch)) for batch in batches)
+    if graphed is not None:
+        loss = graphed(tokens, labels).clone()
+        optimizer.step(step)  # leaves the gradients where the graph writes them
+        return loss
+    loss = forward_backward(model, tokens, labels, world.size)
+    optimizer.step(step)
+    model.zero_grad(set_to_none=True)
+    return loss
 
 
 @torch.no_grad()
@@ -345,10 +422,20 @@ class DispatcherMeter:
             result = postprocess(*args)
             if self.timer.active:
                 counts = result[1].detach().long()  # on the CPU or on the GPU: the host must not wait for it here
-                self.loads[layer] = self.loads[layer].to(counts.device) + counts
+                if self.loads[layer].device != counts.device:
+                    self.loads[layer] = torch.zeros_like(counts)
+                self.loads[layer] += counts
             return result
 
         return call
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around a pass that is captured in a CUDA graph, or that prepares one: its replays are measured too."""
+        self.timer.forget()
+        self.timer.active = True
+        yield
+        self.timer.active = False
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -407,11 +494,25 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     model = build_model(config, gpt, data.sequence_length, world)
     if dispatcher.capacity_factor and dispatcher.replay_on_overflow:
         replay_on_overflow(model)
-    optimizer = common.Adam(
-        list(model.parameters()), train.learning_rate, train.weight_decay, train.warmup_steps, train.steps
+    MoEAuxLossAutoScaler.set_loss_scale(
+        torch.tensor(1 / (train.accumulate * world.size), dtype=torch.float32, device=world.device)
+    )
+    optimizer = Adam(
+        model.parameters(),
+        replicas,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        clip=train.clip_gradient,
+        warmup=train.warmup_steps,
+        steps=train.steps,
     )
     text = common.ByteText(common.read_text(data.text), data.sequence_length, train.seed)
     meter = DispatcherMeter(model, world)
+    graphed = None
+    if train.cuda_graph and world.device.type == "cuda":
+        check_capturable(config, gpt, replay_of(model))
+        shape = (train.accumulate, train.sequences, data.sequence_length)
+        graphed = GraphedPass(model, meter, shape, world)
 
     checkpoints = common.Checkpoints(folder, world, {"expert_parallel": expert_parallel, "model": settings["model"]})
     first = 0
@@ -426,7 +527,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     journal = reports.Journal(folder, world, folder.name, train.steps, first, trackers)
     journal.say(
         f"{world.size} process(es) on {world.device.type}, expert parallel {expert_parallel}, "
-        f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each, {optimizer.name}\n"
+        f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each\n"
         f"text {data.text}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out"
         + (f"\nresumed after step {first}" if first else "")
     )
@@ -436,7 +537,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
             journal.add({"step": 0, "held_out_loss": loss}, f"step {0:>5}  held-out loss {loss:.4f}")
         model.train()
         flops = flops_per_token(model, config, data.sequence_length)
-        _train(model, optimizer, text, data, train, world, meter, journal, checkpoints, first, flops)
+        _train(model, optimizer, text, data, train, world, meter, graphed, journal, checkpoints, first, flops)
     finally:
         journal.close()
     title = f"{folder.name}: {config.moe_token_dispatcher_type}, {world.size} x {world.device.type}"
@@ -446,12 +547,13 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
 
 def _train(
     model: GPTModel,
-    optimizer: common.Adam,
+    optimizer: Adam,
     text: common.ByteText,
     data: Data,
     train: Train,
     world: World,
     meter: DispatcherMeter,
+    graphed: GraphedPass | None,
     journal: reports.Journal,
     checkpoints: common.Checkpoints,
     first: int,
@@ -466,7 +568,7 @@ def _train(
         logs = done % train.log_every == 0 or last
         profiled = timing.profiled(journal) if done == train.profile_step else nullcontext()
         with profiled, meter.measuring() if logs else nullcontext():
-            losses.append(train_step(model, optimizer, text, train, world, step))
+            losses.append(train_step(model, optimizer, text, train, world, step, graphed))
         journal.advance()
 
         if logs:

@@ -18,11 +18,13 @@ from tests.launch import ROOT, case
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common
+import optimizer
 import sections
 import train_megatron as recipe
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+OPTIMIZER = {"learning_rate": 1e-2, "weight_decay": 0.1}
 EXPERTS, LENGTH, SEQUENCES = 8, 16, 3
 MODEL = {
     "moe_token_dispatcher_type": "deepep",
@@ -76,7 +78,7 @@ def gradients_equal_those_of_one_process(expert_parallel: int, grouped: bool = F
         (loss / world.size).backward()
         losses.append(loss.item())
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
-    # an expert without tokens has no gradient there, and zeros after reduce_gradients
+    # an expert without tokens has no gradient there, and zeros after sum_gradients
     expected = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in whole.named_parameters()
@@ -91,15 +93,38 @@ def gradients_equal_those_of_one_process(expert_parallel: int, grouped: bool = F
     loss = recipe.loss_of(spread, *text.batch(0, world.rank, SEQUENCES))
     torch.testing.assert_close(loss.item(), losses[world.rank], rtol=1e-5, atol=0)
     (loss / world.size).backward()
-    recipe.reduce_gradients(spread)
+    adam = optimizer.Adam(
+        spread.parameters(), recipe.replicas, **OPTIMIZER, clip=0.5 * expected_norm.item(), warmup=1, steps=10
+    )
+    gradients = adam.sum_gradients()
 
-    experts = [name for name, parameter in spread.named_parameters() if recipe.is_expert(parameter)]
-    assert bool(experts) == (expert_parallel > 1)
-    for name, parameter in spread.named_parameters():
-        wanted = of_this_rank(name, expected, expert_parallel)
-        difference = (parameter.grad - wanted).norm()
+    names = {parameter: name for name, parameter in spread.named_parameters()}
+    assert any(map(recipe.is_expert, names)) == (expert_parallel > 1)
+    for share, gradient in zip(adam.shares, gradients, strict=True):
+        name = names[share.parameter]
+        wanted = of_this_rank(name, expected, expert_parallel).flatten()
+        if share.divided:
+            wanted = wanted.chunk(share.group.size())[dist.get_rank(share.group)]
+        difference = (gradient - wanted).norm()
         assert difference <= 1e-5 * max(wanted.norm(), 1e-3), (name, difference)
-    torch.testing.assert_close(recipe.gradient_norm(spread), expected_norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(adam.norm(gradients), expected_norm, rtol=1e-5, atol=0)
+
+    # An update of the whole model by torch's AdamW, from the gradients clipped to half of their norm.
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, parameter in whole.named_parameters():
+        parameter.grad = 0.5 * expected[name]
+    decays, others = ([p for p in whole.parameters() if (p.dim() >= 2) == many] for many in (True, False))
+    groups = [{"params": decays, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=OPTIMIZER["learning_rate"], betas=(0.9, 0.95)).step()
+    for parameter in spread.parameters():  # what sum_gradients summed is summed again by step
+        parameter.grad = None
+    loss = recipe.loss_of(spread, *text.batch(0, world.rank, SEQUENCES))
+    (loss / world.size).backward()
+    torch.testing.assert_close(adam.step(0), expected_norm, rtol=1e-5, atol=0)
+    for name, parameter in spread.named_parameters():
+        start, end = (of_this_rank(name, whole, expert_parallel) for whole in (before, weights))
+        # A first update has the size of the rate wherever the gradient is not 0, so compare their sum and not each.
+        assert (parameter.detach() - end).norm() <= 0.02 * (end - start).norm(), name
     parallel_state.destroy_model_parallel()
 
 
@@ -116,8 +141,9 @@ def expert_parallel_over_all_ranks(group: dist.ProcessGroup) -> None:
 @case(ranks=(4,))
 def two_copies_of_each_expert(group: dist.ProcessGroup) -> None:
     gradients_equal_those_of_one_process(2)
-    with mock.patch.object(recipe, "SMALL", 600):  # some gradients are sent together, some alone
+    with mock.patch.object(optimizer, "SMALL", 600):  # some updates are divided, of experts too
         gradients_equal_those_of_one_process(2)
+        gradients_equal_those_of_one_process(4, grouped=True)
 
 
 @case(ranks=(2,))
@@ -217,8 +243,10 @@ def a_capacity_that_overflows_trains_to_the_same_losses(group: dist.ProcessGroup
             register(settings={})
         if settings:
             recipe.replay_on_overflow(model)
-        optimizer = common.Adam(list(model.parameters()), train.learning_rate, 0.1, 0, train.steps)
-        found = [recipe.train_step(model, optimizer, text, train, world, step).item() for step in range(train.steps)]
+        adam = optimizer.Adam(
+            model.parameters(), recipe.replicas, **OPTIMIZER, clip=train.clip_gradient, warmup=0, steps=train.steps
+        )
+        found = [recipe.train_step(model, adam, text, train, world, step).item() for step in range(train.steps)]
         return found, recipe.replay_of(model)
 
     expected, nothing = losses()

@@ -19,6 +19,7 @@ from tests.launch import ROOT
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common
+import optimizer
 import reports
 import sections
 import timing
@@ -169,29 +170,54 @@ def test_batches_depend_on_seed_step_and_rank_alone() -> None:
         common.ByteText(b"short", 32, seed=1)
 
 
-def test_adam_keeps_what_bf16_would_round_away(group: None) -> None:
+def adam(parameters: list[torch.nn.Parameter], **options: float) -> optimizer.Adam:
+    given = {"learning_rate": 1e-5, "weight_decay": 0.0, "clip": 1e9, "warmup": 1, "steps": 10**9, **options}
+    return optimizer.Adam(parameters, lambda parameter: None, **given)
+
+
+def test_adam_keeps_what_bf16_would_round_away() -> None:
     """2,000 steps too small for bf16 at 1.0: the copies in fp32 add up, as torch's AdamW in fp32 does."""
     start = torch.ones(4, 4)
     parameter = torch.nn.Parameter(start.to(torch.bfloat16))
-    optimizer = common.Adam([parameter], learning_rate=1e-5, weight_decay=0.0, warmup=1, steps=10**9)
+    ours = adam([parameter])
     reference = torch.nn.Parameter(start.clone())
     truth = torch.optim.AdamW([reference], lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(2000):
-        parameter.grad = torch.full((4, 4), 2.0, dtype=torch.bfloat16)
+        parameter.grad = torch.ones(4, 4, dtype=torch.bfloat16)
         reference.grad = torch.ones(4, 4)
-        optimizer.step(step, gradient_scale=0.5)
+        ours.step(step)
         truth.step()
-    assert optimizer.parameters[0].grad is None
-    torch.testing.assert_close(optimizer.masters[0], reference.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.shares[0].master, reference.detach().flatten(), rtol=1e-6, atol=0)
     torch.testing.assert_close(parameter.detach(), reference.detach().to(torch.bfloat16), rtol=0, atol=0)
     assert parameter[0, 0] < 1
 
 
+def test_adam_is_adamw_with_clipping() -> None:
+    torch.manual_seed(0)
+    starts = [torch.randn(3, 5), torch.randn(7)]
+    parameters, references = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    ours = adam(parameters, learning_rate=0.1, weight_decay=0.3, clip=1.5)
+    groups = [{"params": references[:1], "weight_decay": 0.3}, {"params": references[1:], "weight_decay": 0.0}]
+    truth = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95))
+    state = None
+    for step in range(8):
+        for parameter, reference in zip(parameters, references):
+            parameter.grad = torch.randn_like(parameter) * 0.2 * step
+            reference.grad = parameter.grad.clone()
+        expected = torch.nn.utils.clip_grad_norm_(references, 1.5)
+        torch.testing.assert_close(ours.step(step), expected)
+        truth.step()
+        if step == 3:
+            state = ours.state_dict()
+            ours = adam(parameters, learning_rate=0.1, weight_decay=0.3, clip=1.5)
+            ours.load_state_dict(state)
+    for parameter, reference in zip(parameters, references):
+        torch.testing.assert_close(parameter, reference)
+
+
 def test_learning_rate_rises_and_falls_to_a_tenth() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = common.Adam([parameter], learning_rate=1.0, weight_decay=0.0, warmup=4, steps=100)
-    parameter.grad = torch.ones(2, 2)
-    rates = [optimizer.step(step, 1.0) for step in (0, 1, 3, 4, 100)]
+    ours = adam([torch.nn.Parameter(torch.ones(2, 2))], learning_rate=1.0, warmup=4, steps=100)
+    rates = [ours.rate(step) for step in (0, 1, 3, 4, 100)]
     assert rates == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.1])
 
 
