@@ -23,7 +23,9 @@ SMALL = 1 << 18
 """Elements of a parameter below which its replicas all update the whole of it, their gradients summed in one call."""
 
 
-def adamw(master: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, copy: Tensor | None, hyper: Tensor) -> None:
+def adamw(
+    master: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, copy: Tensor | None, hyper: Tensor
+) -> None:
     """One update in place. On a GPU it is compiled into one kernel, which reads and writes each tensor once.
 
     Args:
@@ -63,7 +65,7 @@ class _Share:
 class Adam:
     """AdamW for parameters of which some have copies on other ranks.
 
-    The learning rate rises over ``warmup`` steps and falls to a tenth along a cosine. Parameters of one dimension do not
+    The learning rate rises over ``warmup`` steps and falls to a tenth along a cosine. Weights of one dimension do not
     decay.
 
     Args:

@@ -280,7 +280,7 @@ def loss_of(model: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
 
 
 def forward_backward(model: GPTModel, tokens: Tensor, labels: Tensor, world_size: int) -> Tensor:
-    """Gradients of one step, and this rank's mean loss. ``tokens`` and ``labels``: int64 ``[parts, sequences, length]``.
+    """Gradients of one step, and this rank's mean loss, from int64 ``[parts, sequences, length]`` tokens and labels.
 
     The loss of a step is the mean over all tokens of all ranks, so each backward is scaled by the ranks and parts.
     """
@@ -448,8 +448,8 @@ class DispatcherMeter:
         self.elapsed = time.perf_counter() - began
 
     def report(self) -> dict[str, float]:
-        """Of the measured steps: percent of the time per phase (mean over ranks), busiest expert over the mean (mean
-        over layers).
+        """Of the measured steps: percent of the time per phase (mean over ranks); load of the busiest expert and of the
+        busiest rank, as multiples of the mean (mean over layers).
 
         Collective.
         """
@@ -460,8 +460,10 @@ class DispatcherMeter:
             local = torch.stack(self.loads).to(self.world.device)
             parts = [torch.empty_like(local) for _ in range(parallel_state.get_expert_model_parallel_world_size())]
             dist.all_gather(parts, local, group=parallel_state.get_expert_model_parallel_group())
-            loads = torch.cat(parts, dim=1).double()
-            entry["imbalance"] = self.world.mean((loads.amax(1) / loads.mean(1).clamp(min=1)).mean().item())
+            experts = torch.cat(parts, dim=1).double()
+            ranks = torch.stack(parts, dim=1).sum(2).double()
+            for name, loads in (("imbalance", experts), ("rank_imbalance", ranks)):
+                entry[name] = self.world.mean((loads.amax(1) / loads.mean(1).clamp(min=1)).mean().item())
             for load in self.loads:
                 load.zero_()
         return entry
@@ -586,8 +588,8 @@ def _train(
                 f"step {done:>5}  loss {loss:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
                 + ("" if used is None else f"MFU {used:.1f}%  ")
                 + f"dispatch {entry['dispatch_percent']:.1f}%  combine {entry['combine_percent']:.1f}%  "
-                f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean"
-                + ("" if replay is None else f"  {replay}"),
+                f"busiest expert {entry.get('imbalance', 1.0):.2f}x the mean, "
+                f"rank {entry.get('rank_imbalance', 1.0):.2f}x" + ("" if replay is None else f"  {replay}"),
             )
             losses.clear()
             since = time.perf_counter()
