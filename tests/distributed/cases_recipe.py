@@ -257,3 +257,34 @@ def a_capacity_that_overflows_trains_to_the_same_losses(group: dist.ProcessGroup
     assert 0 < replay.replays < replay.forwards
     assert replay.capacity_factor > 0.8
     parallel_state.destroy_model_parallel()
+
+
+@case(ranks=(2,))
+def what_a_graph_or_transformer_engine_needs_is_said(group: dist.ProcessGroup) -> None:
+    world = common.World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    recipe.cpu.enable()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2, create_gloo_process_groups=False)
+    config, grouped = recipe.transformer_config(MODEL, world, 2), recipe.Gpt(grouped_experts=True)
+    recipe.check_capturable(config, grouped, replay=object())
+    for gpt, replay in ((recipe.Gpt(), object()), (grouped, None)):
+        with pytest.raises(sections.RecipeError, match=r"train.cuda_graph = true needs .*capacity_factor above 0"):
+            recipe.check_capturable(config, gpt, replay)
+    alltoall = recipe.transformer_config({**MODEL, "moe_token_dispatcher_type": "alltoall"}, world, 2)
+    with pytest.raises(sections.RecipeError, match="moe_token_dispatcher_type=deepep"):
+        recipe.check_capturable(alltoall, grouped, object())
+    dropout = recipe.transformer_config({**MODEL, "hidden_dropout": 0.1}, world, 2)
+    with pytest.raises(sections.RecipeError, match="hidden_dropout=0"):
+        recipe.check_capturable(dropout, grouped, object())
+
+    engine = recipe.Gpt(transformer_engine=True)
+    with pytest.raises(sections.RecipeError, match="transformer_engine is not installed"):
+        recipe.build_model(config, engine, LENGTH, world)
+    asked = mock.Mock(side_effect=KeyboardInterrupt)
+    with (
+        mock.patch.object(recipe.importlib.util, "find_spec"),
+        mock.patch.object(recipe, "get_gpt_decoder_block_spec", asked),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        recipe.build_model(config, engine, LENGTH, world)
+    assert asked.call_args.kwargs["use_transformer_engine"] is True
+    parallel_state.destroy_model_parallel()
