@@ -300,6 +300,7 @@ class Buffer(LowLatencyCalls, Shared):
         try:
             tokens, scales = tokens_and_scales(x)
             check_integer("num_worst_tokens", num_worst_tokens)
+            check_integer("expert_alignment", expert_alignment, least=1)
             self._runner.check(previous_event, async_finish, allocate_on_comm_stream)
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:

@@ -203,7 +203,7 @@ class ElasticBuffer(Shared):
             x: [T, H] bf16, fp16 or fp32, or (e4m3 [T, H], scales [T, H / 128] of any strides).
             topk_idx: [T, K] int32 or int64, -1 = dropped route. Needs ``num_experts``; not together with ``handle``.
             topk_weights: [T, K] float32; allowed with ``handle`` too.
-            cumulative_local_expert_recv_stats: [L] integers; the rows of each local expert are added to it.
+            cumulative_local_expert_recv_stats: [L] int32 or int64; the rows of each local expert are added to it.
             num_experts: E, a multiple of R; needed with ``topk_idx``.
             num_max_tokens_per_rank: upper bound on T, equal on all ranks; a batch with more tokens is an InputError.
                 Default: the buffer's, which is a bound with ``do_cpu_sync=False`` only.
@@ -253,7 +253,7 @@ class ElasticBuffer(Shared):
                 check_num_experts(num_experts, self.num_ranks)
                 experts = num_experts
             if stats is not None:
-                check_shape("cumulative_local_expert_recv_stats", stats, (experts // self.num_ranks,), backend.device)
+                _check_stats(stats, experts // self.num_ranks, backend.device)
         except Exception as error:
             backend.refuse("plan" if handle is None else "dispatch", error)
 
@@ -387,6 +387,17 @@ class ElasticBuffer(Shared):
             raise HandleError(f"handle is {describe(handle)}; pass on the object that dispatch returned")
         if handle.owner is not self._identity:
             raise HandleError("the handle was made by another ElasticBuffer")
+
+
+def _check_stats(stats: Tensor, local_experts: int, device: torch.device) -> None:
+    name = "cumulative_local_expert_recv_stats"
+    check_shape(name, stats, (local_experts,), device)
+    if stats.dtype not in (torch.int32, torch.int64):
+        raise InputError(name, stats.dtype, "must be int32 or int64")
+    if local_experts > 1 and stats.stride(0) == 0:
+        raise InputError(name, "an expanded tensor", "must have memory of its own for each expert")
+    if stats.is_inference() and not torch.is_inference_mode_enabled():
+        raise InputError(name, "an inference tensor", "must be one that can be changed outside of inference_mode")
 
 
 def _layout(do_expand: bool) -> Layout:

@@ -21,6 +21,11 @@ from deepep_moe.fp8 import BLOCK
 
 _MOST = 2**31 - 1  # kernels count in int32
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_USER_SETTINGS = {
+    "max_recv": "num_worst_tokens (ElasticBuffer: num_max_tokens_per_rank)",
+    "max_rows": "num_max_tokens_per_rank",
+}
+"""What a user of the buffers has set, by the argument of :meth:`Backend.plan` that follows from it."""
 SENT_DTYPES = (*SUMMED_DTYPES, torch.float8_e4m3fn)
 
 
@@ -52,7 +57,7 @@ def check_limits(max_recv: int | None, max_rows: int | None) -> None:
 
 def overflow_text(config: DispatcherConfig, rank: int, needed: int, what: str, setting: str, limit: int) -> str:
     """Text of a CapacityError: ``rank`` needs ``needed`` of ``what``, and ``setting`` of the plan is ``limit``."""
-    room = f"{setting} = {limit}"
+    room = f"{_USER_SETTINGS[setting]} gives room for {limit}"
     if config.capacity_factor:
         tokens = f"max_tokens_per_rank = {config.max_tokens_per_rank}"
         tokens += "" if config.max_tokens_per_rank else " (so the rank's own tokens in that batch)"
@@ -118,7 +123,7 @@ def check_combine(
     check_rows("x", x, expected, f"the plan's {what}", SUMMED_DTYPES, device)
     if weights is not None:
         shape = (expected,) if by_expert else (expected, plan.num_topk)
-        check_shape("weights", weights, shape, device, torch.float32)
+        check_shape("weights" if apply_weights else "topk_weights", weights, shape, device, torch.float32)
     if apply_weights and (weights is None or not by_expert):
         raise InputError("apply_weights", True, "needs weights and the expert layout")
     if len(bias) > 2:

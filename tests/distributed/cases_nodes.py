@@ -308,11 +308,11 @@ def buffer_knows_nodes(group: dist.ProcessGroup) -> None:
 def rows_beyond_the_capacity_are_an_error_of_the_plan_on_all_ranks(group: dist.ProcessGroup) -> None:
     nodes = both(group, 2)[1]
     topk_idx = torch.zeros((13, 2), dtype=torch.int64)  # all to rank 0: 52 rows there, 104 of its first expert
-    for limits, told in (
-        ({"max_recv": 51, "max_rows": 104}, "52 received tokens, but max_recv = 51"),
-        ({"max_recv": 52, "max_rows": 103}, "104 expert rows, but max_rows = 103"),
+    for limits, *told in (
+        ({"max_recv": 51, "max_rows": 104}, "52 received tokens, but num_worst_tokens", "gives room for 51"),
+        ({"max_recv": 52, "max_rows": 103}, "104 expert rows, but num_max_tokens_per_rank gives room for 103"),
     ):
-        with raises(CapacityError, told):
+        with raises(CapacityError, *told):
             nodes.plan(topk_idx, 8, **limits)
     nodes.plan(topk_idx, 8, max_recv=52, max_rows=104)
 
@@ -386,7 +386,7 @@ def what_a_plan_without_a_host_wait_finds_out_is_raised_by_the_next(group: dist.
     good = torch.arange(26, dtype=torch.int64).view(13, 2) % 8
     limits = {"max_recv": 51, "max_rows": 103}
     for topk_idx, told in (
-        (torch.zeros((13, 2), dtype=torch.int64), "52 received tokens, but max_recv = 51"),
+        (torch.zeros((13, 2), dtype=torch.int64), "52 received tokens, but num_worst_tokens"),
         (good, None),
     ):
         nodes.plan(good, 8, **limits)

@@ -172,8 +172,8 @@ def mistakes_in_calls_of_a_buffer(group: dist.ProcessGroup) -> None:
         ({"num_worst_tokens": -5}, InputError, "num_worst_tokens = -5: must be an integer from 0"),
         ({"num_worst_tokens": 2**40}, InputError, f"num_worst_tokens = {2**40}"),
         ({"num_worst_tokens": 1.5}, InputError, "num_worst_tokens = 1.5: must be an integer"),
-        ({"expert_alignment": None}, InputError, "alignment = None: must be an integer"),
-        ({"expert_alignment": 0}, InputError, "alignment = 0"),
+        ({"expert_alignment": None}, InputError, "expert_alignment = None: must be an integer"),
+        ({"expert_alignment": 0}, InputError, "expert_alignment = 0"),
         ({"previous_event": 3}, InputError, "previous_event = a int"),
         ({"allocate_on_comm_stream": True}, InputError, "allocate_on_comm_stream"),
     ]
@@ -200,7 +200,7 @@ def mistakes_in_calls_of_a_buffer(group: dist.ProcessGroup) -> None:
     one_errs(group, combine, lambda: combine(handle=None), HandleError, "handle is None")
     one_errs(group, combine, lambda: combine(bias=5), InputError, "bias = a int")
     one_errs(group, combine, lambda: combine(bias=(batch.x, None)), InputError, "bias = None")
-    one_errs(group, combine, lambda: combine(topk_weights=[1.0]), InputError, "weights = a list")
+    one_errs(group, combine, lambda: combine(topk_weights=[1.0]), InputError, "topk_weights = a list")
     assert torch.equal(combine()[0], batch.times_its_ranks(handle))
 
 
@@ -213,6 +213,7 @@ def mistakes_in_calls_of_an_elastic_buffer(group: dist.ProcessGroup) -> None:
 
     x, _, _, handle, _ = dispatch()
     foreign = other.dispatch(batch.x, batch.topk_idx, num_experts=batch.experts)[3]
+    local = batch.experts // buffer.num_ranks
     nine = {"x": batch.x.new_zeros(9, batch.x.shape[1]), "topk_idx": batch.topk_idx.new_zeros(9, 1)}
     too_many = [{**nine, "num_max_tokens_per_rank": 8, "do_cpu_sync": sync} for sync in (None, True, False)]
     for given, kind, told in (
@@ -226,6 +227,13 @@ def mistakes_in_calls_of_an_elastic_buffer(group: dist.ProcessGroup) -> None:
         ({"do_cpu_sync": False}, InputError, "num_max_tokens_per_rank = 0: must be an integer from 1"),
         *((more, InputError, "x = 9 tokens: num_max_tokens_per_rank is 8") for more in too_many),
         ({"cumulative_local_expert_recv_stats": torch.zeros(9)}, InputError, "cumulative_local_expert_recv_stats"),
+        *(
+            ({"cumulative_local_expert_recv_stats": stats}, InputError, f"recv_stats = {told}")
+            for stats, told in (
+                *((torch.zeros(local, dtype=dtype), dtype) for dtype in (torch.bool, torch.uint8, torch.float32)),
+                (torch.zeros(1, dtype=torch.int32).expand(local), "an expanded tensor"),
+            )
+        ),
         ({"previous_event_before_epilogue": 1}, InputError, "previous_event = a int"),
     ):
         one_errs(group, dispatch, lambda: dispatch(**given), kind, told)  # noqa: B023
