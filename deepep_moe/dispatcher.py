@@ -33,6 +33,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.decoder import Decoder
 from deepep_moe.errors import HandleError, InputError, UnsupportedError
 from deepep_moe.fp8 import BLOCK
+from deepep_moe.notices import warn_once
 from deepep_moe.shared import Shared
 from deepep_moe.stats import Statistics
 
@@ -71,6 +72,13 @@ class Dispatched:
             return counts
         return (counts + (alignment - 1)) // alignment * alignment
 
+    def __repr__(self) -> str:
+        weights = None if self.weights is None else list(self.weights.shape)
+        return (
+            f"Dispatched(rows={list(self.rows.shape)} {self.rows.dtype} on {self.rows.device}, weights={weights}, "
+            f"local_experts={len(self.plan.expert_offsets) - 1})"
+        )
+
 
 class TokenDispatcher(Shared):
     """Dispatch and combine for one expert-parallel group. ``copy.deepcopy`` returns the same object.
@@ -90,6 +98,7 @@ class TokenDispatcher(Shared):
         num_experts, num_local_experts: experts of the group, and of each rank (L).
         config: the settings in effect.
         capacity_factor: ``config.capacity_factor`` at first; :mod:`deepep_moe.overflow` raises it.
+        replays: whether :mod:`deepep_moe.overflow` runs forwards that overflow again.
         least_tokens: the capacity is at least that of so many tokens of a rank; 0 unless an overflow asked for it.
 
     Raises:
@@ -113,6 +122,7 @@ class TokenDispatcher(Shared):
         self.num_experts = operator.index(num_experts)
         self.num_local_experts = self.num_experts // self.world_size
         self._statistics: Statistics | None = None
+        self.replays = False
         self.capacity_factor, self.least_tokens = self.config.capacity_factor, 0
 
     def use_backend(self, backend: Backend) -> None:
@@ -304,6 +314,11 @@ class TokenDispatcher(Shared):
         factor = self.capacity_factor
         if factor == 0 or topk_idx.dim() != 2:
             return ops.NO_LIMIT, ops.NO_LIMIT
+        if self.config.replay_on_overflow and not self.replays and not torch.compiler.is_compiling():
+            warn_once(
+                "replay_on_overflow has no effect on a TokenDispatcher by itself: call "
+                "deepep_moe.overflow.replay_on_overflow(model) for the model whose forward is to run again"
+            )
         tokens, topk = self.config.max_tokens_per_rank or topk_idx.shape[0], topk_idx.shape[1]
         tokens = max(tokens, self.least_tokens)
         alignment = self.config.expert_alignment

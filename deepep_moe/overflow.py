@@ -155,6 +155,7 @@ class Replay(Shared):
             inner = dispatcher.backend
             backend = deferring.setdefault(inner.number, DeferringBackend(inner))
             dispatcher.use_backend(cast(Backend, backend))
+            dispatcher.replays = True
         self._backends = list(deferring.values())
         self._connected = True
 

@@ -33,7 +33,7 @@ class RecipeError(Exception):
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="change one setting; repeatable")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="continue from the latest checkpoint in the folder")]
+Resume = Annotated[bool, typer.Option("--resume", metavar="", help="continue from the latest checkpoint in the folder")]
 
 
 @contextmanager

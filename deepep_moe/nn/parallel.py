@@ -54,11 +54,29 @@ class ExpertParallel(nn.Module):
             InputError: DDP or FSDP2 includes the experts, or their gradients are not averaged over the ranks of DDP.
             UnsupportedError: FSDP1 includes the experts.
         """
-        if self.dispatcher.world_size > 1:
-            # torch.compile makes this call while it traces, and traces again when the argument changes.
-            self._check_wrappers(DistributedDataParallel._active_ddp_module is not None)
+        if self.dispatcher.world_size == 1:
+            return
+        inside_ddp = DistributedDataParallel._active_ddp_module is not None
+        # A constant while torch.compile traces, which traces again when the argument changes.
+        problem = self._find_problem(inside_ddp)
+        if problem is not None:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(problem)  # with fullgraph=True this is the error
+            self._raise_problem(inside_ddp)
 
     @torch.compiler.assume_constant_result
+    def _find_problem(self, inside_ddp: bool) -> str | None:
+        try:
+            self._check_wrappers(inside_ddp)
+        except (InputError, UnsupportedError) as error:
+            return str(error)
+        return None
+
+    @torch.compiler.disable
+    def _raise_problem(self, inside_ddp: bool) -> None:
+        """Raise the error outside of what torch.compile traces, which would wrap it in an error of its own."""
+        self._check_wrappers(inside_ddp)
+
     def _check_wrappers(self, inside_ddp: bool) -> None:
         ddp = DistributedDataParallel._active_ddp_module if inside_ddp else None
         parameters = list(self.experts.parameters())

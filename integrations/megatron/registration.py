@@ -202,11 +202,13 @@ def _layer_init(
 
 
 def _layer_forward(original: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    from deepep_moe.backends.checks import check_tensor
     from deepep_moe.integrations.megatron.dispatcher import DeepEPTokenDispatcher
 
     if not isinstance(layer.token_dispatcher, DeepEPTokenDispatcher):
         return original(layer, *args, **kwargs)
     with layer.token_dispatcher.tell_peers():
+        check_tensor("hidden_states", args[0] if args else kwargs.get("hidden_states"))
         return original(layer, *args, **kwargs)
 
 

@@ -353,6 +353,8 @@ def a_compiled_net_trains_the_same(group: dist.ProcessGroup) -> None:
     torch._dynamo.reset()  # the check is made while a graph is traced
     with raises(Exception, "a DistributedDataParallel that includes parameters of experts"):
         DDP(compiled(Net(dispatcher, num_layers=1)))(x)
+    with raises(InputError, "a DistributedDataParallel that includes parameters of experts"):
+        DDP(torch.compile(Net(dispatcher, num_layers=1), backend="aot_eager"))(x)
 
 
 @case(ranks=(1, 2))

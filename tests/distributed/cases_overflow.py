@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepep_moe import DispatcherConfig, TokenDispatcher
+from deepep_moe import DispatcherConfig, TokenDispatcher, notices
 from deepep_moe.errors import CapacityError, InputError
 from deepep_moe.overflow import Replay, replay_on_overflow
 from tests.launch import case
@@ -204,3 +205,16 @@ def without_it_an_overflow_is_an_error_on_every_rank(group: dist.ProcessGroup) -
         model(torch.randn(30, HIDDEN))
     assert raised.value.needed > raised.value.room > 0
     assert not raised.value.staging
+
+
+@case(ranks=(1,))
+def the_setting_alone_is_said_to_have_no_effect(group: dist.ProcessGroup) -> None:
+    told = "replay_on_overflow has no effect on a TokenDispatcher by itself"
+    config = DispatcherConfig(capacity_factor=1.0, replay_on_overflow=True)
+    for replays in (True, False):
+        net = nn.Sequential(Layer(group, config, recompute=False))
+        if replays:
+            replay_on_overflow(net)
+        with mock.patch.object(notices, "_warned", set()):
+            net(torch.randn(8, HIDDEN))
+            assert replays != any(told in text for text in notices._warned)

@@ -105,6 +105,10 @@ def errors_of_router_and_experts_are_told_to_all(group: dist.ProcessGroup) -> No
             if handle is not None:
                 handle.remove()
             util.assert_all_near(util.run_layer(layer, 4), expected)
+        for given in (None, [[0.5]]):
+            with refused(wrong, InputError, "hidden_states = (None|a list): must be a torch.Tensor"):
+                layer(given if wrong else torch.ones(4, 1, util.HIDDEN))
+        util.assert_all_near(util.run_layer(layer, 4), expected)
 
 
 @case(ranks=(2,))
