@@ -36,6 +36,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import get_all_rng_states
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -295,16 +296,11 @@ def forward_backward(model: GPTModel, tokens: Tensor, labels: Tensor, world_size
 
 def check_capturable(config: TransformerConfig, gpt: Gpt, replay: object) -> None:
     """That ``train.cuda_graph`` can be used."""
-    rule = None
     if config.moe_token_dispatcher_type != "deepep" or not gpt.grouped_experts or replay is None:
-        rule = (
-            "model.moe_token_dispatcher_type=deepep, gpt.grouped_experts=true, dispatcher.capacity_factor above 0 and "
-            "dispatcher.replay_on_overflow=true: nothing in a graph can wait for the host"
+        raise RecipeError(
+            "train.cuda_graph = true needs model.moe_token_dispatcher_type=deepep, gpt.grouped_experts=true, "
+            "dispatcher.capacity_factor above 0 and dispatcher.replay_on_overflow=true: no host wait fits into a graph"
         )
-    elif config.hidden_dropout or config.attention_dropout:
-        rule = "model.hidden_dropout=0 and model.attention_dropout=0"
-    if rule is not None:
-        raise RecipeError(f"train.cuda_graph = true needs {rule}")
 
 
 class GraphedPass:
@@ -350,6 +346,8 @@ class GraphedPass:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
+        for generator in get_all_rng_states().values():
+            graph.register_generator_state(generator)
         with self.meter.recording(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.loss = forward_backward(self.model, self.tokens, self.labels, self.world.size)
         self.graph, self.replays = graph, self.replay.replays
@@ -491,7 +489,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
     )
     torch.manual_seed(train.seed)  # of routers; what ranks share comes from one of them
-    tensor_parallel.model_parallel_cuda_manual_seed(train.seed)
+    in_graph = train.cuda_graph and world.device.type == "cuda"
+    tensor_parallel.model_parallel_cuda_manual_seed(train.seed, use_cudagraphable_rng=in_graph)
     config = transformer_config(settings["model"], world, expert_parallel, train.precision)
     model = build_model(config, gpt, data.sequence_length, world)
     if dispatcher.capacity_factor and dispatcher.replay_on_overflow:
@@ -511,7 +510,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     text = common.ByteText(common.read_text(data.text), data.sequence_length, train.seed)
     meter = DispatcherMeter(model, world)
     graphed = None
-    if train.cuda_graph and world.device.type == "cuda":
+    if in_graph:
         check_capturable(config, gpt, replay_of(model))
         shape = (train.accumulate, train.sequences, data.sequence_length)
         graphed = GraphedPass(model, meter, shape, world)

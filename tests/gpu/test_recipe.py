@@ -52,7 +52,7 @@ def train(recipe: Any, ranks: Ranks, graph: bool, **settings: Any) -> tuple[list
     """The losses, and the graphed pass if ``graph``."""
     common = importlib.import_module("common")
     world = common.World(ranks.rank, ranks.size, ranks.device, "nccl")
-    recipe.tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+    recipe.tensor_parallel.model_parallel_cuda_manual_seed(5, use_cudagraphable_rng=graph, force_reset_rng=True)
     torch.manual_seed(5)
     register = recipe.deepep_moe.integrations.megatron.register
     register(settings={"timeout_seconds": TIMEOUT_SECONDS, **settings})
