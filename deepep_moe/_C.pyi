@@ -499,7 +499,19 @@ class LatencyKind(enum.Enum):
 class LatencyShape:
     """Kernel arguments that are the same in all calls of a shape."""
 
-    def __init__(self, *, arena: LatencyArena, format: int, num_topk: int, num_experts: int) -> None: ...
+    def __init__(
+        self,
+        *,
+        arena: LatencyArena,
+        format: int,
+        num_tokens: int,
+        num_topk: int,
+        num_experts: int,
+        wide_idx: bool,
+        ranges_at: int,
+        src_info_at: int,
+        counts_at: int,
+    ) -> None: ...
 
 class LatencyEngine:
     def __init__(self, domain: Domain, num_blocks: int, masks: bool) -> None: ...
@@ -514,19 +526,15 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        num_tokens: int,
         x: int,
         topk_idx: int,
-        wide_idx: bool,
-        places: int,
+        memory: int,
         rows: int,
         scales: int,
-        counts: int,
-        src_info: int,
-        layout_range: int,
         stats: int,
         wait_stats: int,
         stream: int,
+        /,
     ) -> int:
         """Launch. The result is what kernels had reported before: 0 nothing; LATENCY_BROKEN: a failure that lasts, and
         nothing was launched; else something that can be raised once this rank has taken part."""
@@ -535,16 +543,16 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        num_tokens: int,
         x: int,
         topk_idx: int,
         wide_idx: bool,
         weights: int,
-        places: int,
+        memory: int,
         epoch: int,
         out: int,
         wait_stats: int,
         stream: int,
+        /,
     ) -> int:
         """As :meth:`dispatch`."""
 

@@ -19,7 +19,7 @@ fp32 and rounds again. ``use_logfmt`` changes nothing: rows are sent as BF16.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,24 +47,32 @@ CALLS_IN_FLIGHT = 2
 _ROW_BYTES = 16  # rows are moved in units of this
 _MAX_SHAPES = 4096  # of calls that are remembered as checked
 _DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
-_Key = tuple[object, ...]
+_Key = tuple[tuple[object, ...] | None, Any, Any, object]
 
 
-class LowLatencyHandle(tuple):
-    """What dispatch returns for combine: a tuple with the entries that DeepEP has.
+class LowLatencyHandle(Sequence[Any]):
+    """What dispatch returns for combine: a sequence of the entries that DeepEP has.
 
-    src_info [L, R * M] int32; layout_range [L, R] int64; M; hidden; num_experts.
+    src_info [L, R * M] int32; layout_range [L, R] int64; M; hidden; num_experts. The tensors are views, made when read.
     """
 
-    call: DispatchCall
-    owner: object
+    __slots__ = ("call", "owner")
 
-    @classmethod
-    def of(cls, call: DispatchCall, owner: object) -> LowLatencyHandle:
-        shape = call.shape
-        handle = cls((call.src_info, call.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
-        handle.call, handle.owner = call, owner
-        return handle
+    def __init__(self, call: DispatchCall, owner: object) -> None:
+        self.call, self.owner = call, owner
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._entries()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries())
+
+    def _entries(self) -> tuple[Tensor, Tensor, int, int, int]:
+        shape = self.call.shape
+        return self.call.src_info, self.call.layout_range, shape.max_tokens, shape.hidden, shape.num_experts
 
 
 @dataclass(eq=False)
@@ -164,9 +172,7 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
-        key = None
-        if max_tokens.__class__ is int and num_experts.__class__ is int:
-            key = _signature(x, topk_idx), max_tokens, num_experts, switches
+        key = _signature(x, topk_idx), max_tokens, num_experts, switches
         shape = self._find_shape(key)
         try:
             if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
@@ -176,7 +182,8 @@ class LowLatency:
                 if shape is None:
                     shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
                     self._keep_shape(key, shape)
-            self._dispatches.check()
+            if self._dispatches.waiting:
+                self._dispatches.check()
         except DeepEPMoEError as problem:
             hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
             refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
@@ -192,10 +199,10 @@ class LowLatency:
             call, event = self._runner.run(
                 run, async_finish=True, reads=(x, topk_idx, stats, wait_stats), made=_made_by_dispatch
             )
-            return call, LowLatencyHandle.of(call, self._identity), event, None
+            return call, LowLatencyHandle(call, self._identity), event, None
         if not return_recv_hook:
             call = self._dispatch(shape, x, topk_idx, stats, wait_stats)
-            return call, LowLatencyHandle.of(call, self._identity), _DONE, None
+            return call, LowLatencyHandle(call, self._identity), _DONE, None
         sent = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
         self._send_dispatch(sent, Half.SEND)
 
@@ -203,7 +210,7 @@ class LowLatency:
             self._engine.dispatch(sent, Half.RECEIVE)
             sent.received = True
 
-        return sent, LowLatencyHandle.of(sent, self._identity), _DONE, self._hook(self._dispatches, receive)
+        return sent, LowLatencyHandle(sent, self._identity), _DONE, self._hook(self._dispatches, receive)
 
     def _dispatch(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
@@ -220,18 +227,19 @@ class LowLatency:
         finally:
             self._dispatches.made += call.sent
 
-    def _find_shape(self, key: _Key | None) -> DispatchShape | None:
+    def _find_shape(self, key: _Key) -> DispatchShape | None:
         """The shape of an earlier dispatch with the same key, whose arguments passed all checks."""
-        if key is None or key[0] is None:
+        signature, max_tokens, num_experts, _ = key
+        if signature is None or max_tokens.__class__ is not int or num_experts.__class__ is not int:
             return None
         try:
             return self._shapes.get(key)
         except TypeError:  # a switch that cannot be hashed
             return None
 
-    def _keep_shape(self, key: _Key | None, shape: DispatchShape) -> None:
+    def _keep_shape(self, key: _Key, shape: DispatchShape) -> None:
         # On a CPU the values of the indices are checked, and those differ from call to call.
-        if key is None or key[0] is None or self.device.type == "cpu":
+        if key[0] is None or self.device.type == "cpu":
             return
         if len(self._shapes) >= _MAX_SHAPES:
             self._shapes.clear()
@@ -274,42 +282,51 @@ class LowLatency:
     def _new_shape(
         self, x: Tensor, topk_idx: Tensor, max_tokens: int, num_experts: int, format: Format
     ) -> DispatchShape:
-        hidden, topk = x.shape[1], topk_idx.shape[1]
-        columns = 0 if format == Format.BF16 else hidden // BLOCK
+        (tokens, hidden), topk, ranks = x.shape, topk_idx.shape[1], self.world_size
+        experts, slots = num_experts // ranks, ranks * max_tokens
+        words = self._engine.state_words(max_tokens, topk)
+        ranges_at = words + words % 2  # int64
+        src_info_at = ranges_at + 2 * experts * ranks
+        counts_at = src_info_at + experts * slots
+
+        def like(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            tensor = torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+            tensor.untyped_storage().resize_(0)
+            return tensor
+
+        rows_dtype, scales = torch.bfloat16, None
+        if format != Format.BF16:
+            rows_dtype, columns, scale_dtype = torch.float8_e4m3fn, hidden // BLOCK, torch.float32
+            if format == Format.FP8_UE8M0:
+                columns, scale_dtype = -(-columns // 4), torch.int32
+            scales = like((experts, slots, columns), (columns * slots, 1, slots), scale_dtype)
         return DispatchShape(
-            tokens=x.shape[0],
+            tokens=tokens,
             topk=topk,
             hidden=hidden,
             num_experts=num_experts,
             max_tokens=max_tokens,
             format=format,
-            local_experts=num_experts // self.world_size,
-            slots=self.world_size * max_tokens,
-            rows_dtype=torch.bfloat16 if format == Format.BF16 else torch.float8_e4m3fn,
-            scale_columns=-(-columns // 4) if format == Format.FP8_UE8M0 else columns,
-            scale_dtype=torch.int32 if format == Format.FP8_UE8M0 else torch.float32,
-            state_words=self._engine.state_words(max_tokens, topk),
+            ranks=ranks,
+            local_experts=experts,
+            slots=slots,
+            wide_idx=topk_idx.dtype == torch.int64,
+            rows=like((experts, slots, hidden), (slots * hidden, hidden, 1), rows_dtype),
+            out=like((tokens, hidden), (hidden, 1), torch.bfloat16),
+            scales=scales,
+            memory=like((counts_at + experts,), (1,), torch.int32),
+            ranges_at=ranges_at,
+            src_info_at=src_info_at,
+            counts_at=counts_at,
         )
 
     def _new_dispatch(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
     ) -> DispatchCall:
-        experts, slots, hidden, columns = shape.local_experts, shape.slots, shape.hidden, shape.scale_columns
-        device, ranks, words = self.device, self.world_size, shape.state_words
-        rows = torch.empty_strided(
-            (experts, slots, hidden), (slots * hidden, hidden, 1), dtype=shape.rows_dtype, device=device
-        )
-        scales = None
-        if columns:
-            scales = torch.empty_strided(
-                (experts, slots, columns), (columns * slots, 1, slots), dtype=shape.scale_dtype, device=device
-            )
-        of_experts = experts * slots
-        memory = torch.empty_strided((words + of_experts + experts,), (1,), dtype=torch.int32, device=device)
-        src_info = memory.as_strided((experts, slots), (slots, 1), words)
-        counts = memory.as_strided((experts,), (1,), words + of_experts)
-        layout_range = torch.empty_strided((experts, ranks), (ranks, 1), dtype=torch.int64, device=device)
-        return DispatchCall(shape, x, topk_idx, rows, scales, memory, counts, src_info, layout_range, stats, wait_stats)
+        rows, memory = torch.empty_like(shape.rows), torch.empty_like(shape.memory)
+        scales = None if shape.scales is None else torch.empty_like(shape.scales)
+        counts = memory.as_strided((shape.local_experts,), (1,), shape.counts_at)
+        return DispatchCall(shape, x, topk_idx, rows, scales, memory, counts, stats, wait_stats)
 
     # -- combine -------------------------------------------------------------------------------------------------
 
@@ -329,24 +346,25 @@ class LowLatency:
         dispatched: DispatchCall | None = None
         try:
             dispatched = self._call_of(handle)
-            shape = dispatched.shape
             if zero_copy:
                 x = self._take_combine_buffer(dispatched)
-            key = _signature(x, topk_idx, topk_weights, out)
-            if key not in shape.combines or wait_stats is not None or (async_finish and return_recv_hook):
+            key = _signature(x, topk_idx), _signature(topk_weights, out)
+            known = dispatched.shape.combines
+            if key not in known or wait_stats is not None or (async_finish and return_recv_hook):
                 _check_modes(async_finish, return_recv_hook)
                 self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
-                if key is not None and self.device.type != "cpu" and len(shape.combines) < _MAX_SHAPES:
-                    shape.combines.add(key)
-            self._combines.check()
+                if None not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
+                    known.add(key)
+            if self._combines.waiting:
+                self._combines.check()
         except DeepEPMoEError as problem:
             self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
             raise
         if async_finish:
-            known = dispatched
+            of = dispatched
 
             def run() -> CombineCall:
-                call = self._new_combine(known, x, topk_idx, topk_weights, out, wait_stats)
+                call = self._new_combine(of, x, topk_idx, topk_weights, out, wait_stats)
                 self._send_combine(call, Half.BOTH)
                 return call
 
@@ -381,8 +399,7 @@ class LowLatency:
         wait_stats: Tensor | None,
     ) -> CombineCall:
         if out is None:
-            tokens, hidden = dispatched.shape.tokens, dispatched.shape.hidden
-            out = torch.empty_strided((tokens, hidden), (hidden, 1), dtype=torch.bfloat16, device=self.device)
+            out = torch.empty_like(dispatched.shape.out)
         return CombineCall(x, topk_idx, topk_weights, dispatched, out, wait_stats)
 
     def _call_of(self, handle: Any) -> DispatchCall:
@@ -546,27 +563,29 @@ def _check_distinct(topk_idx: Tensor) -> None:
 
 
 def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:
-    return call.rows, call.scales, call.memory, call.layout_range
+    return call.rows, call.scales, call.memory
 
 
-def _signature(*tensors: Tensor | None) -> tuple[object, ...] | None:
-    """What the checks examine of tensors, except values. None if an argument is not a plain tensor."""
-    key: list[object] = []
+def _signature(a: Any, b: Any) -> tuple[object, ...] | None:
+    """What the checks examine of a tensor and of a tensor or None, except values. None if one is not a plain tensor."""
     try:
-        for tensor in tensors:
-            if type(tensor) is Tensor:
-                key += (
-                    tensor.shape,
-                    tensor.dtype,
-                    tensor.device,
-                    tensor.is_contiguous(),
-                    tensor.layout,
-                    tensor.is_neg(),
-                )
-            elif tensor is None:
-                key.append(None)
-            else:
-                return None
+        if a.__class__ is not Tensor:
+            return None
+        if b is None:
+            return a.shape, a.dtype, a.device, a.is_contiguous(), a.is_neg()
+        if b.__class__ is not Tensor:
+            return None
+        return (
+            a.shape,
+            a.dtype,
+            a.device,
+            a.is_contiguous(),  # False, or an error, where the layout is not strided
+            a.is_neg(),
+            b.shape,
+            b.dtype,
+            b.device,
+            b.is_contiguous(),
+            b.is_neg(),
+        )
     except RuntimeError:  # a nested or sparse tensor
         return None
-    return tuple(key)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.exchange import gather
-from deepep_moe.domain import Domain
+from deepep_moe.domain import Domain, enter_stream
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
 from deepep_moe.extension import _C, address
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
@@ -44,6 +44,7 @@ class CudaEngine:
 
     def __init__(self, domain: Domain, num_sms: int, masks: bool) -> None:
         self._domain, self.device = domain, domain.device
+        self._index: int = domain.device.index
         sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
         blocks = min(max(_C.LATENCY_BLOCKS_PER_SM * sms, domain.size + 1), _C.LATENCY_MAX_BLOCKS)
         domain.describe["ROW_FORMAT"] = lambda number: Format(number).name
@@ -57,58 +58,48 @@ class CudaEngine:
         return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
-        shape = call.shape
+        shape, memory, scales = call.shape, call.memory, call.scales
         launch = shape.launch
         if launch is None:
             launch = shape.launch = self._prepare(shape)
         if half is not Half.RECEIVE:
-            self._last = call.memory
-        topk_idx, scales = call.topk_idx, call.scales
+            self._last = memory
         told = self._engine.dispatch(
             launch,
             half,
-            shape.tokens,
             call.x.data_ptr(),
-            topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
-            call.memory.data_ptr(),
+            call.topk_idx.data_ptr(),
+            memory.data_ptr(),
             call.rows.data_ptr(),
-            address(scales),
-            call.counts.data_ptr(),
-            call.src_info.data_ptr(),
-            call.layout_range.data_ptr(),
-            address(call.stats),
-            address(call.wait_stats),
-            self._domain.enter_stream(),
+            0 if scales is None else scales.data_ptr(),
+            0 if call.stats is None else call.stats.data_ptr(),
+            0 if call.wait_stats is None else call.wait_stats.data_ptr(),
+            enter_stream(self._index),
         )
-        if half is not Half.RECEIVE:
-            call.sent = told != _C.LATENCY_BROKEN
         if told:
-            self._raise(told, half)
+            self._tell(told, call, half)
+        call.sent = True
 
     def combine(self, call: CombineCall, half: Half) -> None:
-        shape = call.dispatched.shape
+        dispatched, topk_idx = call.dispatched, call.topk_idx
         if half is Half.SEND:
             call.state = torch.empty_strided((1,), (1,), dtype=torch.int32, device=self.device)
-        topk_idx = call.topk_idx
         told = self._engine.combine(
-            shape.launch,
+            dispatched.shape.launch,
             half,
-            shape.tokens,
             call.x.data_ptr(),
             topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
+            topk_idx.dtype is torch.int64,
             call.topk_weights.data_ptr(),
-            call.dispatched.memory.data_ptr(),
-            address(call.state),
+            dispatched.memory.data_ptr(),
+            0 if call.state is None else call.state.data_ptr(),
             call.out.data_ptr(),
-            address(call.wait_stats),
-            self._domain.enter_stream(),
+            0 if call.wait_stats is None else call.wait_stats.data_ptr(),
+            enter_stream(self._index),
         )
-        if half is not Half.RECEIVE:
-            call.sent = told != _C.LATENCY_BROKEN
         if told:
-            self._raise(told, half)
+            self._tell(told, call, half)
+        call.sent = True
 
     def _prepare(self, shape: DispatchShape) -> _C.LatencyShape:
         """The constant arguments of the kernels. A new (M, hidden size) allocates its arena, which is collective."""
@@ -117,10 +108,18 @@ class CudaEngine:
         if arena is None:
             arena = self._make_arena(shape)
         return _C.LatencyShape(
-            arena=arena.view, format=shape.format, num_topk=shape.topk, num_experts=shape.num_experts
+            arena=arena.view,
+            format=shape.format,
+            num_tokens=shape.tokens,
+            num_topk=shape.topk,
+            num_experts=shape.num_experts,
+            wide_idx=shape.wide_idx,
+            ranges_at=shape.ranges_at,
+            src_info_at=shape.src_info_at,
+            counts_at=shape.counts_at,
         )
 
-    def _raise(self, told: int, half: Half) -> None:
+    def _tell(self, told: int, call: DispatchCall | CombineCall, half: Half) -> None:
         """Raise what had been reported when ``half`` of a call was launched.
 
         After a failure that lasts nothing was launched, and it is raised now. Anything else is raised once this rank
@@ -128,7 +127,8 @@ class CudaEngine:
         """
         if told == _C.LATENCY_BROKEN:
             self._domain.raise_lasting()
-        elif half is not Half.SEND:
+        call.sent = True
+        if half is not Half.SEND:
             self.check()
 
     # -- refusals ------------------------------------------------------------------------------------------------

@@ -53,15 +53,21 @@ class DispatchShape:
     num_experts: int
     max_tokens: int
     format: Format
+    ranks: int
     local_experts: int
     slots: int
     """R * M: maximum rows of an expert."""
-    rows_dtype: torch.dtype
-    scale_columns: int
-    """S of the scales [L, R * M, S]; 0: no scales."""
-    scale_dtype: torch.dtype
-    state_words: int
-    """int32 words that the engine needs in :attr:`DispatchCall.memory`."""
+    wide_idx: bool
+    """Whether the expert indices are int64."""
+    rows: Tensor
+    """This and the next three have no memory: outputs are allocated like them, which is faster than from sizes."""
+    out: Tensor
+    scales: Tensor | None
+    memory: Tensor
+    ranges_at: int
+    """Position in :attr:`DispatchCall.memory`, in int32 words, of ``layout_range``; the others likewise."""
+    src_info_at: int
+    counts_at: int
     combines: set[object] = field(default_factory=set)
     """Signatures of combine arguments that have passed the checks."""
     launch: Any = None
@@ -82,13 +88,9 @@ class DispatchCall:
     scales: Tensor | None
     """[L, R * M, S] fp32 or int32, tokens contiguous."""
     memory: Tensor
-    """int32, 1-D: ``shape.state_words`` words for the engine, ``src_info`` and ``counts``, in one allocation."""
+    """int32, 1-D: words for the engine, ``layout_range``, ``src_info`` and ``counts``, in one allocation."""
     counts: Tensor
     """[L] int32."""
-    src_info: Tensor
-    """[L, R * M] int32: index of the token at its source."""
-    layout_range: Tensor
-    """[L, R] int64: first row << 32 | rows."""
     stats: Tensor | None
     """[L] int32, added to."""
     wait_stats: Tensor | None
@@ -99,6 +101,19 @@ class DispatchCall:
     """Whether the receiving half has been enqueued."""
     state: Any = None
     """Private to the reference engine: where each token's rows went."""
+
+    @property
+    def src_info(self) -> Tensor:
+        """[L, R * M] int32: index of the token at its source."""
+        shape = self.shape
+        return self.memory.as_strided((shape.local_experts, shape.slots), (shape.slots, 1), shape.src_info_at)
+
+    @property
+    def layout_range(self) -> Tensor:
+        """[L, R] int64: first row << 32 | rows."""
+        shape = self.shape
+        words = self.memory[shape.ranges_at : shape.src_info_at]
+        return words.view(torch.int64).view(shape.local_experts, shape.ranks)
 
 
 @dataclass(eq=False, slots=True)

@@ -13,49 +13,50 @@ namespace {
 
 using namespace latency;
 
-// Kernel arguments that are the same in all calls of a shape.
+// What the calls of a shape have in common.
 struct Shape {
     Arena arena;
     Format format;
-    int num_topk, num_experts;
+    int num_tokens, num_topk, num_experts;
+    bool wide_idx;                          // of the dispatch
+    int ranges_at, src_info_at, counts_at;  // in the call's memory, in words; its places come first
 };
 
-// Addresses are positional in eager calls: looking up a name costs as much as passing the number.
-int dispatch(LatencyEngine& self, const Shape& shape, int half, int num_tokens, Address x, Address topk_idx,
-             bool wide_idx, Address places, Address rows, Address scales, Address counts, Address src_info,
-             Address layout_range, Address stats, Address wait_stats, Address stream) {
+// Addresses are positional: looking up a name costs as much as passing the number.
+int dispatch(LatencyEngine& self, const Shape& shape, int half, Address x, Address topk_idx, Address memory,
+             Address rows, Address scales, Address stats, Address wait_stats, Address stream) {
+    int* const words = at<int>(memory);
     DispatchArgs args{};
     args.arena = shape.arena;
     args.x = at<char>(x);
-    args.topk_idx = {at<void>(topk_idx), wide_idx};
-    args.num_tokens = num_tokens;
+    args.topk_idx = {at<void>(topk_idx), shape.wide_idx};
+    args.num_tokens = shape.num_tokens;
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
-    args.places = {at<int>(places)};
+    args.places = {words};
     args.rows = at<char>(rows);
     args.scales = at<void>(scales);
-    args.counts = at<int>(counts);
-    args.src_info = at<int>(src_info);
-    args.layout_range = at<int64_t>(layout_range);
+    args.counts = words + shape.counts_at;
+    args.src_info = words + shape.src_info_at;
+    args.layout_range = reinterpret_cast<int64_t*>(words + shape.ranges_at);
     args.stats = at<int>(stats);
     args.wait_stats = at<unsigned long long>(wait_stats);
     return self.dispatch(args, static_cast<Half>(half), stream);
 }
 
-int combine(LatencyEngine& self, const Shape& shape, int half, int num_tokens, Address x, Address topk_idx,
-            bool wide_idx, Address weights, Address places, Address epoch, Address out, Address wait_stats,
-            Address stream) {
+int combine(LatencyEngine& self, const Shape& shape, int half, Address x, Address topk_idx, bool wide_idx,
+            Address weights, Address memory, Address epoch, Address out, Address wait_stats, Address stream) {
     CombineArgs args{};
     args.arena = shape.arena;
     args.x = at<char>(x);
     args.topk_idx = {at<void>(topk_idx), wide_idx};
     args.weights = at<float>(weights);
-    args.num_tokens = num_tokens;
+    args.num_tokens = shape.num_tokens;
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
-    args.places = {at<int>(places)};
+    args.places = {at<int>(memory)};
     args.epoch = at<int>(epoch);
     args.out = at<char>(out);
     args.wait_stats = at<unsigned long long>(wait_stats);
@@ -86,10 +87,17 @@ void bind_latency(py::module_& m) {
         .def_readonly("max_tokens", &Arena::max_tokens)
         .def_readonly("hidden", &Arena::hidden);
     py::class_<Shape>(m, "LatencyShape")
-        .def(py::init([](const Arena& arena, int format, int num_topk, int num_experts) {
-                 return Shape{arena, static_cast<Format>(format), num_topk, num_experts};
+        .def(py::init([](const Arena& arena, int format, int num_tokens, int num_topk, int num_experts, bool wide_idx,
+                         int ranges_at, int src_info_at, int counts_at) {
+                 return Shape{arena,       static_cast<Format>(format),
+                              num_tokens,  num_topk,
+                              num_experts, wide_idx,
+                              ranges_at,   src_info_at,
+                              counts_at};
              }),
-             py::kw_only(), py::arg("arena"), py::arg("format"), py::arg("num_topk"), py::arg("num_experts"));
+             py::kw_only(), py::arg("arena"), py::arg("format"), py::arg("num_tokens"), py::arg("num_topk"),
+             py::arg("num_experts"), py::arg("wide_idx"), py::arg("ranges_at"), py::arg("src_info_at"),
+             py::arg("counts_at"));
     using Engine = LatencyEngine;
     py::class_<Engine>(m, "LatencyEngine")
         .def(py::init<std::shared_ptr<DomainRuntime>, int, bool>(), py::arg("domain"), py::arg("num_blocks"),
@@ -98,13 +106,8 @@ void bind_latency(py::module_& m) {
         .def_static("arena_bytes", &Engine::arena_bytes)
         .def_static("places_words", &Engine::places_words)
         .def("set_control", &Engine::set_control)
-        .def("dispatch", &dispatch, py::arg("shape"), py::arg("half"), py::arg("num_tokens"), py::arg("x"),
-             py::arg("topk_idx"), py::arg("wide_idx"), py::arg("places"), py::arg("rows"), py::arg("scales"),
-             py::arg("counts"), py::arg("src_info"), py::arg("layout_range"), py::arg("stats"), py::arg("wait_stats"),
-             py::arg("stream"))
-        .def("combine", &combine, py::arg("shape"), py::arg("half"), py::arg("num_tokens"), py::arg("x"),
-             py::arg("topk_idx"), py::arg("wide_idx"), py::arg("weights"), py::arg("places"), py::arg("epoch"),
-             py::arg("out"), py::arg("wait_stats"), py::arg("stream"))
+        .def("dispatch", &dispatch)
+        .def("combine", &combine)
         .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("format"), py::arg("withdrawn"), py::arg("stream"))
         .def("add_arena", &Engine::add_arena)

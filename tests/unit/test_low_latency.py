@@ -191,7 +191,10 @@ def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
         call, handle, *_ = dispatch(calls, x=tokens(count), topk_idx=indices(count), switches=(fp8, False, False))
         assert call.shape.tokens == count and (call.scales is None) == (not fp8)
         assert call.rows.shape == (3, 16, 256) and call.src_info.shape == (3, 16) and call.counts.shape == (3,)
-        assert call.src_info.is_contiguous() and call.counts.storage_offset() == 10 + 48
+        assert call.src_info.is_contiguous() and call.layout_range.is_contiguous()
+        offsets = [t.storage_offset() * t.element_size() for t in (call.layout_range, call.src_info, call.counts)]
+        assert offsets == [4 * 10, 4 * 10 + 8 * 6, 4 * (10 + 12 + 48)] and call.layout_range.dtype == torch.int64
+        assert call.memory.numel() == 10 + 12 + 48 + 3
         assert handle[2:] == (8, 256, 6)
 
 
