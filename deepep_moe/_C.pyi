@@ -91,9 +91,9 @@ def scale_rows(
     """out [M, H] = x [M, H] * weights [M]; sums [M] fp32 = x * rows over H. Both 0 where row_recv is negative."""
 
 class Messages:
-    """What the ranks tell each other in a plan, [R, words] int64."""
+    """What the ranks send each other in a plan, [R, HEADER_WORDS + R + expert_words + row_words] int64."""
 
-    def __init__(self, data: int, num_ranks: int, words: int) -> None: ...
+    def __init__(self, data: int, num_ranks: int, expert_words: int, row_words: int) -> None: ...
 
 class Headers:
     """Headers of all ranks, [R, AGREED_WORDS] int64, to be compared; address 0: nothing is compared."""
@@ -132,25 +132,12 @@ def count(
 def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
     """The header, once for each rank: [R, AGREED_WORDS] int64."""
 
-def routes_to_send(
-    *,
-    topk_idx: int,
-    send_slot: int,
-    messages: Messages,
-    num_tokens: int,
-    num_topk: int,
-    rank: int,
-    starts: int,
-    out: int,
-    stream: int,
-) -> None:
-    """Token and experts of each sent row, [rows, 1 + K] int32, own rows last; and where the rows of each rank begin."""
+def starts(*, messages: Messages, rank: int, starts: int, stream: int) -> None:
+    """First row for each rank among those sent, own rows last, and among those that come back, own rows first [2, R]."""
 
 def place(
     *,
     messages: Messages,
-    routes: int,
-    segments: Segments,
     num_received: int,
     max_recv: int,
     max_rows: int,

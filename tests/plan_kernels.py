@@ -24,9 +24,9 @@ ROUTE_WORDS = 2
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the collective backend use these kernels on the CPU."""
-    kernels = (count, announce, routes_to_send, place)
+    kernels = (count, announce, starts, place)
     monkeypatch.setattr(
-        extension, "_C", SimpleNamespace(Messages=Messages, Segments=Segments, **{k.__name__: k for k in kernels})
+        extension, "_C", SimpleNamespace(Messages=Messages, **{k.__name__: k for k in kernels})
     )
     monkeypatch.setattr(extension, "current_stream", lambda device: 0)
     monkeypatch.setattr(Announcements, "_copy_to_host", lambda self, tensor: tensor.clone())
@@ -35,11 +35,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 class Messages(NamedTuple):
     data: int
     num_ranks: int
-    words: int
+    expert_words: int
+    row_words: int
 
     @property
     def array(self) -> np.ndarray:
-        return at(self.data, np.int64, self.num_ranks, self.words)
+        words = HEADER_WORDS + ROUTE_WORDS + self.num_ranks + self.expert_words + self.row_words
+        return at(self.data, np.int64, self.num_ranks, words)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -48,12 +50,14 @@ class Messages(NamedTuple):
 
     @property
     def routes(self) -> np.ndarray:
-        return self.array[:, HEADER_WORDS + ROUTE_WORDS + self.num_ranks :]
+        first = HEADER_WORDS + ROUTE_WORDS + self.num_ranks
+        return self.array[:, first : first + self.expert_words]
 
-
-class Segments(NamedTuple):
-    own_first: int
-    num_own: int
+    def rows(self, rank: int, topk: int) -> np.ndarray:
+        """[room, 1 + K]: the token and the experts of each row."""
+        first = HEADER_WORDS + ROUTE_WORDS + self.num_ranks + self.expert_words
+        room = 2 * self.row_words // (1 + topk)
+        return self.array[rank, first:].view(np.int32)[: room * (1 + topk)].reshape(room, 1 + topk)
 
 
 def at(address: int, dtype: Any, *shape: int) -> np.ndarray:
@@ -89,6 +93,9 @@ def count(
         goes = (valid & (index // local == rank)).any(1) if wanted is None else wanted[:, rank]
         slots[:, rank] = np.where(goes, goes.cumsum() - 1, -1)
         messages.tokens[:, rank] = goes.sum()
+        rows = messages.rows(rank, num_topk)
+        sent = np.flatnonzero(goes)[: len(rows)]
+        rows[: len(sent)] = np.column_stack([sent, index[sent]])
         if local <= messages.routes.shape[1]:
             if num_topk:
                 counts = np.bincount(index[valid], minlength=num_experts)
@@ -101,37 +108,19 @@ def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> Non
     at(out, np.int64, num_ranks, HEADER_WORDS)[:] = header
 
 
-def routes_to_send(
-    *,
-    topk_idx: int,
-    send_slot: int,
-    messages: Messages,
-    num_tokens: int,
-    num_topk: int,
-    rank: int,
-    starts: int,
-    out: int,
-    stream: int,
-) -> None:
-    ranks = messages.num_ranks
+def starts(*, messages: Messages, rank: int, starts: int, stream: int) -> None:
     sent = messages.tokens[rank].copy()
     own, sent[rank] = int(sent[rank]), 0
-    first = at(starts, np.int32, 2, ranks)
+    first = at(starts, np.int32, 2, messages.num_ranks)
     first[0] = np.cumsum(sent) - sent
     first[0, rank] = sent.sum()
     first[1] = first[0] + own
     first[1, rank] = 0
-    rows = at(out, np.int32, int(sent.sum()) + own, 1 + num_topk)
-    index, slots = at(topk_idx, np.int64, num_tokens, num_topk), at(send_slot, np.int32, num_tokens, ranks)
-    for token, destination in np.argwhere(slots >= 0):
-        rows[first[0, destination] + slots[token, destination]] = [token, *index[token]]
 
 
 def place(
     *,
     messages: Messages,
-    routes: int,
-    segments: Segments,
     num_received: int,
     max_recv: int,
     max_rows: int,
@@ -145,10 +134,8 @@ def place(
     stream: int,
 ) -> None:
     ranks = messages.num_ranks
-    rows = at(routes, np.int32, num_received, 1 + num_topk)
-    own = range(segments.own_first, segments.own_first + segments.num_own)
-    order = np.argsort([*own, *(n for n in range(num_received) if n not in own)])  # own rows come first
-    rows = rows[order.astype(np.int64)]
+    rows = np.concatenate([messages.rows(r, num_topk)[: messages.tokens[r, rank]] for r in range(ranks)])
+    assert len(rows) == num_received
     counts = messages.routes[:, :local_experts].sum(0)
     padded = -(-counts // alignment) * alignment * (num_topk > 0)
     offsets = np.concatenate([[0], padded.cumsum()])

@@ -33,26 +33,33 @@ struct RoutesArgs {
     float* weights;     // [T, K]: written, 0 where there is no route; by the backward read, their gradient
 };
 
-// What the ranks of a group tell each other in one small exchange: a header, which all must agree on but for its last
-// words, and in a plan the counts of the batch. One message is `words` long; there is one for each rank.
-//   header [kHeaderWords], tokens for each rank [R], routes to each expert of the receiving rank [L]
+// What the ranks of a group send each other in one exchange: a header, which all must agree on but for its last words,
+// and in a plan the counts of the batch and the routes of the rows that follow. There is one message for each rank.
+//   header [kHeaderWords], tokens for each rank [R], routes to each expert of the receiving rank [expert_words],
+//   the token and the experts of each row for the receiving rank [row_words]
 struct Messages {
     static constexpr int kAgreedWords = 19;                               // compared by exchange.py and by agree.cuh
     static constexpr int kLowest = kAgreedWords, kHighest = kLowest + 1;  // expert index of this rank's batch
     static constexpr int kHeaderWords = kAgreedWords + 2;
 
     int64_t* data;
-    int num_ranks, words;
+    int num_ranks;
+    int expert_words, row_words;  // room; what does not fit is left out
 
-    // For counts of local experts. Without room for all of them there are none.
-    __host__ __device__ int room() const { return words - kHeaderWords - num_ranks; }
-    __host__ __device__ int64_t* of(int rank) const { return data + static_cast<int64_t>(rank) * words; }
+    __host__ __device__ int words() const { return kHeaderWords + num_ranks + expert_words + row_words; }
+    __host__ __device__ int64_t* of(int rank) const { return data + static_cast<int64_t>(rank) * words(); }
     __host__ __device__ int64_t& tokens(int rank, int destination) const {
         return of(rank)[kHeaderWords + destination];
     }
     __host__ __device__ int64_t& routes(int rank, int local_expert) const {
         return of(rank)[kHeaderWords + num_ranks + local_expert];
     }
+    // Row i for or from the rank: the number of its token at the source, and K experts.
+    __host__ __device__ int* row(int rank, int i, int topk) const {
+        return reinterpret_cast<int*>(of(rank) + kHeaderWords + num_ranks + expert_words) +
+               static_cast<int64_t>(i) * (1 + topk);
+    }
+    __host__ __device__ int max_rows(int topk) const { return 2 * row_words / (1 + topk); }
 };
 
 struct Header {
@@ -93,21 +100,16 @@ struct Segments {
     }
 };
 
-// The token and the experts of every row that is sent, and where the rows for each rank begin.
-struct RoutesToSendArgs {
-    const int64_t* topk_idx;  // [T, K]
-    const int* send_slot;     // [T, R]
-    Messages messages;        // as received: the own message has the tokens for each rank
-    int num_tokens, num_topk, rank;
+// Where the rows for each rank begin among those sent, and among those that come back.
+struct StartsArgs {
+    Messages messages;  // to the ranks, as launch_count writes them
+    int rank;
     int* starts;  // [2, R] first row of each rank: own last, then own first
-    int* out;     // [rows sent, 1 + K], own last
 };
 
 // The place of every received row.
 struct PlaceArgs {
-    Messages messages;  // from each rank
-    const int* routes;  // [N, 1 + K] as RoutesToSendArgs writes them, own first
-    Segments segments;
+    Messages messages;       // from each rank
     int num_received;        // N
     int max_recv, max_rows;  // rows of `received` and `row_recv`; those not used get -1
     int num_topk, local_experts, alignment, rank;
@@ -214,7 +216,7 @@ cudaError_t launch_routes(const RoutesArgs& args, DataType probs, bool backward,
 cudaError_t launch_scale_rows(const ScaleRowsArgs& args, DataType dtype, cudaStream_t stream);
 cudaError_t launch_count(const CountArgs& args, cudaStream_t stream);
 cudaError_t launch_announce(const AnnounceArgs& args, cudaStream_t stream);
-cudaError_t launch_routes_to_send(const RoutesToSendArgs& args, cudaStream_t stream);
+cudaError_t launch_starts(const StartsArgs& args, cudaStream_t stream);
 cudaError_t launch_place(const PlaceArgs& args, cudaStream_t stream);
 cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
 cudaError_t launch_expand(const ExpandArgs& args, cudaStream_t stream);

@@ -28,9 +28,10 @@ void bind_parts(py::module_& m) {
     m.attr("HEADER_WORDS") = Messages::kHeaderWords;
     m.attr("MAX_SUMMED_ROWS") = kMaxSummedRows;
     py::class_<Messages>(m, "Messages")
-        .def(py::init(
-                 [](Address data, int num_ranks, int words) { return Messages{at<int64_t>(data), num_ranks, words}; }),
-             py::arg("data"), py::arg("num_ranks"), py::arg("words"));
+        .def(py::init([](Address data, int num_ranks, int expert_words, int row_words) {
+                 return Messages{at<int64_t>(data), num_ranks, expert_words, row_words};
+             }),
+             py::arg("data"), py::arg("num_ranks"), py::arg("expert_words"), py::arg("row_words"));
     py::class_<Headers>(m, "Headers")
         .def(py::init([](Address data, int num_ranks) { return Headers{at<int64_t>(data), num_ranks}; }),
              py::arg("data"), py::arg("num_ranks"));
@@ -85,31 +86,21 @@ void bind_plan(py::module_& m) {
         },
         py::kw_only(), py::arg("header"), py::arg("num_ranks"), py::arg("out"), py::arg("stream"));
     m.def(
-        "routes_to_send",
-        [](Address topk_idx, Address send_slot, const Messages& messages, int num_tokens, int num_topk, int rank,
-           Address starts, Address out, Address stream) {
-            RoutesToSendArgs args{};
-            args.topk_idx = at<int64_t>(topk_idx);
-            args.send_slot = at<int>(send_slot);
+        "starts",
+        [](const Messages& messages, int rank, Address starts, Address stream) {
+            StartsArgs args{};
             args.messages = messages;
-            args.num_tokens = num_tokens;
-            args.num_topk = num_topk;
             args.rank = rank;
             args.starts = at<int>(starts);
-            args.out = at<int>(out);
-            check(launch_routes_to_send(args, as_stream(stream)), "routes_to_send");
+            check(launch_starts(args, as_stream(stream)), "starts");
         },
-        py::kw_only(), py::arg("topk_idx"), py::arg("send_slot"), py::arg("messages"), py::arg("num_tokens"),
-        py::arg("num_topk"), py::arg("rank"), py::arg("starts"), py::arg("out"), py::arg("stream"));
+        py::kw_only(), py::arg("messages"), py::arg("rank"), py::arg("starts"), py::arg("stream"));
     m.def(
         "place",
-        [](const Messages& messages, Address routes, const Segments& segments, int num_received, int max_recv,
-           int max_rows, int num_topk, int local_experts, int alignment, int rank, Address counted, Address received,
-           Address row_recv, Address stream) {
+        [](const Messages& messages, int num_received, int max_recv, int max_rows, int num_topk, int local_experts,
+           int alignment, int rank, Address counted, Address received, Address row_recv, Address stream) {
             PlaceArgs args{};
             args.messages = messages;
-            args.routes = at<int>(routes);
-            args.segments = segments;
             args.num_received = num_received;
             args.max_recv = max_recv;
             args.max_rows = max_rows;
@@ -122,9 +113,9 @@ void bind_plan(py::module_& m) {
             args.row_recv = at<int>(row_recv);
             check(launch_place(args, as_stream(stream)), "place");
         },
-        py::kw_only(), py::arg("messages"), py::arg("routes"), py::arg("segments"), py::arg("num_received"),
-        py::arg("max_recv"), py::arg("max_rows"), py::arg("num_topk"), py::arg("local_experts"), py::arg("alignment"),
-        py::arg("rank"), py::arg("counted"), py::arg("received"), py::arg("row_recv"), py::arg("stream"));
+        py::kw_only(), py::arg("messages"), py::arg("num_received"), py::arg("max_recv"), py::arg("max_rows"),
+        py::arg("num_topk"), py::arg("local_experts"), py::arg("alignment"), py::arg("rank"), py::arg("counted"),
+        py::arg("received"), py::arg("row_recv"), py::arg("stream"));
 }
 
 void bind_rows(py::module_& m) {

@@ -1,5 +1,6 @@
 // Count: the first step of a plan, before anything is exchanged. A block for each rank numbers the tokens that go there
-// in token order and counts the routes to that rank's experts; one more block writes what concerns all ranks.
+// in token order, counts the routes to that rank's experts and writes the routes of each row; one more block writes
+// what concerns all ranks. Then `starts` adds up the rows for each rank.
 #include <climits>
 
 #include "device/block.cuh"
@@ -17,7 +18,8 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
     const Messages& messages = args.messages;
     const int ranks = messages.num_ranks, local_experts = args.num_experts / ranks, topk = args.num_topk;
     const int first_expert = rank * local_experts;
-    const bool counted = local_experts <= messages.room();
+    const bool counted = local_experts <= messages.expert_words;
+    const int max_rows = messages.max_rows(topk);
     for (int e = threadIdx.x; counted && e < local_experts; e += kThreads)
         messages.routes(rank, e) = topk > 0 ? 0 : args.given_expert_counts[first_expert + e];
     __syncthreads();
@@ -47,6 +49,12 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
         int all;
         const int slot = before + block_exclusive_sum(goes, warp_sums, all);
         if (token < args.num_tokens) args.send_slot[static_cast<int64_t>(token) * ranks + rank] = goes ? slot : -1;
+        if (goes && slot < max_rows) {
+            int* row = messages.row(rank, slot, topk);
+            *row = token;
+            for (int k = 0; k < topk; ++k)
+                row[1 + k] = static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * topk + k]);
+        }
         before += all;
     }
     for (int r = threadIdx.x; r < ranks; r += kThreads) messages.tokens(r, rank) = before;
@@ -94,7 +102,36 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
         write_headers(args);
 }
 
+__global__ void __launch_bounds__(kThreads) starts_kernel(const __grid_constant__ StartsArgs args) {
+    __shared__ int warp_sums[kThreads / kWarpSize];
+    const int ranks = args.messages.num_ranks;
+    const int own_rows = static_cast<int>(args.messages.tokens(args.rank, args.rank));
+    int before = 0;  // rows for ranks of earlier iterations
+    for (int base = 0; base < ranks; base += kThreads) {
+        const int rank = base + threadIdx.x;
+        const bool other = rank < ranks && rank != args.rank;
+        int all;
+        const int start =
+            before +
+            block_exclusive_sum(other ? static_cast<int>(args.messages.tokens(args.rank, rank)) : 0, warp_sums, all);
+        if (other) {
+            args.starts[rank] = start;
+            args.starts[ranks + rank] = start + own_rows;
+        }
+        before += all;
+    }
+    if (threadIdx.x == 0) {
+        args.starts[args.rank] = before;
+        args.starts[ranks + args.rank] = 0;
+    }
+}
+
 }  // namespace
+
+cudaError_t launch_starts(const StartsArgs& args, cudaStream_t stream) {
+    starts_kernel<<<1, kThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
 
 cudaError_t launch_count(const CountArgs& args, cudaStream_t stream) {
     count_kernel<<<args.messages.num_ranks + 1, kThreads, 0, stream>>>(args);

@@ -1,11 +1,8 @@
-// Place: the last steps of a plan, once the counts of all ranks are known.
+// Place: the last step of a plan, once the messages of all ranks have arrived: the expert row of each route, by expert,
+// then received row, then top-k position. A block for each local expert goes over all received rows; one more block
+// writes the counts.
 //
-//   routes_to_send  on the source: the token and the experts of each row that is sent. Some blocks for each
-//   destination. place           on the destination: the expert row of each route, by expert, then received row, then
-//   top-k position.
-//                   A block for each local expert goes over all received rows; one more block writes the counts.
-//
-// Both depend on counts and positions alone, so the order of rows is a function of the routing.
+// Places depend on counts and positions alone, so the order of rows is a function of the routing.
 #include "device/block.cuh"
 #include "local/args.h"
 
@@ -16,33 +13,31 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kLoads = 8;  // expert indices of a row that a thread loads at once
 
-// Rows for the ranks before `rank`, except for `own`. All threads of the block call.
-__device__ __forceinline__ int rows_before(const Messages& messages, int own, int rank, int* warp_sums) {
-    int mine = 0, total;
-    for (int r = threadIdx.x; r < rank; r += kThreads)
-        if (r != own) mine += static_cast<int>(messages.tokens(own, r));
-    block_exclusive_sum(mine, warp_sums, total);
-    return total;
+// Rows received from the ranks before each, [R + 1]. All threads of the block call.
+__device__ __forceinline__ void sum_sources(const PlaceArgs& args, int* before, int* warp_sums) {
+    const int ranks = args.messages.num_ranks;
+    int sum = 0;
+    for (int base = 0; base < ranks; base += kThreads) {
+        const int source = base + threadIdx.x;
+        int all;
+        const int first =
+            sum + block_exclusive_sum(source < ranks ? static_cast<int>(args.messages.tokens(source, args.rank)) : 0,
+                                      warp_sums, all);
+        if (source < ranks) before[source] = first;
+        sum += all;
+    }
+    if (threadIdx.x == 0) before[ranks] = sum;
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) routes_to_send_kernel(const __grid_constant__ RoutesToSendArgs args) {
-    __shared__ int warp_sums[kThreads / kWarpSize];
-    const int ranks = args.messages.num_ranks, topk = args.num_topk, destination = blockIdx.x, own = args.rank;
-    const int start = rows_before(args.messages, own, destination == own ? ranks : destination, warp_sums);
-    if (threadIdx.x == 0 && blockIdx.y == 0) {
-        args.starts[destination] = start;
-        args.starts[ranks + destination] =
-            destination == own ? 0 : start + static_cast<int>(args.messages.tokens(own, own));
+// Received row n as its source wrote it: the token and K experts.
+__device__ __forceinline__ const int* received_row(const PlaceArgs& args, const int* before, int n) {
+    int source = 0, end = args.messages.num_ranks;  // the last source with at most n rows before it
+    while (end - source > 1) {
+        const int middle = (source + end) / 2;
+        (before[middle] <= n ? source : end) = middle;
     }
-    // Consecutive threads write consecutive words.
-    const int64_t words = static_cast<int64_t>(args.num_tokens) * (1 + topk);
-    for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < words; i += gridDim.y * kThreads) {
-        const int token = static_cast<int>(i / (1 + topk)), word = static_cast<int>(i % (1 + topk));
-        const int slot = args.send_slot[static_cast<int64_t>(token) * ranks + destination];
-        if (slot < 0) continue;
-        args.out[static_cast<int64_t>(start + slot) * (1 + topk) + word] =
-            word == 0 ? token : static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * topk + word - 1]);
-    }
+    return args.messages.row(source, n - before[source], args.num_topk);
 }
 
 // Rows of a local expert, and rounded up to the alignment.
@@ -57,7 +52,7 @@ __device__ __forceinline__ int padded(const PlaceArgs& args, int routes) {
 }
 
 // Everything but expert rows; the route's local expert, or -1. The threads of all blocks share the work.
-__device__ __forceinline__ void copy_received(const PlaceArgs& args) {
+__device__ __forceinline__ void copy_received(const PlaceArgs& args, const int* before) {
     const int topk = args.num_topk, words = 1 + 2 * topk, first_expert = args.rank * args.local_experts;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -65,7 +60,7 @@ __device__ __forceinline__ void copy_received(const PlaceArgs& args) {
         const int n = static_cast<int>(i / words), word = static_cast<int>(i % words);
         int value = -1;
         if (n < args.num_received) {
-            const int* row = args.routes + static_cast<int64_t>(args.segments.own_first_row(n)) * (1 + topk);
+            const int* row = received_row(args, before, n);
             if (word == 0) {
                 value = row[0];
             } else {
@@ -80,10 +75,10 @@ __device__ __forceinline__ void copy_received(const PlaceArgs& args) {
 }
 
 // Expert rows of one local expert.
-__device__ __forceinline__ void place_expert(const PlaceArgs& args, int expert, int* warp_sums) {
-    int before = 0, first;
-    for (int e = threadIdx.x; e < expert; e += kThreads) before += padded(args, routes_to(args, e));
-    block_exclusive_sum(before, warp_sums, first);
+__device__ __forceinline__ void place_expert(const PlaceArgs& args, const int* before, int expert, int* warp_sums) {
+    int rows = 0, first;  // of the experts before this one
+    for (int e = threadIdx.x; e < expert; e += kThreads) rows += padded(args, routes_to(args, e));
+    block_exclusive_sum(rows, warp_sums, first);
     const int topk = args.num_topk, words = 1 + 2 * topk, global = args.rank * args.local_experts + expert;
     int next = first;
     for (int base = 0; base < args.num_received; base += kThreads) {
@@ -91,7 +86,7 @@ __device__ __forceinline__ void place_expert(const PlaceArgs& args, int expert, 
         const int* routes = nullptr;
         int found = 0, all;
         if (n < args.num_received) {
-            routes = args.routes + static_cast<int64_t>(args.segments.own_first_row(n)) * (1 + topk) + 1;
+            routes = received_row(args, before, n) + 1;
             for (int first_k = 0; first_k < topk; first_k += kLoads) {
                 int expert[kLoads];
 #pragma unroll
@@ -145,24 +140,20 @@ __device__ __forceinline__ void write_counts(const PlaceArgs& args, int* warp_su
 
 __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__ PlaceArgs args) {
     __shared__ int warp_sums[kThreads / kWarpSize];
-    copy_received(args);
+    extern __shared__ int before[];  // [R + 1]
+    sum_sources(args, before, warp_sums);
+    copy_received(args, before);
     if (static_cast<int>(blockIdx.x) == args.local_experts)
         write_counts(args, warp_sums);
     else if (args.num_topk > 0)
-        place_expert(args, blockIdx.x, warp_sums);
+        place_expert(args, before, blockIdx.x, warp_sums);
 }
 
 }  // namespace
 
-cudaError_t launch_routes_to_send(const RoutesToSendArgs& args, cudaStream_t stream) {
-    const int64_t words = static_cast<int64_t>(args.num_tokens) * (1 + args.num_topk);
-    const int parts = static_cast<int>(max(min((words + kThreads - 1) / kThreads, int64_t{16}), int64_t{1}));
-    routes_to_send_kernel<<<dim3(args.messages.num_ranks, parts), kThreads, 0, stream>>>(args);
-    return cudaGetLastError();
-}
-
 cudaError_t launch_place(const PlaceArgs& args, cudaStream_t stream) {
-    place_kernel<<<args.local_experts + 1, kThreads, 0, stream>>>(args);
+    const size_t shared = (args.messages.num_ranks + 1) * sizeof(int);
+    place_kernel<<<args.local_experts + 1, kThreads, shared, stream>>>(args);
     return cudaGetLastError();
 }
 

@@ -83,7 +83,7 @@ class Announcements:
         return call
 
     def receive(self, call: Announced) -> None:
-        """Receive the headers of ``call``. What is enqueued between :meth:`begin` and this runs at the same time."""
+        """Receive the headers of ``call``. The rows may be under way already; the headers were sent before them."""
         if call.receive is not None:
             call.headers, call.receive = call.receive(), None
             call.copy = self._copy_to_host(call.headers)

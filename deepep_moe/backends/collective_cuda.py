@@ -1,8 +1,9 @@
 """The collective backend on GPUs: the CUDA extension's kernels do the local work, NCCL carries packed rows.
 
-* :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, exchanges one small message per rank (the header of
-  exchange.py, and counts) and waits for it on the host. That is its only wait. Then the expert indices of each row
-  cross, and one kernel places every row.
+* :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, sends one message to each rank (the header of exchange.py,
+  counts, and the expert indices of each row that the rank gets) and waits for those of the others on the host. That is
+  its only wait. Then one kernel places every row. Messages have a fixed size. If a batch needs more room, all ranks see
+  it in the counts and exchange larger messages, from then on.
 * :meth:`CollectiveOnGPU.dispatch` packs each token for each rank that wants it (quantised, if asked), sends the packed
   rows in one all-to-all, and expands what arrives into the layout asked for.
 * :meth:`CollectiveOnGPU.combine` sums a token's expert rows into one packed row, sends it home in one all-to-all, and
@@ -19,7 +20,7 @@ the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -29,17 +30,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends.announcements import Announcements
+from deepep_moe.backends.announcements import Announced, Announcements
 from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, gather, reason_of, refused_by
+from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, Room, gather, reason_of, refused_by
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, InputError, PeerError, UnsupportedError
 
-_ROUTE_WORDS = 2  # of a message, after the header: the lowest and the highest expert index of the sending rank's batch
+_FIRST_COUNT = HEADER_WORDS + 2  # after the header come the lowest and the highest expert index of the sender's batch
 
 
 class Crossing(NamedTuple):
@@ -50,9 +51,9 @@ class Crossing(NamedTuple):
     segments: Segments  # the rows that stay on this rank
 
     @classmethod
-    def of(cls, counts: list[list[int]], rank: int) -> Crossing:
-        """``counts[s][d]``: rows from rank s to rank d."""
-        sent, received = list(counts[rank]), [row[rank] for row in counts]
+    def of(cls, counts: Tensor, rank: int) -> Crossing:
+        """``counts [R, R]`` on the CPU: entry [s, d] says how many rows rank s sends to rank d."""
+        sent, received = counts[rank].tolist(), counts[:, rank].tolist()
         segments = Segments(sum(received[:rank]), sent[rank])
         sent[rank] = received[rank] = 0
         return cls(sent, received, segments)
@@ -103,8 +104,9 @@ class CollectiveOnGPU(CollectiveBackend):
     def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
         ranks, local_experts = self.world_size, num_experts // self.world_size
-        messages, send_slot = self._count([0] * HEADER_WORDS, topk_idx, num_experts, None, None, local_experts)
-        counts = messages[:, HEADER_WORDS + _ROUTE_WORDS :].to(torch.int32)
+        room = Room(local_experts, row_words=0)
+        messages, send_slot = self._count([0] * HEADER_WORDS, topk_idx, num_experts, None, None, room)
+        counts = messages[:, _FIRST_COUNT:].to(torch.int32)
         return Destinations(
             num_tokens_per_rank=counts[0, :ranks],
             num_tokens_per_node=None,
@@ -148,31 +150,50 @@ class CollectiveOnGPU(CollectiveBackend):
             "fixed sizes": fixed,
         }
         header = exchange.header("plan", facts)
-        local_experts = num_experts // self.world_size
+        ranks, local_experts = self.world_size, num_experts // self.world_size
         while True:
             room = exchange.room
             with exchange.moving("plan"):
                 sent, send_slot = self._count(
                     header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, room
                 )
-                messages = self._swap(sent)
-                host = exchange.to_host("plan", messages)
+                receive = self._send(sent)
+                starts = self._starts(sent, room)
+                messages = receive()
+                host = exchange.to_host("plan", messages[:, : _FIRST_COUNT + ranks + room.expert_words].contiguous())
             self._check_messages(facts, host, num_experts)
-            if local_experts <= room:
+            counts = host[:, _FIRST_COUNT:]
+            row_words = -(-int(counts[:, :ranks].max()) * (1 + topk_idx.shape[1]) // 2)
+            if local_experts <= room.expert_words and row_words <= room.row_words:
                 break
-            exchange.room = local_experts  # equal on all ranks, like the number of experts
-        counts = host[:, HEADER_WORDS + _ROUTE_WORDS :]
-        crossing = Crossing.of(counts[:, : self.world_size].tolist(), self.rank)
-        per_expert = counts[:, self.world_size : self.world_size + local_experts].sum(0)
+            # The same on all ranks. Loads vary from batch to batch, hence the margin.
+            exchange.room = Room(
+                max(room.expert_words, local_experts), max(room.row_words, row_words + row_words // 4)
+            )
+        crossing = Crossing.of(counts[:, :ranks], self.rank)
+        per_expert = counts[:, ranks : ranks + local_experts].sum(0)
         num_rows = int(((per_expert + alignment - 1) // alignment).sum()) * alignment if topk_idx.shape[1] else 0
         # Only sizes that were fixed beforehand can be too small.
         with exchange.agreement("plan") if fixed else exchange.moving("plan"):
             num_recv = self._room(crossing.num_received, "received tokens", "max_recv", max_recv)
             num_rows = self._room(num_rows, "expert rows", "max_rows", max_rows if topk_idx.shape[1] else None)
         with exchange.moving("plan"):
-            plan = self._place_rows(messages, send_slot, topk_idx, num_experts, alignment, crossing, num_recv, num_rows)
-        plan.expert_counts_host = None if fixed else per_expert
-        return plan
+            counted, received, row_recv = self._place_rows(
+                messages, room, topk_idx.shape[1], local_experts, alignment, crossing.num_received, num_recv, num_rows
+            )
+        return _HostPlan(
+            num_experts=num_experts,
+            alignment=alignment,
+            identity=(self.number, exchange.plans),
+            topk_idx=topk_idx,
+            send_slot=send_slot,
+            counted=counted,
+            received=received,
+            row_recv=row_recv,
+            expert_counts_host=None if fixed else per_expert,
+            crossing=crossing,
+            starts=starts,
+        )
 
     def _count(
         self,
@@ -181,17 +202,16 @@ class CollectiveOnGPU(CollectiveBackend):
         num_experts: int,
         is_token_in_rank: Tensor | None,
         num_tokens_per_expert: Tensor | None,
-        room: int,
+        room: Room,
     ) -> tuple[Tensor, Tensor]:
-        """A message for each rank, [R, words] int64, and ``Plan.send_slot``. Without ``room`` for the experts of a rank
-        in a message, their counts are left out."""
+        """A message for each rank, [R, words] int64, and ``Plan.send_slot``. What ``room`` does not suffice for is left
+        out of the messages."""
         topk_idx = topk_idx.to(torch.int64).contiguous()
         is_token_in_rank, num_tokens_per_expert = (
             None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)
         )
         (tokens, topk), ranks = topk_idx.shape, self.world_size
-        words = HEADER_WORDS + _ROUTE_WORDS + ranks + room
-        messages = torch.empty((ranks, words), dtype=torch.int64, device=self.device)
+        messages = torch.empty((ranks, self._message_words(room)), dtype=torch.int64, device=self.device)
         send_slot = torch.empty((tokens, ranks), dtype=torch.int32, device=self.device)
         extension._C.count(
             topk_idx=topk_idx.data_ptr(),
@@ -201,16 +221,27 @@ class CollectiveOnGPU(CollectiveBackend):
             num_topk=topk,
             num_experts=num_experts,
             header=header,
-            messages=self._messages(messages),
+            messages=self._messages(messages, room),
             send_slot=send_slot.data_ptr(),
             stream=extension.current_stream(self.device),
         )
         return messages, send_slot
 
-    def _swap(self, messages: Tensor) -> Tensor:
-        """The message of each rank to this one, [R, words]."""
+    def _send(self, messages: Tensor) -> Callable[[], Tensor]:
+        """Start to send a message to each rank; the result gives those of the ranks to this one, [R, words]."""
         ones = [1] * self.world_size
-        return self._open().all_to_all("plan", messages, ones, ones)
+        return self._open().start_all_to_all("plan", messages, ones, ones)
+
+    def _starts(self, messages: Tensor, room: Room) -> Tensor:
+        """``_HostPlan.starts``, from the messages that this rank sends."""
+        starts = torch.empty((2, self.world_size), dtype=torch.int32, device=self.device)
+        extension._C.starts(
+            messages=self._messages(messages, room),
+            rank=self.rank,
+            starts=starts.data_ptr(),
+            stream=extension.current_stream(self.device),
+        )
+        return starts
 
     def _check_messages(self, facts: dict[str, Fact], host: Tensor, num_experts: int) -> None:
         """Raise what is wrong with the batch of any rank, and what went wrong in calls before this one."""
@@ -218,7 +249,7 @@ class CollectiveOnGPU(CollectiveBackend):
         self._announcements.check()
         exchange.check_usable("plan")
         exchange.compare_headers("plan", facts, host, None)
-        ranges = host[:, HEADER_WORDS : HEADER_WORDS + _ROUTE_WORDS].tolist()
+        ranges = host[:, HEADER_WORDS:_FIRST_COUNT].tolist()
         wrong = {
             rank: InputError(
                 "topk_idx",
@@ -242,40 +273,22 @@ class CollectiveOnGPU(CollectiveBackend):
     def _place_rows(
         self,
         messages: Tensor,
-        send_slot: Tensor,
-        topk_idx: Tensor,
-        num_experts: int,
+        room: Room,
+        topk: int,
+        local_experts: int,
         alignment: int,
-        crossing: Crossing,
+        num_received: int,
         num_recv: int,
         num_rows: int,
-    ) -> _HostPlan:
-        """Send the experts of every row along, and give each its place."""
-        (tokens, topk), ranks, local_experts = topk_idx.shape, self.world_size, num_experts // self.world_size
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-
-        starts, routes = empty(2, ranks), empty(crossing.num_rows, 1 + topk)
-        extension._C.routes_to_send(
-            topk_idx=topk_idx.data_ptr(),
-            send_slot=send_slot.data_ptr(),
-            messages=self._messages(messages),
-            num_tokens=tokens,
-            num_topk=topk,
-            rank=self.rank,
-            starts=starts.data_ptr(),
-            out=routes.data_ptr(),
-            stream=extension.current_stream(self.device),
-        )
-        arrived = self._exchange_rows("plan", routes, crossing)
-        counted = empty(ranks * ranks + 2 * local_experts + 1, dtype=torch.int64)
-        received, row_recv = empty(num_recv, 1 + 2 * topk), empty(num_rows)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``Plan.counted``, ``.received`` and ``.row_recv``. ``num_received`` rows arrive, of ``num_recv`` at most."""
+        ranks = self.world_size
+        counted = torch.empty(ranks * ranks + 2 * local_experts + 1, dtype=torch.int64, device=self.device)
+        received = torch.empty((num_recv, 1 + 2 * topk), dtype=torch.int32, device=self.device)
+        row_recv = torch.empty(num_rows, dtype=torch.int32, device=self.device)
         extension._C.place(
-            messages=self._messages(messages),
-            routes=arrived.data_ptr(),
-            segments=extension._C.Segments(*crossing.segments),
-            num_received=crossing.num_received,
+            messages=self._messages(messages, room),
+            num_received=num_received,
             max_recv=num_recv,
             max_rows=num_rows,
             num_topk=topk,
@@ -287,19 +300,7 @@ class CollectiveOnGPU(CollectiveBackend):
             row_recv=row_recv.data_ptr(),
             stream=extension.current_stream(self.device),
         )
-        return _HostPlan(
-            num_experts=num_experts,
-            alignment=alignment,
-            identity=(self.number, self._open().plans),
-            topk_idx=topk_idx,
-            send_slot=send_slot,
-            counted=counted,
-            received=received,
-            row_recv=row_recv,
-            expert_counts_host=None,
-            crossing=crossing,
-            starts=starts,
-        )
+        return counted, received, row_recv
 
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
         exchange = self._open()
@@ -318,13 +319,12 @@ class CollectiveOnGPU(CollectiveBackend):
         exchange = self._open()
         try:
             if self.world_size > 1:
-                words = HEADER_WORDS + _ROUTE_WORDS + self.world_size + exchange.room
-                message = torch.zeros((self.world_size, words), dtype=torch.int64, device="cpu")
-                message[:, :HEADER_WORDS] = torch.tensor(
-                    exchange.header("plan", {}, refused=True), dtype=torch.int64, device="cpu"
-                )
+                shape = (self.world_size, self._message_words(exchange.room))
+                message = torch.zeros(shape, dtype=torch.int64, device=self.device)
+                header = torch.tensor(exchange.header("plan", {}, refused=True), dtype=torch.int64, device="cpu")
+                message[:, :HEADER_WORDS] = header.to(self.device)
                 with suppress(PeerError):  # this rank has a reason of its own
-                    host = exchange.to_host("plan", self._swap(message.to(self.device)))
+                    host = exchange.to_host("plan", self._send(message)()[:, :HEADER_WORDS].contiguous())
                     exchange.compare_headers("plan", {}, host, error)
             raise error
         finally:
@@ -349,9 +349,7 @@ class CollectiveOnGPU(CollectiveBackend):
         format = RowFormat.of(x, scales, weights, quantize=wire is not Wire.AS_GIVEN)
         packed = self._buffer(crossing, format)
         pack_rows(x, plan.send_slot, packed, format, starts=starts[0], scales=scales, weights=weights)
-        self._announcements.receive(call)
-        arrived = self._exchange_rows("dispatch", packed, crossing)
-        self._announcements.end(call)
+        arrived = self._exchange_rows(call, packed, crossing)
         by_expert = layout is Layout.BY_EXPERT
         rows = expand_rows(
             arrived,
@@ -399,9 +397,7 @@ class CollectiveOnGPU(CollectiveBackend):
             apply_weights=apply_weights,
             vectors=None if by_expert or not carried else weights,
         )
-        self._announcements.receive(call)
-        arrived = self._exchange_rows("combine", packed, back)
-        self._announcements.end(call)
+        arrived = self._exchange_rows(call, packed, back)
         tokens, summed = sum_packed_rows(
             arrived,
             plan.send_slot,
@@ -419,17 +415,20 @@ class CollectiveOnGPU(CollectiveBackend):
         """Packed rows of a crossing, both sent and received: :class:`Segments` says in which order."""
         return torch.empty((crossing.num_rows, format.pitch), dtype=torch.uint8, device=self.device)
 
-    def _exchange_rows(self, phase: Phase, rows: Tensor, crossing: Crossing) -> Tensor:
+    def _exchange_rows(self, call: Announced, rows: Tensor, crossing: Crossing) -> Tensor:
         """Send the first ``num_sent`` of ``rows``, receive the last; returns all received ones, own rows first."""
         received = rows[crossing.num_sent :]
         if self.world_size > 1:
-            self._open().start_all_to_all(
-                phase,
+            finish = self._open().start_all_to_all(
+                call.phase,
                 rows[: crossing.num_sent],
                 crossing.sent,
                 crossing.received,
                 out=received[crossing.segments.num_own :],
-            )()
+            )
+            self._announcements.receive(call)
+            finish()
+            self._announcements.end(call)
         return received
 
     def _crossing(self, phase: Phase, plan: Plan) -> tuple[Crossing, Tensor]:
@@ -440,7 +439,7 @@ class CollectiveOnGPU(CollectiveBackend):
         # A plan that went through operators is made of tensors alone: this waits for the device.
         prefix = self._open().to_host(phase, plan.rank_prefix)
         counts = prefix.diff(dim=0, prepend=prefix.new_zeros((1, self.world_size)))
-        crossing = Crossing.of(counts.tolist(), self.rank)
+        crossing = Crossing.of(counts, self.rank)
         sent, own = torch.tensor(crossing.sent, dtype=torch.int32, device="cpu"), crossing.segments.num_own
         there = sent.cumsum(0, dtype=torch.int32) - sent
         starts = torch.stack([there, there + own])
@@ -476,8 +475,11 @@ class CollectiveOnGPU(CollectiveBackend):
             )
         return exchange
 
-    def _messages(self, messages: Tensor) -> extension._C.Messages:
-        return extension._C.Messages(messages.data_ptr(), self.world_size, messages.shape[1])
+    def _message_words(self, room: Room) -> int:
+        return _FIRST_COUNT + self.world_size + sum(room)
+
+    def _messages(self, messages: Tensor, room: Room) -> extension._C.Messages:
+        return extension._C.Messages(messages.data_ptr(), self.world_size, *room)
 
 
 def make_collective(group: dist.ProcessGroup, device: torch.device, config: DispatcherConfig) -> CollectiveBackend:

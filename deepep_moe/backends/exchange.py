@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from threading import RLock
-from typing import Any, NoReturn, TypeAlias, get_args
+from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,12 +46,21 @@ _SPIN_SECONDS = 1e-3  # of a wait for the device, before the host sleeps in betw
 _NO_PEER_TAG = 2**20  # of a message that is never sent
 
 
+class Room(NamedTuple):
+    """Room in the messages of a plan (collective_cuda.py), in words of 8 bytes. Equal on all ranks; it only grows."""
+
+    expert_words: int = 64
+    """For the counts of the receiving rank's experts."""
+    row_words: int = 2048
+    """For the routes of the rows that the receiving rank gets."""
+
+
 @dataclass
 class _State:
     """State of a group that outlives its Exchanges, which ranks garbage-collect at different times."""
 
     plans: int = 0
-    room: int = 64  # for counts of local experts in the messages of a plan (collective_cuda.py)
+    room: Room = field(default_factory=lambda: Room())
     given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: its traceback keeps tensors alive
     raised: bool = True  # whether a call of this rank has raised it; False where a thread found it
     lock: RLock = field(default_factory=RLock)  # held while the group is given up
@@ -120,13 +129,12 @@ class Exchange:
         return self._state.plans
 
     @property
-    def room(self) -> int:
-        """Number of local experts for which the messages of a plan have room; equal on all ranks."""
+    def room(self) -> Room:
         return self._state.room
 
     @room.setter
-    def room(self, local_experts: int) -> None:
-        self._state.room = local_experts
+    def room(self, room: Room) -> None:
+        self._state.room = room
 
     def count_plan(self) -> None:
         """Count a plan, before it can be refused."""
@@ -193,7 +201,7 @@ class Exchange:
 
         If a rank refuses, all ranks exchange their reasons. This rank's reason is ``problem``; with one it returns.
         """
-        if agree(headers.tolist()) and problem is None and not headers[0, 0]:
+        if problem is None and agree(headers[:, :HEADER_WORDS].tolist()) and not headers[0, 0]:
             return
         self._state.plans = int(headers[:, 2].max())  # ranks in different calls may have counted differently
         if headers[:, 0].any():  # all ranks see it, so all take part in a second exchange
@@ -385,8 +393,8 @@ class Exchange:
 
 
 def agree(headers: Sequence[Sequence[int]]) -> bool:
-    """Whether the headers of all ranks are equal. Words after the header are ignored."""
-    return all(header[:HEADER_WORDS] == headers[0][:HEADER_WORDS] for header in headers)
+    """Whether the headers of all ranks are equal."""
+    return all(header == headers[0] for header in headers)
 
 
 def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:

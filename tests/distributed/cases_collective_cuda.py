@@ -133,6 +133,31 @@ def the_host_waits_once_in_a_plan_and_never_later(group: dist.ProcessGroup) -> N
 
 
 @case(ranks=(2, 3))
+def messages_grow_with_the_batch_of_any_rank_and_stay_as_large(group: dist.ProcessGroup) -> None:
+    rank, ranks, sizes = dist.get_rank(group), dist.get_world_size(group), []
+    with backends(group) as (gpu, reference), pytest.MonkeyPatch.context() as monkeypatch:
+        start = Exchange.start_all_to_all
+
+        def counted(self: Exchange, phase: str, rows: torch.Tensor, *given: Any, **options: Any) -> Any:
+            sizes.append(rows.shape[1])
+            return start(self, phase, rows, *given, **options)
+
+        last = rank == ranks - 1
+        for tokens, local, topk, exchanges in ((4, 2, 1, 1), (2500, 2, 1, 2), (2600, 2, 1, 1), (2, 70, 3, 2), (2, 2, 3, 1)):
+            topk_idx = torch.full((tokens if last else 1, topk), (ranks - 1) * local)
+            wanted = reference.plan(topk_idx, ranks * local)
+            with monkeypatch.context() as counting:
+                counting.setattr(Exchange, "start_all_to_all", counted)
+                plan = gpu.plan(topk_idx, ranks * local)
+            assert_same(plan, wanted, PLAN_TENSORS, f"{tokens} tokens")
+            assert len(sizes) == exchanges, (tokens, local, topk, sizes)
+            told: list[Any] = [None] * ranks
+            dist.all_gather_object(told, sizes, group)
+            assert all(other == sizes for other in told)
+            sizes.clear()
+
+
+@case(ranks=(2, 3))
 def a_refused_plan_is_an_error_on_all_ranks_and_they_go_on(group: dist.ProcessGroup) -> None:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     good, wrong = torch.arange(ranks).expand(4, -1), torch.full((4, ranks), ranks + 7)
