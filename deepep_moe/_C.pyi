@@ -133,7 +133,7 @@ def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> Non
     """The header, once for each rank: [R, AGREED_WORDS] int64."""
 
 def starts(*, messages: Messages, rank: int, starts: int, stream: int) -> None:
-    """First row for each rank among those sent, own rows last, and among those that come back, own rows first [2, R]."""
+    """[2, R] int32: first row for each rank, of those sent (own last) and those that come back (own first)."""
 
 def place(
     *,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.exchange import HEADER_WORDS
 
 ROUTE_WORDS = 2
@@ -25,11 +24,8 @@ ROUTE_WORDS = 2
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the collective backend use these kernels on the CPU."""
     kernels = (count, announce, starts, place)
-    monkeypatch.setattr(
-        extension, "_C", SimpleNamespace(Messages=Messages, **{k.__name__: k for k in kernels})
-    )
+    monkeypatch.setattr(extension, "_C", SimpleNamespace(Messages=Messages, **{k.__name__: k for k in kernels}))
     monkeypatch.setattr(extension, "current_stream", lambda device: 0)
-    monkeypatch.setattr(Announcements, "_copy_to_host", lambda self, tensor: tensor.clone())
 
 
 class Messages(NamedTuple):

@@ -1,9 +1,13 @@
 """Agreement and time limits of calls on a GPU that the host does not wait for.
 
-Each dispatch and combine sends its header (exchange.py) ahead of its rows, and the host does not wait for it. The
-kernels that write the results compare the headers of all ranks and write NaN if they differ. A thread of this process
-checks a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which ends all
-waits, and this rank's next call raises the error.
+Each dispatch and combine sends its header (exchange.py): ahead of its rows if its format is new, else together with
+them. The kernels that write the results compare the headers of all ranks and write NaN if they differ. A thread of this
+process reads a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which
+ends all waits, and this rank's next call raises the error.
+
+Ranks that send rows of different sizes wait for each other forever, and so do those whose peer refuses its input. If a
+call takes longer than a second, the ranks tell each other through the group's store (inquiry.py) which call they are
+in, and give up if these differ.
 
 The thread reads pinned memory only, which the device fills. It calls no function of CUDA: such calls, even of another
 thread, would break a graph capture that is running.
@@ -14,40 +18,45 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, agree, compare_facts
-from deepep_moe.errors import DeepEPMoEError, RankMismatchError
+from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, Transfer, agree, compare_facts
+from deepep_moe.backends.inquiry import Inquiry
+from deepep_moe.errors import RankMismatchError
 
 _POLL_SECONDS = 0.02
 _IDLE_SECONDS = 1.0  # without a call in flight, after which the thread ends
+_INQUIRE_SECONDS = 1.0  # of a call in flight, after which ranks tell each other which one it is
+_LONGEST_PAUSE_SECONDS = 5.0  # between two looks at what the others tell
 _UNWRITTEN = -(2**63)  # in pinned memory that the device has not written yet; in no header
+_FORMAT = slice(4, None)  # of a header: what stays the same from plan to plan
 
 
-@dataclass
+@dataclass(eq=False)
 class Announced:
     """One call in flight."""
 
     phase: Phase
     facts: Mapping[str, Fact]
+    number: int
     began: float
-    receive: Callable[[], Tensor] | None = None
-    """Makes the current stream wait for the headers."""
+    header: list[int]
     headers: Tensor | None = None
     """[R, HEADER_WORDS] int64 on the device; None where calls are not compared."""
-    copy: Tensor | None = None
-    """The same in pinned memory, once the device has written it."""
+    copies: list[Tensor] = field(default_factory=list)
+    """The same in pinned memory, once the device has written it; the last one when the rows have arrived."""
+    enqueued: bool = False
+    """Whether the last of ``copies`` is there."""
     compared: bool = False
-    """Whether ``copy`` has been compared."""
-    done: Tensor | None = None
-    """[1] in pinned memory, written when the rows of the call have arrived."""
+    over: bool = False
+    asked: bool = False
 
 
 class Announcements:
@@ -60,40 +69,42 @@ class Announcements:
 
     def __init__(self, exchange: Exchange, compared: bool) -> None:
         self._exchange, self._compared = exchange, compared
+        self._formats: set[tuple[int, ...]] = set()
+        """Formats of calls whose headers went ahead of the rows."""
         self._calls: deque[Announced] = deque()
-        self._finished: list[Announced] = []
-        """Freed by :meth:`begin`: freeing pinned memory may record an event on a stream that is being captured."""
+        self._free: list[Tensor] = []
+        """Pinned memory, kept because freeing it may record an event on a stream that is being captured."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._one: Tensor | None = None  # on the device
+        self._sent: Tensor | None = None
 
     def begin(self, phase: Phase, facts: Mapping[str, Fact]) -> Announced:
-        """Start to send the header of a call whose input is good. The call is checked from now on."""
-        call = Announced(phase, facts, time.monotonic())
-        if self._exchange.world_size == 1:
+        """Begin a call whose input is good. It is checked from now on."""
+        exchange = self._exchange
+        call = Announced(phase, facts, exchange.count_call(), time.monotonic(), exchange.header(phase, facts))
+        if exchange.world_size == 1:
             return call
-        if self._compared:
-            call.receive = self._send(phase, self._exchange.header(phase, facts))
+        form = (call.header[1], *call.header[_FORMAT])
+        if self._compared and form not in self._formats:
+            self._formats.add(form)
+            headers = self._headers(call)
+            exchange.transfer(phase, [headers])
+            self._copy_to_host(call, headers.out)
         with self._lock:
-            self._finished.clear()
             self._calls.append(call)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
                 self._thread.start()
         return call
 
-    def receive(self, call: Announced) -> None:
-        """Receive the headers of ``call``. The rows may be under way already; the headers were sent before them."""
-        if call.receive is not None:
-            call.headers, call.receive = call.receive(), None
-            call.copy = self._copy_to_host(call.headers)
-
-    def end(self, call: Announced) -> None:
-        """The rows of the call have been enqueued on the current stream."""
-        if self._exchange.world_size > 1:
-            if self._one is None:
-                self._one = torch.ones(1, dtype=torch.int64, device=self._exchange.device)
-            call.done = self._copy_to_host(self._one)
+    def move(self, call: Announced, rows: Transfer) -> None:
+        """Exchange the rows of ``call``, on the current stream."""
+        transfers = [rows]
+        if self._compared and call.headers is None:
+            transfers.insert(0, self._headers(call))
+        self._exchange.transfer(call.phase, transfers)
+        self._copy_to_host(call, call.headers)
+        call.enqueued = True
 
     def refuse(self, phase: Phase, reason: str) -> None:
         """Take this rank's place in a call that it refuses.
@@ -102,44 +113,69 @@ class Announcements:
         know the size of what its peers send.
         """
         exchange = self._exchange
+        number = exchange.count_call()
         if exchange.world_size == 1:
             return
-        if self._compared:
-            with suppress(DeepEPMoEError):  # this rank raises its own error
-                receive = self._send(phase, exchange.header(phase, {}, refused=True))
-                if exchange.to_host(phase, receive())[:, 0].all():
+        with suppress(Exception):  # without the store, peers wait until their time limit
+            inquiry = Inquiry(exchange.group, exchange.device.type)
+            inquiry.refuse(number)
+            began = time.monotonic()
+            while exchange.usable and time.monotonic() - began < exchange.timeout_seconds:
+                if len(inquiry.refusing(number)) == exchange.world_size:
                     return
+                if inquiry.headers(number):
+                    break
+                time.sleep(_POLL_SECONDS)
         exchange.break_off(phase, reason)
 
     def check(self) -> None:
         """End the group if a call in flight has failed. Local, does not wait."""
         with self._lock:
             while self._calls and self._is_over(self._calls[0]):
-                self._finished.append(self._calls.popleft())
+                call = self._calls.popleft()
+                call.over = True
+                self._free += call.copies
 
     def _is_over(self, call: Announced) -> bool:
-        done = call.done is not None and _is_written(call.done)  # read first: headers are written before it
-        if call.copy is not None and not call.compared and _is_written(call.copy):
-            self._compare(call, call.copy)
+        done = call.enqueued and _is_written(call.copies[-1])
+        if self._compared and not call.compared and call.copies and _is_written(call.copies[0]):
+            self._compare(call, call.copies[0].tolist())
             call.compared = True
         if done or not self._exchange.usable:
             return True
         waited = time.monotonic() - call.began
         if waited > self._exchange.timeout_seconds:
             self._exchange.give_up_later(call.phase, waited, "the operation timed out")
+        elif waited > _INQUIRE_SECONDS and not call.asked:
+            call.asked = True
+            threading.Thread(target=self._inquire, args=(call,), name="deepep_moe inquiry", daemon=True).start()
         return False
 
-    def _compare(self, call: Announced, headers: Tensor) -> None:
-        if agree(headers.tolist()):
+    def _compare(self, call: Announced, headers: list[list[int]]) -> None:
+        if agree(headers):
             return
         waited = time.monotonic() - call.began
-        if headers[:, 0].any():  # whoever refused has left a note
-            self._exchange.give_up_later(call.phase, waited, "another rank refused its input")
-            return
         try:
-            compare_facts(call.facts, headers)
+            compare_facts(call.facts, torch.tensor(headers, dtype=torch.int64, device="cpu"))
         except RankMismatchError as error:
             self._exchange.give_up_later(call.phase, waited, str(error), error)
+
+    def _inquire(self, call: Announced) -> None:
+        """Find out whether all ranks are in ``call``, until it is over."""
+        exchange, pause = self._exchange, _POLL_SECONDS
+        with suppress(Exception):  # without the store, the time limit is left
+            inquiry = Inquiry(exchange.group, exchange.device.type)
+            inquiry.write(call.number, call.header)
+            while exchange.usable and not call.over:
+                headers = inquiry.headers(call.number)
+                if inquiry.refusing(call.number):
+                    waited = time.monotonic() - call.began
+                    exchange.give_up_later(call.phase, waited, "another rank refused its input")
+                elif len(headers) == exchange.world_size:
+                    self._compare(call, [headers[rank] for rank in range(exchange.world_size)])
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _run(self) -> None:
         idle_since = time.monotonic()
@@ -155,23 +191,35 @@ class Announcements:
 
     # -- on the device -------------------------------------------------------------------------------------------
 
-    def _send(self, phase: Phase, header: list[int]) -> Callable[[], Tensor]:
-        """Start an exchange of headers; the result gives them, [R, HEADER_WORDS] on the device."""
+    def _headers(self, call: Announced) -> Transfer:
+        """An exchange of headers; it sets ``call.headers``."""
         exchange = self._exchange
-        out = torch.empty((exchange.world_size, HEADER_WORDS), dtype=torch.int64, device=exchange.device)
+        shape = (exchange.world_size, HEADER_WORDS)
+        sent = torch.empty(shape, dtype=torch.int64, device=exchange.device)
+        call.headers = torch.empty(shape, dtype=torch.int64, device=exchange.device)
         extension._C.announce(
-            header=header,
+            header=call.header,
             num_ranks=exchange.world_size,
-            out=out.data_ptr(),
+            out=sent.data_ptr(),
             stream=extension.current_stream(exchange.device),
         )
         ones = [1] * exchange.world_size
-        return exchange.start_all_to_all(phase, out, ones, ones)
+        return Transfer(sent, ones, ones, call.headers)
 
-    def _copy_to_host(self, tensor: Tensor) -> Tensor:
-        """Pinned memory that the device will write ``tensor`` to."""
-        copy = torch.full(tensor.shape, _UNWRITTEN, dtype=torch.int64, device="cpu", pin_memory=True)
-        return copy.copy_(tensor, non_blocking=True)
+    def _copy_to_host(self, call: Announced, headers: Tensor | None) -> None:
+        """Let the device write ``headers``, or anything without them, to pinned memory of ``call``."""
+        shape, on_gpu = (self._exchange.world_size, HEADER_WORDS), self._exchange.device.type == "cuda"
+        if headers is None:
+            if self._sent is None:
+                self._sent = torch.zeros(shape, dtype=torch.int64, device=self._exchange.device)
+            headers = self._sent
+        with self._lock:
+            copy = self._free.pop() if self._free else None
+        if copy is None:
+            copy = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        copy.fill_(_UNWRITTEN)
+        call.copies.append(copy)
+        copy.copy_(headers, non_blocking=True)
 
 
 def _is_written(pinned: Tensor) -> bool:

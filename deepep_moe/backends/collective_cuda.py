@@ -1,9 +1,9 @@
 """The collective backend on GPUs: the CUDA extension's kernels do the local work, NCCL carries packed rows.
 
-* :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, sends one message to each rank (the header of exchange.py,
-  counts, and the expert indices of each row that the rank gets) and waits for those of the others on the host. That is
-  its only wait. Then one kernel places every row. Messages have a fixed size. If a batch needs more room, all ranks see
-  it in the counts and exchange larger messages, from then on.
+* :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, sends one message to each rank (the header of
+  exchange.py, counts, and the expert indices of each row that the rank gets) and waits on the host for the messages of
+  the others. That is its only wait. Then one kernel places every row. Messages have a fixed size; if a batch needs more
+  room, all ranks see that in the counts and exchange larger messages from then on.
 * :meth:`CollectiveOnGPU.dispatch` packs each token for each rank that wants it (quantised, if asked), sends the packed
   rows in one all-to-all, and expands what arrives into the layout asked for.
 * :meth:`CollectiveOnGPU.combine` sums a token's expert rows into one packed row, sends it home in one all-to-all, and
@@ -20,7 +20,7 @@ the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -34,7 +34,17 @@ from deepep_moe.backends.announcements import Announced, Announcements
 from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, Room, gather, reason_of, refused_by
+from deepep_moe.backends.exchange import (
+    HEADER_WORDS,
+    Agreement,
+    Exchange,
+    Fact,
+    Room,
+    Transfer,
+    gather,
+    reason_of,
+    refused_by,
+)
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
@@ -157,9 +167,8 @@ class CollectiveOnGPU(CollectiveBackend):
                 sent, send_slot = self._count(
                     header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, room
                 )
-                receive = self._send(sent)
                 starts = self._starts(sent, room)
-                messages = receive()
+                messages = self._swap(sent)
                 host = exchange.to_host("plan", messages[:, : _FIRST_COUNT + ranks + room.expert_words].contiguous())
             self._check_messages(facts, host, num_experts)
             counts = host[:, _FIRST_COUNT:]
@@ -167,9 +176,7 @@ class CollectiveOnGPU(CollectiveBackend):
             if local_experts <= room.expert_words and row_words <= room.row_words:
                 break
             # The same on all ranks. Loads vary from batch to batch, hence the margin.
-            exchange.room = Room(
-                max(room.expert_words, local_experts), max(room.row_words, row_words + row_words // 4)
-            )
+            exchange.room = Room(max(room.expert_words, local_experts), max(room.row_words, row_words + row_words // 4))
         crossing = Crossing.of(counts[:, :ranks], self.rank)
         per_expert = counts[:, ranks : ranks + local_experts].sum(0)
         num_rows = int(((per_expert + alignment - 1) // alignment).sum()) * alignment if topk_idx.shape[1] else 0
@@ -227,10 +234,11 @@ class CollectiveOnGPU(CollectiveBackend):
         )
         return messages, send_slot
 
-    def _send(self, messages: Tensor) -> Callable[[], Tensor]:
-        """Start to send a message to each rank; the result gives those of the ranks to this one, [R, words]."""
-        ones = [1] * self.world_size
-        return self._open().start_all_to_all("plan", messages, ones, ones)
+    def _swap(self, messages: Tensor) -> Tensor:
+        """The messages of all ranks to this one, [R, words]."""
+        ones, arrived = [1] * self.world_size, torch.empty_like(messages)
+        self._open().transfer("plan", [Transfer(messages, ones, ones, arrived)])
+        return arrived
 
     def _starts(self, messages: Tensor, room: Room) -> Tensor:
         """``_HostPlan.starts``, from the messages that this rank sends."""
@@ -324,7 +332,7 @@ class CollectiveOnGPU(CollectiveBackend):
                 header = torch.tensor(exchange.header("plan", {}, refused=True), dtype=torch.int64, device="cpu")
                 message[:, :HEADER_WORDS] = header.to(self.device)
                 with suppress(PeerError):  # this rank has a reason of its own
-                    host = exchange.to_host("plan", self._send(message)()[:, :HEADER_WORDS].contiguous())
+                    host = exchange.to_host("plan", self._swap(message)[:, :HEADER_WORDS].contiguous())
                     exchange.compare_headers("plan", {}, host, error)
             raise error
         finally:
@@ -419,16 +427,8 @@ class CollectiveOnGPU(CollectiveBackend):
         """Send the first ``num_sent`` of ``rows``, receive the last; returns all received ones, own rows first."""
         received = rows[crossing.num_sent :]
         if self.world_size > 1:
-            finish = self._open().start_all_to_all(
-                call.phase,
-                rows[: crossing.num_sent],
-                crossing.sent,
-                crossing.received,
-                out=received[crossing.segments.num_own :],
-            )
-            self._announcements.receive(call)
-            finish()
-            self._announcements.end(call)
+            sent, out = rows[: crossing.num_sent], received[crossing.segments.num_own :]
+            self._announcements.move(call, Transfer(sent, crossing.sent, crossing.received, out))
         return received
 
     def _crossing(self, phase: Phase, plan: Plan) -> tuple[Crossing, Tensor]:

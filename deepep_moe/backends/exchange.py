@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
+from functools import lru_cache
 from threading import RLock
 from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args
 from weakref import WeakKeyDictionary
@@ -60,6 +61,7 @@ class _State:
     """State of a group that outlives its Exchanges, which ranks garbage-collect at different times."""
 
     plans: int = 0
+    calls: int = 0
     room: Room = field(default_factory=lambda: Room())
     given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: its traceback keeps tensors alive
     raised: bool = True  # whether a call of this rank has raised it; False where a thread found it
@@ -107,6 +109,17 @@ class Agreement:
     """[R, HEADER_WORDS] int64 on the device, if the host does not wait for the agreement (announcements.py)."""
 
 
+class Transfer(NamedTuple):
+    """One rank's part in an all-to-all."""
+
+    rows: Tensor
+    send_counts: Sequence[int]
+    """Consecutive ``rows`` for each rank."""
+    recv_counts: Sequence[int]
+    out: Tensor
+    """Rows that arrive, in rank order."""
+
+
 class Exchange:
     """Bounded collectives over one group, for tensors on ``device``."""
 
@@ -139,6 +152,11 @@ class Exchange:
     def count_plan(self) -> None:
         """Count a plan, before it can be refused."""
         self._state.plans += 1
+
+    def count_call(self) -> int:
+        """Number of a dispatch or combine; equal on all ranks that make the same calls."""
+        self._state.calls += 1
+        return self._state.calls
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
@@ -229,41 +247,59 @@ class Exchange:
 
         Returns rows in rank order. Any dtype travels: gloo lacks some, so bytes are what it sees.
         """
-        return self.start_all_to_all(phase, rows, send_counts, recv_counts)()
+        out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+        self.start(phase, Transfer(rows, send_counts, recv_counts, out))()
+        return out
 
-    def start_all_to_all(
-        self,
-        phase: str,
-        rows: Tensor,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        out: Tensor | None = None,
-    ) -> Callable[[], Tensor]:
-        """:meth:`all_to_all` in two halves: what is returned waits and gives the rows. ``out``: where to receive."""
-        if out is None:
-            out = rows.new_empty((sum(recv_counts), *rows.shape[1:]))
+    def start(self, phase: str, transfer: Transfer) -> Callable[[], None]:
+        """Start ``transfer`` beside the work of the current stream; what is returned waits for it."""
         if self.world_size == 1:
-            out.copy_(rows)
-            return lambda: out
+            transfer.out.copy_(transfer.rows)
+            return lambda: None
         self.check_usable(phase)
-        on_cpu = self.device.type == "cpu"
-        options = dist.AllToAllOptions()
-        if on_cpu:  # NCCL does not read it: its own limit is that of the group
-            options.timeout = timedelta(seconds=self.timeout_seconds)
         with self._waiting(phase):
-            work = self.group.alltoall_base(
-                as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options
-            )
+            work = self._enqueue(transfer)
 
-        def finish() -> Tensor:
+        def finish() -> None:
             with self._waiting(phase):
-                if on_cpu:
-                    work.wait(options.timeout + timedelta(seconds=1))
-                else:
-                    work.wait()  # orders the stream; the host waits, bounded, where it reads (to_host)
-            return out
+                self._wait(work)
 
         return finish
+
+    def transfer(self, phase: str, transfers: Sequence[Transfer]) -> None:
+        """Make ``transfers`` as part of the current stream, with NCCL all in one kernel."""
+        if self.world_size == 1:
+            for transfer in transfers:
+                transfer.out.copy_(transfer.rows)
+            return
+        self.check_usable(phase)
+        with self._waiting(phase):
+            if self.device.type == "cpu":
+                for transfer in transfers:
+                    self._wait(self._enqueue(transfer))
+            elif len(transfers) == 1:
+                self._enqueue(transfers[0], own_stream=False)
+            else:
+                self.group._start_coalescing(self.device)
+                for transfer in transfers:
+                    self._enqueue(transfer, own_stream=False)
+                self.group._end_coalescing(self.device)
+
+    def _enqueue(self, transfer: Transfer, *, own_stream: bool = True) -> dist.Work:
+        """``own_stream``: NCCL uses a stream of its own instead of the current one."""
+        options = dist.AllToAllOptions()
+        options.asyncOp = own_stream
+        if self.device.type == "cpu":  # NCCL does not read it: its own limit is that of the group
+            options.timeout = timedelta(seconds=self.timeout_seconds)
+        rows, send_counts, recv_counts, out = transfer
+        return self.group.alltoall_base(as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options)
+
+    def _wait(self, work: dist.Work) -> None:
+        """On a GPU this orders the current stream; the host waits, bounded, where it reads (:meth:`to_host`)."""
+        if self.device.type == "cpu":
+            work.wait(timedelta(seconds=self.timeout_seconds + 1))
+        else:
+            work.wait()
 
     def to_host(self, phase: str, tensor: Tensor) -> Tensor:
         """``tensor`` on the CPU; the wait for what is enqueued before it is bounded."""
@@ -441,6 +477,7 @@ _HINTS = {
 }
 
 
+@lru_cache(maxsize=4096, typed=True)
 def _encode(value: Fact) -> int:
     if isinstance(value, torch.dtype):
         return _DTYPES.index(value)
@@ -470,6 +507,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def as_bytes(rows: Tensor) -> Tensor:
     """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
     rows = rows.detach().contiguous()
+    if rows.dtype == torch.uint8:
+        return rows
     strides = [1]  # contiguous() keeps odd strides of tensors with at most one row; view(dtype) does not take them
     for size in reversed(rows.shape[1:]):
         strides.insert(0, strides[0] * max(size, 1))

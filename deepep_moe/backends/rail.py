@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.exchange import Exchange, given_up
+from deepep_moe.backends.exchange import Exchange, Transfer, given_up
 from deepep_moe.config import DispatcherConfig
 
 
@@ -143,8 +143,7 @@ class TorchRail:
     def start(
         self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
     ) -> Callable[[], object]:
-        finish = self._exchange.start_all_to_all(phase, sent, send.sizes, recv.sizes, received)
-        return finish
+        return self._exchange.start(phase, Transfer(sent, send.sizes, recv.sizes, received))
 
     def check(self) -> None:
         pass  # calls raise what went wrong themselves

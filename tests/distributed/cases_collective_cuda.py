@@ -16,7 +16,7 @@ from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.base import Backward, Layout, Plan, Rows, Wire
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.collective_cuda import CollectiveOnGPU
-from deepep_moe.backends.exchange import Exchange
+from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Transfer
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
@@ -136,18 +136,24 @@ def the_host_waits_once_in_a_plan_and_never_later(group: dist.ProcessGroup) -> N
 def messages_grow_with_the_batch_of_any_rank_and_stay_as_large(group: dist.ProcessGroup) -> None:
     rank, ranks, sizes = dist.get_rank(group), dist.get_world_size(group), []
     with backends(group) as (gpu, reference), pytest.MonkeyPatch.context() as monkeypatch:
-        start = Exchange.start_all_to_all
+        transfer = Exchange.transfer
 
-        def counted(self: Exchange, phase: str, rows: torch.Tensor, *given: Any, **options: Any) -> Any:
-            sizes.append(rows.shape[1])
-            return start(self, phase, rows, *given, **options)
+        def counted(self: Exchange, phase: str, transfers: list[Transfer]) -> None:
+            sizes.extend(moved.rows.shape[1] for moved in transfers)
+            transfer(self, phase, transfers)
 
         last = rank == ranks - 1
-        for tokens, local, topk, exchanges in ((4, 2, 1, 1), (2500, 2, 1, 2), (2600, 2, 1, 1), (2, 70, 3, 2), (2, 2, 3, 1)):
+        for tokens, local, topk, exchanges in (
+            (4, 2, 1, 1),
+            (2500, 2, 1, 2),
+            (2600, 2, 1, 1),
+            (2, 70, 3, 2),
+            (2, 2, 3, 1),
+        ):
             topk_idx = torch.full((tokens if last else 1, topk), (ranks - 1) * local)
             wanted = reference.plan(topk_idx, ranks * local)
             with monkeypatch.context() as counting:
-                counting.setattr(Exchange, "start_all_to_all", counted)
+                counting.setattr(Exchange, "transfer", counted)
                 plan = gpu.plan(topk_idx, ranks * local)
             assert_same(plan, wanted, PLAN_TENSORS, f"{tokens} tokens")
             assert len(sizes) == exchanges, (tokens, local, topk, sizes)
@@ -202,6 +208,7 @@ def a_refused_dispatch_ends_the_group_with_the_reason(group: dist.ProcessGroup) 
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with backends(group) as (gpu, _):
         plan = gpu.plan(torch.arange(ranks).expand(4, -1), ranks)
+        gpu.dispatch(plan, torch.ones(4, 8), layout=Layout.BY_SOURCE)  # the format is known from now on
         with raises(InputError, "x = shape (2, 8)"):  # on all ranks: nothing is in flight, so they go on
             gpu.dispatch(plan, torch.ones(2, 8), layout=Layout.BY_SOURCE)
         assert gpu.usable
@@ -232,6 +239,53 @@ def ranks_in_different_formats_learn_of_it_and_results_are_nan(group: dist.Proce
             gpu.combine(plan, sent.x, layout=Layout.BY_SOURCE)
 
 
+@case(ranks=(2, 3))
+def headers_go_ahead_of_the_rows_of_a_new_format_and_with_those_of_a_known_one(group: dist.ProcessGroup) -> None:
+    ranks, moved = dist.get_world_size(group), []
+    with backends(group) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
+        transfer = Exchange.transfer
+
+        def noted(self: Exchange, phase: str, transfers: list[Transfer]) -> None:
+            moved.append([phase, *(t.rows.dtype == torch.int64 for t in transfers)])
+            transfer(self, phase, transfers)
+
+        monkeypatch.setattr(Exchange, "transfer", noted)
+        for dtype, known in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)):
+            plan = gpu.plan(torch.arange(ranks).expand(4, -1), ranks)
+            moved.clear()
+            x = torch.ones((4, 8), dtype=dtype)
+            rows = gpu.dispatch(plan, x, layout=Layout.BY_SOURCE).x
+            assert torch.equal(gpu.combine(plan, rows, layout=Layout.BY_SOURCE).x, ranks * x)
+            for phase in ("dispatch", "combine"):
+                wanted = [[phase, True, False]] if known else [[phase, True], [phase, False]]
+                assert [m for m in moved if m[0] == phase] == wanted
+        for _ in range(3):  # memory of calls that are over serves those that follow
+            gpu.check()
+            gpu.combine(plan, rows, layout=Layout.BY_SOURCE)
+        made = gpu._announcements._free + [copy for call in gpu._announcements._calls for copy in call.copies]
+        assert 0 < len(made) <= 4 and all(copy.shape == (ranks, HEADER_WORDS) for copy in made)
+
+
+@case(ranks=(2,))
+def ranks_in_different_known_formats_learn_of_it_while_the_call_does_not_end(group: dist.ProcessGroup) -> None:
+    other = dist.get_rank(group) == 1
+    with backends(group) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
+        plan = gpu.plan(torch.arange(2).expand(4, -1), 2)
+        formats = [torch.ones((4, 8), dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+        for x in formats:
+            gpu.dispatch(plan, x, layout=Layout.BY_SOURCE)
+        gpu.check()
+        # As if NCCL waited forever, which it does where sizes differ.
+        monkeypatch.setattr(announcements, "_is_written", lambda pinned: False)
+        began = time.monotonic()
+        sent = gpu.dispatch(plan, formats[other], layout=Layout.BY_SOURCE)
+        assert sent.x.isnan().all()
+        while gpu.usable and time.monotonic() - began < SOON_SECONDS:
+            time.sleep(0.01)
+        with raises(RankMismatchError, "dispatch: dtype differs between the ranks", "torch.bfloat16 on rank 1"):
+            gpu.check()
+
+
 @case(ranks=(2,))
 def ranks_that_differ_in_the_backward_learn_of_it(group: dist.ProcessGroup) -> None:
     with backends(group) as (gpu, _):
@@ -247,8 +301,7 @@ def a_call_that_the_device_does_not_end_is_found_by_the_thread(group: dist.Proce
     limit = 1.0
     with backends(group, DispatcherConfig(timeout_seconds=limit)) as (gpu, _), pytest.MonkeyPatch.context() as patch:
         plan = gpu.plan(torch.arange(2).expand(4, -1), 2)
-        unwritten = announcements._UNWRITTEN
-        patch.setattr(Announcements, "_copy_to_host", lambda self, tensor: torch.full_like(tensor, unwritten))
+        patch.setattr(announcements, "_is_written", lambda pinned: False)
         began = time.monotonic()
         gpu.dispatch(plan, torch.ones(4, 8), layout=Layout.BY_SOURCE)
         while gpu.usable and time.monotonic() - began < SOON_SECONDS:  # no call of this rank looks at the clock
