@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from deepep_moe.backends.base import Backward, Layout, Rows, Wire
 from deepep_moe.backends.collective import CollectiveBackend
@@ -94,7 +96,7 @@ def compare(ranks: Ranks, collective: CollectiveOnGPU, reference: CollectiveBack
     x, weights, bias = case.x.to(device), case.weights.to(device), tuple(b.to(device) for b in case.bias)
     for layout in Layout:
         for wire in wires(case):
-            for with_weights in (True, False):
+            for with_weights in (True, False) if wire is Wire.AS_GIVEN else (True,):
                 got = collective.dispatch(plan, x, layout=layout, wire=wire, weights=weights if with_weights else None)
                 wanted = reference.dispatch(
                     wanted_plan, case.x, layout=layout, wire=wire, weights=case.weights if with_weights else None
@@ -124,7 +126,7 @@ def compare(ranks: Ranks, collective: CollectiveOnGPU, reference: CollectiveBack
     torch.testing.assert_close(weighted.x.cpu(), wanted_weighted.x, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("first_seed", range(0, 60, 10))
+@pytest.mark.parametrize("first_seed", range(0, 40, 10))
 def test_random_shapes(
     ranks: Ranks, collective: CollectiveOnGPU, reference: CollectiveBackend, first_seed: int
 ) -> None:
@@ -138,11 +140,13 @@ def test_large_rows(ranks: Ranks, collective: CollectiveOnGPU, reference: Collec
     compare(ranks, collective, reference, case)
 
 
-def test_more_local_experts_than_a_message_has_room_for(
+def test_batches_that_a_message_has_no_room_for(
     ranks: Ranks, collective: CollectiveOnGPU, reference: CollectiveBackend
 ) -> None:
     for seed in range(2):
         compare(ranks, collective, reference, Case.draw(ranks, seed, local_experts=200, topk=8, tokens=257))
+    for tokens in (3000, 4000, 5):
+        compare(ranks, collective, reference, Case.draw(ranks, tokens, tokens=tokens, topk=8, hidden_vectors=1))
 
 
 def test_rows_that_kernels_do_not_take(ranks: Ranks, collective: CollectiveOnGPU, reference: CollectiveBackend) -> None:
@@ -272,13 +276,16 @@ def test_an_operation_is_few_kernels(ranks: Ranks, collective: CollectiveOnGPU) 
 
     plan = collective.plan(topk_idx, 4 * ranks.size)
     sent = collective.dispatch(plan, x, layout=Layout.BY_EXPERT)
+    if ranks.size == 1:
+        pytest.skip("needs a peer")
     for call in (
         lambda: collective.plan(topk_idx, 4 * ranks.size),
         lambda: collective.dispatch(plan, x, layout=Layout.BY_EXPERT),
         lambda: collective.combine(plan, sent.x, layout=Layout.BY_EXPERT),
     ):
         names = kernels(call)
-        assert 0 < len(names) <= 5, names  # two of them NCCL's
+        assert 0 < len(names) <= 5, names
+        assert sum("nccl" in name for name in names) == 1, names
 
 
 def test_a_capture_is_refused_and_breaks_nothing(ranks: Ranks, collective: CollectiveOnGPU) -> None:
@@ -340,12 +347,15 @@ def found_by(backend: CollectiveOnGPU, call: Callable[[], Tensor]) -> tuple[Exce
     raise AssertionError(f"nothing was found within {SOON_SECONDS:g} s")
 
 
-def test_a_refused_dispatch_is_an_error_on_all_ranks(ranks: Ranks, fresh: CollectiveOnGPU) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_a_refused_dispatch_is_an_error_on_all_ranks(ranks: Ranks, fresh: CollectiveOnGPU, known: bool) -> None:
     if ranks.size < 2:
         pytest.skip("needs a peer")
     topk_idx, experts = batch(ranks)
     plan = fresh.plan(topk_idx, experts)
     x = torch.ones((8, 64), dtype=torch.bfloat16, device=ranks.device)
+    if known:  # then nothing goes ahead of the rows
+        fresh.dispatch(plan, x, layout=Layout.BY_EXPERT)
     if ranks.rank == ranks.size - 1:
         with pytest.raises(InputError, match="x = shape"):
             fresh.dispatch(plan, x[1:], layout=Layout.BY_EXPERT)
@@ -360,14 +370,30 @@ def test_a_refused_dispatch_is_an_error_on_all_ranks(ranks: Ranks, fresh: Collec
     assert not fresh.usable
 
 
-@pytest.mark.parametrize("what", ["hidden size", "dtype", "backward", "call", "weights"])
-def test_ranks_in_different_calls(ranks: Ranks, fresh: CollectiveOnGPU, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "known"),
+    [
+        ("hidden size", False),
+        ("dtype", False),
+        ("backward", False),
+        ("call", False),
+        ("weights", False),
+        ("hidden size", True),
+        ("dtype", True),
+        ("call", True),
+    ],
+)
+def test_ranks_in_different_calls(ranks: Ranks, fresh: CollectiveOnGPU, what: str, known: bool) -> None:
     if ranks.size < 2:
         pytest.skip("needs a peer")
     topk_idx, experts = batch(ranks)
     plan = fresh.plan(topk_idx, experts)
     other = ranks.rank == 1
     x = torch.ones((8, 64), dtype=torch.bfloat16, device=ranks.device)
+    if known:  # then headers go with the rows, and NCCL waits where sizes differ
+        for tokens in (x, x.half(), x.repeat(1, 2)):
+            sent = fresh.dispatch(plan, tokens, layout=Layout.BY_SOURCE)
+            fresh.combine(plan, sent.x, layout=Layout.BY_SOURCE)
     if what == "hidden size" and other:
         x = x.repeat(1, 2)
     if what == "dtype" and other:
@@ -400,7 +426,7 @@ def test_a_peer_that_does_not_come_is_named_while_the_host_waits_elsewhere(ranks
     x = torch.ones((8, 64), dtype=torch.bfloat16, device=ranks.device)
     dist.barrier(ranks.group)
     if ranks.rank == last:
-        time.sleep(limit + SOON_SECONDS)
+        _get_process_group_store(ranks.group).wait(["the test of a late peer is over"], timedelta(seconds=30))
         return
     began = time.monotonic()
     backend.dispatch(plan, x, layout=Layout.BY_EXPERT)
@@ -408,6 +434,8 @@ def test_a_peer_that_does_not_come_is_named_while_the_host_waits_elsewhere(ranks
     assert time.monotonic() - began < limit + SOON_SECONDS
     with pytest.raises(PeerTimeoutError, match=f"dispatch: .*no answer from rank {last} within 3 s"):
         backend.plan(topk_idx, experts)
+    if ranks.rank == 0:
+        _get_process_group_store(ranks.group).set("the test of a late peer is over", "")
 
 
 def test_a_plan_that_went_through_operators(ranks: Ranks, collective: CollectiveOnGPU) -> None:
