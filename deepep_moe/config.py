@@ -56,7 +56,7 @@ class DispatcherConfig:
     """Cut a layer's tokens in this many chunks, so that one chunk communicates while another computes."""
     rail_chunk_bytes: int = 0
     """Rows between nodes cross in chunks of about this many bytes of a rank, so that one chunk moves inside the nodes
-    while the next crosses; 0: 16 MiB on GPUs, all at once on CPUs."""
+    while the next crosses; 0: 32 MiB on GPUs, all at once on CPUs."""
     rail: RailName = "nccl"
     """Who moves rows between nodes. ``nccl``: torch.distributed, which runs on every network. ``nvshmem``: puts from
     kernels, where deepep_moe was built with NVSHMEM; no host waits for counts, so a layer can be captured in a CUDA

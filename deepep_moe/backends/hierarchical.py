@@ -62,7 +62,7 @@ from deepep_moe.fp8 import dequantize_e4m3, quantize_e4m3
 from deepep_moe.shared import Shared
 from deepep_moe.topology import find_nodes, node_groups
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 32 << 20  # at 50 GB/s this takes 0.7 ms, more than the host needs to start a chunk (0.25 ms on an H100)
 
 
 class HierarchicalBackend(Shared):

@@ -21,6 +21,7 @@ from deepep_moe.backends.hierarchical_plan import (
     RUN,
     SHARE,
     HierarchicalPlan,
+    Streams,
     Way,
 )
 from deepep_moe.backends.rail import Blocks
@@ -42,7 +43,7 @@ class Parts:
 
     def __init__(self, plan: HierarchicalPlan, layout: Layout, chunks: int) -> None:
         way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
-        self._device = geometry.device
+        self._device, self._streams = geometry.device, Streams(geometry.device)
         send_sizes = crossing.block_sizes(crossing.sent, chunks, geometry)
         recv_sizes = crossing.block_sizes(crossing.received, chunks, geometry)
         chunk_rows = [sum(sizes) for sizes in recv_sizes]
@@ -90,14 +91,11 @@ class Parts:
 
     def use_on_current_stream(self) -> None:
         """They may have been made on another stream."""
-        if self._device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._device)
-        tensors = [self.send_rows, self.home_rows, *(b.used for b in (*self.send, *self.recv) if b.used is not None)]
+        used = [blocks.used for blocks in (*self.send, *self.recv) if blocks.used is not None]
+        tensors = [self.send_rows, self.home_rows, *used]
         for part in (self.own, *self.crossing):
             tensors += [part.send_slot, part.counted, part.received, part.row_recv]
-        for tensor in tensors:
-            tensor.record_stream(stream)
+        self._streams.use_on_current(tensors)
 
 
 class Tables(NamedTuple):

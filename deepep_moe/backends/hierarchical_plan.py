@@ -11,6 +11,7 @@ Nothing here waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,6 +25,24 @@ from deepep_moe.backends.tensor_plan import TensorPlan
 
 # Columns of what is known about each row that reached this rank, before those of its routes' expert rows.
 RUN, SHARE, POSITION, BATCH_INDEX, FIRST_ROUTE = range(5)
+
+
+class Streams:
+    """The streams that use the tensors of one object."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: set[int] = set()
+
+    def use_on_current(self, tensors: Iterable[Tensor]) -> None:
+        """When ``tensors`` are freed, their memory is kept until the current stream has done what it has then."""
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream not in self._known:
+            self._known.add(stream.cuda_stream)
+            for tensor in tensors:
+                tensor.record_stream(stream)
 
 
 @dataclass(eq=False)
@@ -58,12 +77,12 @@ class Way:
     bad: Tensor
     """[1] int32: not 0 where the device found that the plan is an error; only in plans of fixed size."""
 
+    def __post_init__(self) -> None:
+        self._streams = Streams(self.geometry.device)
+
     def use_on_current_stream(self) -> None:
         """The plan may have been made on another stream."""
-        if self.geometry.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.geometry.device)
-            for name in _WAY_TENSORS:
-                getattr(self, name).record_stream(stream)
+        self._streams.use_on_current([getattr(self, name) for name in _WAY_TENSORS])
 
     def pack(self) -> Tensor:
         """All of it in one int32 tensor, so that it can go through operators with the tensors of the plan."""
