@@ -163,57 +163,78 @@ __device__ __forceinline__ RankMask ranks_of(const CombineArgs& args, int token)
                              args.num_experts / args.runtime.domain.num_ranks);
 }
 
-// `left`: the ranks that send for the token.
-__device__ __forceinline__ void receive_piece(const CombineArgs& args, const Waiting& waiting, RankMask left, int token,
-                                              int first) {
-    const Arena& arena = args.arena;
-    const Domain& domain = args.runtime.domain;
-    const int vectors = arena.hidden / 8, at = first + threadIdx.x % kWarpSize;
-    int4* const of_rank_0 = arena.row(kCombine, domain.rank, waiting.epoch, 0, token) + at;
-    const unsigned stride = 2 * arena.block_packets;  // from rank to rank
-    Bf16x8 sum;
-    sum.clear();
-    while (left) {
-        int4 v[kRanksAtOnce];
-        RankMask loading = left;  // loaded together, then waited for in order
+// The unit of work of a receiving warp: 256 channels of a token of this rank. Packets of several ranks are loaded
+// together, and loaded again if they had not arrived.
+struct Sums {
+    int token, at;  // at: of this lane's packet in the row
+    RankMask left;  // ranks that send for the token and have not been added
+    int4 v[kRanksAtOnce];
+
+    // `item`: at least `items` if there is none.
+    __device__ __forceinline__ void begin(const CombineArgs& args, int item, int items, int pieces) {
+        token = item / pieces;
+        at = item % pieces * kWarpSize + threadIdx.x % kWarpSize;
+        left = item < items ? ranks_of(args, token) : 0;
+    }
+    __device__ __forceinline__ bool exists(const CombineArgs& args) const { return at < args.arena.hidden / 8; }
+    __device__ __forceinline__ int4* from(const CombineArgs& args, int epoch, int rank) const {
+        return args.arena.row(kCombine, args.runtime.domain.rank, epoch, 0, token) + at +
+               static_cast<int64_t>(rank) * (2 * args.arena.block_packets);
+    }
+    __device__ __forceinline__ void load(const CombineArgs& args, int epoch) {
+        RankMask loading = left;
 #pragma unroll
         for (int n = 0; n < kRanksAtOnce; ++n) {
             v[n] = {0, 0, 0, 1};
-            if (loading && at < vectors)
-                v[n] = load_packet(of_rank_0 + static_cast<int64_t>(__ffs(loading) - 1) * stride);
+            if (loading && exists(args)) v[n] = load_packet(from(args, epoch, __ffs(loading) - 1));
             loading &= loading - 1;
         }
-#pragma unroll
-        for (int n = 0; n < kRanksAtOnce; ++n) {
-            if (left == 0) break;
-            const int rank = __ffs(left) - 1;
-            left &= left - 1;
-            int4* from = of_rank_0 + static_cast<int64_t>(rank) * stride;
-            const auto arrived = [&] {
-                if (!is_sealed(v[n])) v[n] = load_packet(from);
-                return is_sealed(v[n]);
-            };
-            if (!waiting.warp(rank, arrived)) {
-                if (!args.runtime.masks) sum.add(int4{-1, -1, -1, -1});  // NaN: no result
-                continue;
-            }
-            if (at < vectors) store_packet(from, {0, 0, 0, 0});
-            sum.add(unseal(v[n]));
-        }
     }
-    if (at < vectors)
-        store_streaming(reinterpret_cast<int4*>(args.out) + static_cast<int64_t>(token) * vectors + at, sum.pack());
-}
+    // Adds the rows of all ranks in order. The first have been loaded.
+    __device__ __forceinline__ void finish(const CombineArgs& args, const Waiting& waiting, RankMask sending) {
+        Bf16x8 sum;
+        sum.clear();
+        while (true) {
+#pragma unroll
+            for (int n = 0; n < kRanksAtOnce; ++n) {
+                if (left == 0) break;
+                const int rank = __ffs(left) - 1;
+                left &= left - 1;
+                if (!(sending >> rank & 1)) continue;
+                const auto arrived = [&] {
+                    if (!is_sealed(v[n])) v[n] = load_packet(from(args, waiting.epoch, rank));
+                    return is_sealed(v[n]);
+                };
+                if (!waiting.warp(rank, arrived)) {
+                    if (!args.runtime.masks) sum.add(int4{-1, -1, -1, -1});  // NaN: no result
+                    continue;
+                }
+                if (exists(args)) store_packet(from(args, waiting.epoch, rank), {0, 0, 0, 0});
+                sum.add(unseal(v[n]));
+            }
+            if (left == 0) break;
+            load(args, waiting.epoch);
+        }
+        int4* const out =
+            reinterpret_cast<int4*>(args.out) + static_cast<int64_t>(token) * (args.arena.hidden / 8) + at;
+        if (exists(args)) store_streaming(out, sum.pack());
+    }
+};
 
 // Called by all threads of the block.
+template <int kHalf>
 __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
+    // Without a sending half the rows are usually there: they are loaded together with the facts.
+    constexpr bool kEarly = kHalf == kReceive;
     const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
-    const int items = args.num_tokens * pieces;
-    int item = blockIdx.x * kWarps + threadIdx.x / kWarpSize;
-    RankMask wanted = item < items ? ranks_of(args, item / pieces) : 0;
-    if (threadIdx.x < kWarpSize) {
+    const int items = args.num_tokens * pieces, warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
+    int item = kEarly ? warp * static_cast<int>(gridDim.x) + block : block * kWarps + warp;
+    Sums sums;
+    sums.begin(args, item, items, pieces);
+    if (kEarly) sums.load(args, waiting.epoch);
+    if (warp == 0) {
         const Facts own = facts_of(args);
         const int r = threadIdx.x;
         const bool exists = r < args.runtime.domain.num_ranks;
@@ -225,10 +246,11 @@ __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& 
         if (r == 0) sending = mask;
     }
     __syncthreads();
-    while (item < items) {
-        receive_piece(args, waiting, wanted & sending, item / pieces, item % pieces * kWarpSize);
+    for (bool loaded = kEarly; item < items; loaded = false) {
+        if (!loaded) sums.load(args, waiting.epoch);
+        sums.finish(args, waiting, sending);
         item += warps;
-        if (item < items) wanted = ranks_of(args, item / pieces);
+        sums.begin(args, item, items, pieces);
     }
 }
 
@@ -285,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
             if (item < items) piece.load(args, item, pieces);
         }
     }
-    if constexpr ((kHalf & kReceive) != 0) receive(args, waiting, reports);
+    if constexpr ((kHalf & kReceive) != 0) receive<kHalf>(args, waiting, reports);
 }
 
 }  // namespace

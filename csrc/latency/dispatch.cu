@@ -154,11 +154,11 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
 
 // -- receive -------------------------------------------------------------------------------------------------
 
-// Computes the first row of each source and expert from the counts of all sources. Called by all threads of the block.
+// Reads the facts and counts of all sources, in different warps so that all loads are in flight together, and computes
+// the first row of each source and expert. Called by all threads of the block.
 __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const Waiting& waiting, bool report) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, local_experts = args.num_experts / ranks;
-    if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, facts_of(args), report ? args.wait_stats : nullptr);
     const auto read_count = [&](int i, bool masked) {
         const int source = i / local_experts;
         const Tagged* from = args.arena.counts(rt.domain.rank, waiting.epoch, source) + i % local_experts;
@@ -167,22 +167,25 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
         const bool came = !masked && waiting.thread(source, arrived, count.tag);
         shared.first[i] = came ? count.value : -1;
     };
+    if (threadIdx.x / kWarpSize == kWarps - 1)
+        shared.ranks.read(waiting, facts_of(args), report ? args.wait_stats : nullptr);
     for (int i = threadIdx.x; i < args.num_experts; i += kThreads) read_count(i, waiting.is_masked(i / local_experts));
     __syncthreads();
-    for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
-        if (shared.first[i] < 0) shared.ranks.lost[i / local_experts] = 1;
-    __syncthreads();
     if (rt.masks) {
+        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
+            if (shared.first[i] < 0) shared.ranks.lost[i / local_experts] = 1;
+        __syncthreads();
         if (threadIdx.x < ranks) shared.ranks.agree_on_lost(waiting, facts_of(args), threadIdx.x);
         __syncthreads();
         for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
             if (shared.first[i] < 0 && !shared.ranks.lost[i / local_experts]) read_count(i, false);
         __syncthreads();
     }
+    if (report && threadIdx.x < ranks) args.places.tokens(threadIdx.x) = shared.ranks.tokens[threadIdx.x];
     for (int l = threadIdx.x; l < local_experts; l += kThreads) {
         int first = 0;
         for (int s = 0; s < ranks; ++s) {
-            const int count = shared.ranks.lost[s] ? 0 : shared.first[s * local_experts + l];
+            const int count = shared.ranks.lost[s] ? 0 : max(0, shared.first[s * local_experts + l]);
             shared.first[s * local_experts + l] = first;
             if (report)
                 args.layout_range[static_cast<int64_t>(l) * ranks + s] = static_cast<int64_t>(first) << 32 | count;
@@ -192,10 +195,6 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
             args.counts[l] = first;
             if (args.stats) args.stats[l] += first;
         }
-    }
-    if (threadIdx.x < ranks) {
-        if (shared.ranks.lost[threadIdx.x]) shared.ranks.tokens[threadIdx.x] = 0;
-        if (report) args.places.tokens(threadIdx.x) = shared.ranks.tokens[threadIdx.x];
     }
     __syncthreads();
 }
@@ -382,18 +381,19 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
     if (piece.has_scales(args)) store_packet(staged + piece.scales_at(args), {0, 0, 0, 0});
 }
 
-// Called by all threads of the block. `turn`: order of the block; blocks without other work come first.
-template <bool kFp8>
+// Called by all threads of the block. `item`: the first of this warp.
+template <bool kFp8, int kHalf>
 __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
-                                        int turn) {
+                                        int item) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
     const int pieces = ceil_div(row_bytes, kReceiveBytes), warps = gridDim.x * kWarps;
-    int item = turn * kWarps + threadIdx.x / kWarpSize;
     Arriving<kFp8> piece;
     piece.load(args, waiting.epoch, item, pieces);
-    // With masks all blocks must treat a lost rank alike, so each of them reads all counts.
-    const bool counted = reports || rt.masks;
+    // A kernel that also sends reads only the counts that its routes need: those of other sources may arrive much
+    // later. A kernel that only receives reads all of them together with the rows, before its stores delay loads. With
+    // masks all blocks must treat a lost rank alike, so each of them reads all counts.
+    const bool counted = kHalf == kReceive || reports || rt.masks;
     if (counted) {
         place_sources(args, shared, waiting, reports);
     } else {
@@ -452,9 +452,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
             item += senders;
         }
     }
-    if (kHalf & kReceive) {
+    if constexpr (kHalf == kReceive) {
+        // neighbouring items in different blocks, so that all SMs have equally many
+        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, warp * static_cast<int>(gridDim.x) + block);
+    } else if constexpr ((kHalf & kReceive) != 0) {  // blocks without other work first
         const int busy = ranks + send_blocks, turn = block - busy + (block < busy ? static_cast<int>(gridDim.x) : 0);
-        receive<kFp8>(args, shared.receiving, waiting, reports, turn);
+        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, turn * kWarps + warp);
     }
 }
 
