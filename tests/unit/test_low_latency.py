@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe import low_latency
+from deepep_moe import low_latency, low_latency_cuda
 from deepep_moe.errors import HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency
+from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Half
 from tests.low_latency_util import differs
 
@@ -203,6 +205,55 @@ def test_what_is_remembered_is_bounded(calls: LowLatency, monkeypatch: pytest.Mo
     for count in range(9):
         dispatch(calls, x=tokens(count), topk_idx=indices(count))
         assert len(calls._shapes) <= 3
+
+
+@pytest.mark.parametrize(
+    ("arenas", "others", "max_tokens", "expected"),
+    [
+        ([], None, 8, ["gather"]),  # no rank has memory yet: all are on their hosts
+        ([(8, 256)], 0, 8, ["announce_refusal", "refuse DISPATCH"]),
+        ([(8, 256)], 0, 16, ["announce_refusal", "refuse DISPATCH"]),  # an error, the others have another shape
+        ([(8, 256)], 0, "8", ["announce_refusal", "refuse DISPATCH"]),
+        ([(8, 256)], 1, 16, ["announce_refusal", "gather", "withdraw", "gather"]),
+        ([(8, 256)], 1, 8, ["announce_refusal", "gather", "withdraw", "gather"]),
+        ([(8, 256)], None, 8, ["announce_refusal", "refuse DISPATCH"]),  # kernels are frozen
+        ([(8, 256)], None, 16, ["announce_refusal", "gather", "withdraw", "gather"]),
+        ([(8, 256)], None, "16", ["announce_refusal", "refuse DISPATCH"]),
+    ],
+)
+def test_a_refusing_rank_goes_where_the_others_are(
+    monkeypatch: pytest.MonkeyPatch, arenas: list[Any], others: int | None, max_tokens: Any, expected: list[str]
+) -> None:
+    """Others execute the dispatch, or wait on their hosts to allocate memory: their kernels' announcements tell."""
+    did: list[str] = []
+
+    def announce_refusal(address: int, stream: int) -> None:
+        did.append("announce_refusal")
+        if others is not None:
+            ctypes.c_int.from_address(address).value = others
+
+    def gather(phase: str, group: Any, device: Any, seconds: float, mine: Any) -> list[Any]:
+        did.append("gather")
+        return [mine, [None, 16, 256]]
+
+    engine: Any = object.__new__(CudaEngine)
+    engine.device, engine._arenas, engine._last = torch.device("cpu"), dict.fromkeys(arenas), None
+    engine._engine = SimpleNamespace(
+        announce_refusal=announce_refusal,
+        announce=lambda *, withdrawn, **_: did.append("withdraw" if withdrawn else "announce"),
+        refuse=lambda *, kind, **_: did.append(f"refuse {kind}"),
+    )
+    engine._domain = SimpleNamespace(enter_stream=lambda: 0, raise_lasting=lambda: None, group=None, timeout_seconds=1)
+    monkeypatch.setattr(low_latency_cuda, "gather", gather)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    kinds = SimpleNamespace(DISPATCH="DISPATCH", COMBINE="COMBINE")
+    monkeypatch.setattr(low_latency_cuda, "_C", SimpleNamespace(LATENCY_ALLOCATING=1, LatencyKind=kinds))
+    problem = InputError("x", "torch.float32", "must be torch.bfloat16")
+    used_a_number = engine.refuse_dispatch(max_tokens, 256, problem)
+    assert did == expected and used_a_number == ("refuse DISPATCH" in expected)
+    did.clear()
+    assert engine.refuse_combine(None, problem) == used_a_number  # no dispatch, no combine
+    assert did == ["refuse COMBINE"] * used_a_number
 
 
 def test_the_bound_on_sums_allows_two_units_and_no_more() -> None:
