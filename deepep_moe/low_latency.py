@@ -347,7 +347,7 @@ class LowLatency:
         try:
             dispatched = self._call_of(handle)
             if zero_copy:
-                x = self._take_combine_buffer(dispatched)
+                x = self._lent_to(dispatched)
             key = _signature(x, topk_idx), _signature(topk_weights, out)
             known = dispatched.shape.combines
             if key not in known or wait_stats is not None or (async_finish and return_recv_hook):
@@ -360,6 +360,8 @@ class LowLatency:
         except DeepEPMoEError as problem:
             self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
             raise
+        if zero_copy:
+            self._lent = [entry for entry in self._lent if entry[0] is not dispatched]
         if async_finish:
             of = dispatched
 
@@ -436,9 +438,8 @@ class LowLatency:
     def next_combine_buffer(self, handle: Any) -> Tensor:
         """[L, R * M, H] bf16 for the rows of a ``zero_copy`` combine of ``handle``. At most two are in use."""
         call = self._call_of(handle)
-        for owner, buffer in self._lent:
-            if owner is call:
-                return buffer
+        if any(owner is call for owner, _ in self._lent):
+            return self._lent_to(call)
         if len(self._lent) == CALLS_IN_FLIGHT:
             raise HandleError(
                 f"get_next_low_latency_combine_buffer: {CALLS_IN_FLIGHT} buffers are being filled; "
@@ -457,11 +458,11 @@ class LowLatency:
         self._lent.append((call, buffer))
         return buffer
 
-    def _take_combine_buffer(self, call: DispatchCall) -> Tensor:
-        for entry in self._lent:
-            if entry[0] is call:
-                self._lent.remove(entry)
-                return entry[1]
+    def _lent_to(self, call: DispatchCall) -> Tensor:
+        """The buffer that was handed out for a ``zero_copy`` combine of ``call``."""
+        for owner, buffer in self._lent:
+            if owner is call:
+                return buffer
         raise InputError("zero_copy", True, "write the rows into get_next_low_latency_combine_buffer(handle) first")
 
     # -- the rest ------------------------------------------------------------------------------------------------

@@ -188,6 +188,18 @@ def test_calls_use_memory_in_turn_refused_or_not(calls: LowLatency, engine: Reco
     assert len(engine.refused) == 2
 
 
+def test_a_refused_combine_leaves_the_rows_that_were_written(calls: LowLatency, engine: Recorder) -> None:
+    _, handle, *_ = dispatch(calls)
+    rows = calls.next_combine_buffer(handle)
+    with pytest.raises(InputError, match="topk_weights = None"):
+        combine(calls, handle, zero_copy=True, topk_weights=None)
+    assert calls.next_combine_buffer(handle) is rows
+    combine(calls, handle, zero_copy=True)
+    assert engine.calls[-1][0].x is rows
+    with pytest.raises(InputError, match="zero_copy"):
+        combine(calls, handle, zero_copy=True)
+
+
 def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
     for count, fp8 in ((4, True), (2, True), (4, False), (0, False), (4, True)):
         call, handle, *_ = dispatch(calls, x=tokens(count), topk_idx=indices(count), switches=(fp8, False, False))
