@@ -123,7 +123,7 @@ def measure_case(world: World, layer: Layer, tokens: int, repeats: int, done: Ca
         ("dispatch FP8 + combine", fp8 + bf16, case.both),
         ("dispatch FP8 + combine, hooks", fp8 + bf16, lambda: case.both(hook=True)),
     ]
-    captures = case.calls.engine == "cuda"
+    captures = case.calls.engine != "reference"
     for name, row_bytes, run in operations:
         if captures:
             add(name, graph_samples(world, run, repeats), "graph", row_bytes)

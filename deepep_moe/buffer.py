@@ -26,14 +26,13 @@ from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
 from deepep_moe.low_latency_calls import LowLatencyCalls
+from deepep_moe.low_latency_nodes import symmetric_bytes
 from deepep_moe.shared import Shared
 
 topk_idx_t = torch.int64
 """Dtype of expert indices that needs no conversion; int32 is accepted too."""
 
-_SCALE_BLOCK = 128
 _MOST_BYTES = 2**63 - 1
-_LOW_LATENCY_BUFFERS = 2
 
 
 class Handle(tuple):
@@ -70,7 +69,8 @@ class Buffer(LowLatencyCalls, Shared):
         group: the process group. Its torch.distributed backend determines the device: CUDA with nccl, CPU with gloo.
         num_nvl_bytes, num_rdma_bytes: size of the memory that :meth:`get_local_buffer_tensor` returns. Staging memory
             is sized automatically; with ``rail=nvshmem`` it may take ``num_rdma_bytes`` or ``nvshmem_bytes``,
-            whichever is larger.
+            whichever is larger. With ``num_rdma_bytes`` low-latency calls over several nodes use NVSHMEM whatever
+            ``rail`` is.
         low_latency_mode: create the low-latency engine now; otherwise the first low-latency call creates it.
         explicitly_destroy: accepted for compatibility. :meth:`destroy` may be called in any case; otherwise garbage
             collection frees the same resources.
@@ -168,7 +168,11 @@ class Buffer(LowLatencyCalls, Shared):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """Bytes that two low-latency results of this shape occupy, sent and received."""
+        """Symmetric memory that low-latency calls of this shape need on each GPU of a group on several nodes.
+
+        Pass it as ``num_rdma_bytes``, or the sum for all shapes that are used. It is an upper bound, as if each rank
+        had a node of its own. Over one node the calls allocate what they need in any case.
+        """
         for name, value in (
             ("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank),
             ("hidden", hidden),
@@ -178,10 +182,7 @@ class Buffer(LowLatencyCalls, Shared):
                 raise InputError(name, value, "must be at least 1")
         if num_experts < 1 or num_experts % num_ranks:
             raise InputError("num_experts", num_experts, f"must be a positive multiple of {num_ranks} ranks")
-        row = 16 + max(2 * hidden, hidden + 4 * (-(-hidden // _SCALE_BLOCK)))
-        slots = num_experts * num_max_dispatch_tokens_per_rank
-        sent_and_received = 2
-        return _LOW_LATENCY_BUFFERS * sent_and_received * slots * row + num_experts * 8
+        return symmetric_bytes(num_max_dispatch_tokens_per_rank, hidden, num_ranks)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The stream that asynchronous calls run on. Raises UnsupportedError on a CPU."""

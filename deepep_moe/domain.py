@@ -13,6 +13,7 @@ on: replay it on the stream of the eager calls, or synchronize between the two.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,17 @@ _OVERFLOWS = ("RECV_OVERFLOW", "ROWS_OVERFLOW", "STAGING")
 
 SEVERAL_HOSTS = "ranks of the group are on several hosts"
 
+
+class SymmetricMemory(Protocol):
+    """Memory that every rank has, zeroed, as :class:`~deepep_moe.peer_memory.PeerMemory`."""
+
+    addresses: list[int]
+    """[R] where the kernels of this rank access each rank's memory."""
+
+
+Allocate = Callable[[int, bool], SymmetricMemory]
+"""Allocates a number of bytes on every rank; the flag says that they are equal blocks, one for each source rank."""
+
 # The stream of the last call of this process, by GPU: its address, and the stream object.
 _last_streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
 
@@ -77,16 +89,24 @@ class Domain:
         device: this rank's GPU.
         timeout_seconds: longest wait of a kernel for a peer.
         record_waits: measure how long this rank waits for each peer.
+        allocate: allocates the symmetric memory of the domain and its engines, and fails on all ranks or on none;
+            default: :class:`PeerMemory`, which may fail on one rank.
 
     Attributes:
         runtime: the object of the CUDA extension on which engines are created.
+        allocates_together: whether an allocation fails on all ranks or on none.
         defers_overflow: whether :meth:`raise_failure` leaves an overflow for later.
         captured: whether a CUDA graph has captured a call; the memory it uses must then not move.
         describe: for a ``_C.Field`` by name, a function that gives its values in words.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, record_waits: bool
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout_seconds: float,
+        record_waits: bool,
+        allocate: Allocate | None = None,
     ) -> None:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -95,7 +115,9 @@ class Domain:
         self.describe: dict[str, Callable[[int], str]] = {}
         self._index: int = device.index
         self.runtime = _C.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
-        self._mailboxes = PeerMemory(group, device, _C.Domain.mailbox_bytes())
+        self.allocates_together = allocate is not None
+        self.allocate = allocate or (lambda num_bytes, by_source: PeerMemory(group, device, num_bytes))
+        self._mailboxes = self.allocate(_C.Domain.mailbox_bytes(), False)
         self.runtime.set_mailboxes(self._mailboxes.addresses)
 
     @staticmethod

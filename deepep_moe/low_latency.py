@@ -4,9 +4,10 @@ There is no plan and no host wait. Received rows are in ``[L, R * M, H]``: L loc
 each. A token crosses the link once per *rank* that owns one of its experts, and one row per token and rank comes back.
 Rows of an expert are ordered by source rank, then token, so equal input gives equal bits.
 
-Two engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain) and ``reference``
-(low_latency_reference.py, over torch.distributed: for CPUs, and for GPUs that cannot map each other's memory). This
-module is shared by both: argument checks, handles, hooks, and the limit of calls in flight.
+Three engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain), ``nodes``
+(low_latency_nodes.py, several nodes by NVSHMEM) and ``reference`` (low_latency_reference.py, over torch.distributed:
+for CPUs, and for GPUs without the other two). This module is shared by all: argument checks, handles, hooks, and the
+limit of calls in flight.
 
 Arguments are checked once for each combination of shapes and dtypes; later calls find the result in a dictionary. On
 CPUs they are checked in every call, because there the values of the indices are checked too.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
+from deepep_moe.low_latency_nodes import NodesEngine
 from deepep_moe.low_latency_reference import ReferenceEngine
 
 _log = logging.getLogger(__name__)
@@ -128,12 +130,15 @@ class LowLatency:
         num_sms: SMs that kernels may use; 0: all.
         masks: mask a peer that does not answer in time, instead of raising an error.
         runner: runs calls with ``async_finish``.
+        nvshmem_bytes: symmetric memory for the ranks of other nodes; 0: use NVSHMEM only with ``rail=nvshmem``.
     """
 
-    def __init__(self, backend: Backend, num_sms: int, masks: bool, runner: StreamRunner) -> None:
+    def __init__(
+        self, backend: Backend, num_sms: int, masks: bool, runner: StreamRunner, nvshmem_bytes: int = 0
+    ) -> None:
         self.device, self.masks = backend.device, masks
         self.rank, self.world_size = backend.rank, backend.world_size
-        self._engine = make_engine(backend, num_sms, masks)
+        self._engine = make_engine(backend, num_sms, masks, nvshmem_bytes)
         self._runner = runner
         self._identity = object()
         self._shapes: dict[_Key, DispatchShape] = {}
@@ -143,7 +148,7 @@ class LowLatency:
 
     @property
     def engine(self) -> str:
-        """``cuda`` or ``reference``."""
+        """``cuda``, ``nodes`` or ``reference``."""
         return self._engine.name
 
     def close(self) -> None:
@@ -523,16 +528,29 @@ class LowLatency:
         return in_flight.hook(on_its_stream)
 
 
-def make_engine(backend: Backend, num_sms: int, masks: bool) -> Engine:
-    """The CUDA engine if the group's backend maps the peers' memory, else the reference. Collective."""
+def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int) -> Engine:
+    """The CUDA engine of one node or of several, where it can run, else the reference. Collective.
+
+    ``nvshmem_bytes``: symmetric memory for the ranks of other nodes; 0: use NVSHMEM only with ``rail=nvshmem``.
+    """
     domain = getattr(backend, "domain", None)
     if domain is not None:
         return CudaEngine(domain, num_sms, masks)
-    if backend.device.type == "cuda" and backend.rank == 0:
+    if backend.device.type == "cpu":
+        return ReferenceEngine(backend)
+    config = backend.config
+    if config.rail == "nvshmem" or nvshmem_bytes:
+        config = replace(config, nvshmem_bytes=max(config.nvshmem_bytes, nvshmem_bytes))
+        reason = NodesEngine.supports(backend, config)
+        if reason is None:
+            return NodesEngine(backend, config, num_sms, masks)
+    else:
+        reason = f"backend {backend.name} does not map the peers' memory, and rail=nvshmem is not set"
+    if backend.rank == 0:
         _log.warning(
-            "deepep_moe: low-latency calls run on the reference, through torch.distributed: backend %s does not map "
-            "the peers' memory. It is right, slow, and not for CUDA graphs; `deepep-moe doctor` says what is missing.",
-            backend.name,
+            "deepep_moe: low-latency calls run on the reference, through torch.distributed: %s. It is right, slow, and "
+            "not for CUDA graphs; `deepep-moe doctor` says what is missing.",
+            reason,
         )
     return ReferenceEngine(backend)
 

@@ -22,6 +22,7 @@ class LowLatencyCalls:
 
     group: dist.ProcessGroup
     enable_shrink: bool
+    num_rdma_bytes: int
     _low_latency_sms: int
     _runner: StreamRunner
     _low_latency: LowLatency | None = None
@@ -169,7 +170,9 @@ class LowLatencyCalls:
         """The low-latency calls of this buffer; made at the first call, on all ranks."""
         backend = self._open()
         if self._low_latency is None:
-            self._low_latency = LowLatency(backend, self._low_latency_sms, self.enable_shrink, self._runner)
+            self._low_latency = LowLatency(
+                backend, self._low_latency_sms, self.enable_shrink, self._runner, self.num_rdma_bytes
+            )
         return self._low_latency
 
     def _close_low_latency(self) -> None:

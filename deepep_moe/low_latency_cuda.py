@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.exchange import gather
-from deepep_moe.domain import Domain, enter_stream
+from deepep_moe.domain import Domain, SymmetricMemory, enter_stream
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
 from deepep_moe.extension import _C, address
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
-from deepep_moe.peer_memory import PeerMemory
 
 
 class _Arena(NamedTuple):
-    memory: PeerMemory
+    memory: SymmetricMemory
     view: _C.LatencyArena
 
 
@@ -49,7 +48,7 @@ class CudaEngine:
         blocks = min(max(_C.LATENCY_BLOCKS_PER_SM * sms, domain.size + 1), _C.LATENCY_MAX_BLOCKS)
         domain.describe["ROW_FORMAT"] = lambda number: Format(number).name
         self._engine: _C.LatencyEngine = _C.LatencyEngine(domain.runtime, blocks, masks)
-        self._control = PeerMemory(domain.group, self.device, _C.LatencyEngine.control_bytes())
+        self._control = domain.allocate(_C.LatencyEngine.control_bytes(), False)
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
         self._last: Tensor | None = None  # begins with the epoch of the last dispatch
@@ -128,7 +127,7 @@ class CudaEngine:
         if told == _C.LATENCY_BROKEN:
             self._domain.raise_lasting()
         call.sent = True
-        if half is not Half.SEND:
+        if half & Half.RECEIVE:
             self.check()
 
     # -- refusals ------------------------------------------------------------------------------------------------
@@ -138,12 +137,7 @@ class CudaEngine:
         self._domain.raise_lasting()
         if self._arenas and not self._others_allocate(max_tokens, hidden):
             self._last = torch.empty((1,), dtype=torch.int32, device=self.device)
-            self._engine.refuse(
-                kind=_C.LatencyKind.DISPATCH,
-                passed_on=self._last.data_ptr(),
-                source=0,
-                stream=self._domain.enter_stream(),
-            )
+            self._refuse(_C.LatencyKind.DISPATCH, self._last, None)
             return True
         self._agree(max_tokens, hidden, problem)
         if self._arenas:
@@ -153,23 +147,27 @@ class CudaEngine:
     def _others_allocate(self, max_tokens: object, hidden: int) -> bool:
         """Whether other ranks wait in :meth:`_make_arena` instead of in the dispatch that this rank refuses."""
         others = torch.full((1,), -1, dtype=torch.int32, device=self.device)
-        self._engine.announce_refusal(others.data_ptr(), self._domain.enter_stream())
+        self._announce_refusal(others)
         state = int(others.item())
         if state < 0:  # kernels are frozen: assume that the others have the shape that this rank was given
             return isinstance(max_tokens, int) and (max_tokens, hidden) not in self._arenas
         return state == _C.LATENCY_ALLOCATING
 
+    def _announce_refusal(self, others: Tensor) -> None:
+        self._engine.announce_refusal(others.data_ptr(), self._domain.enter_stream())
+
     def refuse_combine(self, call: DispatchCall | None, problem: DeepEPMoEError) -> bool:
         self._domain.raise_lasting()
         if call is None and self._last is None:
             return False  # no dispatch yet, so no peer is in a combine
-        self._engine.refuse(
-            kind=_C.LatencyKind.COMBINE,
-            passed_on=0,
-            source=address(self._last if call is None else call.memory),
-            stream=self._domain.enter_stream(),
-        )
+        self._refuse(_C.LatencyKind.COMBINE, None, self._last if call is None else call.memory)
         return True
+
+    def _refuse(self, kind: _C.LatencyKind, passed_on: Tensor | None, source: Tensor | None) -> None:
+        """Take part in a call without tokens; the arguments are those of ``_C.LatencyEngine.refuse``."""
+        self._engine.refuse(
+            kind=kind, passed_on=address(passed_on), source=address(source), stream=self._domain.enter_stream()
+        )
 
     # -- arenas --------------------------------------------------------------------------------------------------
 
@@ -186,24 +184,20 @@ class CudaEngine:
 
         announced = bool(self._arenas)
         if announced:  # peers that have this arena are in the call already: they report the difference
-            self._engine.announce(
-                max_tokens=max_tokens,
-                hidden=hidden,
-                num_topk=shape.topk,
-                num_experts=shape.num_experts,
-                format=shape.format,
-                withdrawn=False,
-                stream=self._domain.enter_stream(),
-            )
+            self._announce(max_tokens, hidden, shape.topk, shape.num_experts, shape.format)
         problem = self._agree(max_tokens, hidden, None)
         if problem is not None:
             if announced:
                 self._withdraw()
             raise problem
         try:
-            memory = PeerMemory(self._domain.group, self.device, num_bytes)
+            memory = self._domain.allocate(num_bytes, True)
         except torch.OutOfMemoryError as error:
             raise CapacityError(f"no memory for {num_bytes} bytes of low-latency buffers ({what})") from error
+        except CapacityError:
+            if announced and self._domain.allocates_together:
+                self._withdraw()
+            raise
         arena = _Arena(memory, self._engine.add_arena(memory.addresses, max_tokens, hidden))
         self._arenas[max_tokens, hidden] = arena
         return arena
@@ -232,17 +226,23 @@ class CudaEngine:
                 return RankMismatchError(f"{name} differs between the ranks of the group: {values}")
         return None
 
-    def _withdraw(self) -> None:
-        """Withdraw what this rank announced, before any rank's next call would be compared with it. Collective."""
+    def _announce(
+        self, max_tokens: int, hidden: int, topk: int, num_experts: int, format: Format, withdrawn: bool = False
+    ) -> None:
+        """Announce the next dispatch to the peers, or withdraw that."""
         self._engine.announce(
-            max_tokens=0,
-            hidden=0,
-            num_topk=0,
-            num_experts=0,
-            format=Format.BF16,
-            withdrawn=True,
+            max_tokens=max_tokens,
+            hidden=hidden,
+            num_topk=topk,
+            num_experts=num_experts,
+            format=format,
+            withdrawn=withdrawn,
             stream=self._domain.enter_stream(),
         )
+
+    def _withdraw(self) -> None:
+        """Withdraw what this rank announced, before any rank's next call would be compared with it. Collective."""
+        self._announce(0, 0, 0, 0, Format.BF16, withdrawn=True)
         torch.cuda.synchronize(self.device)
         gather("low-latency dispatch", self._domain.group, self.device, self._domain.timeout_seconds, None)
 

@@ -13,6 +13,12 @@ namespace {
 
 using namespace latency;
 
+// The bytes of a struct, for the kernels of another module.
+template <typename T>
+py::bytes pack(const T& value) {
+    return {reinterpret_cast<const char*>(&value), sizeof(T)};
+}
+
 // What the calls of a shape have in common.
 struct Shape {
     Arena arena;
@@ -84,6 +90,7 @@ void bind_latency(py::module_& m) {
     m.attr("LATENCY_ALLOCATING") = static_cast<int>(kAllocating);
     py::enum_<Kind>(m, "LatencyKind").value("DISPATCH", kDispatch).value("COMBINE", kCombine);
     py::class_<Arena>(m, "LatencyArena")
+        .def("pack", &pack<Arena>)
         .def_readonly("max_tokens", &Arena::max_tokens)
         .def_readonly("hidden", &Arena::hidden);
     py::class_<Shape>(m, "LatencyShape")
@@ -106,6 +113,8 @@ void bind_latency(py::module_& m) {
         .def_static("arena_bytes", &Engine::arena_bytes)
         .def_static("places_words", &Engine::places_words)
         .def("set_control", &Engine::set_control)
+        .def("pack_runtime", [](const Engine& self) { return pack(self.runtime()); })
+        .def("clear_rows", &Engine::clear_rows)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
         .def("announce", &announce, py::kw_only(), py::arg("max_tokens"), py::arg("hidden"), py::arg("num_topk"),

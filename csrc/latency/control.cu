@@ -1,5 +1,5 @@
 // Announcements, masks, and the barrier that ends masks.
-#include "latency/packets.cuh"
+#include "latency/meeting.cuh"
 
 namespace deepep_moe::latency {
 
@@ -16,44 +16,16 @@ __global__ void query_mask_kernel(const __grid_constant__ Runtime rt, int* statu
     if (threadIdx.x < rt.domain.num_ranks) status[threadIdx.x] = rt.local->masked[threadIdx.x] != 0;
 }
 
-// A barrier in two halves. Each rank sends its epochs and continues with the largest of all. When a rank's first half
-// is seen, its earlier kernels have ended, so none of their rows is in flight. Rows left by masked ranks are cleared
-// between the halves; no rank sends new rows before all have reached the second.
 __global__ void __launch_bounds__(kWarpSize)
     meet_kernel(const __grid_constant__ Runtime rt, bool second, RankMask lift) {
-    const Domain& domain = rt.domain;
-    LocalState* local = rt.local;
-    const int r = threadIdx.x, number = next_epoch(local->meetings);
-    const Waiting waiting{rt, kDispatch, number};
-    int epochs[kNumKinds] = {local->epochs[kDispatch][0], local->epochs[kCombine][0]};
-    const bool invited = r < domain.num_ranks && (!waiting.is_masked(r) || (lift >> r & 1));
-    __syncwarp();
-    if (invited) {
-        local->masked[r] = 0;  // so that it is waited for
-        __threadfence_system();
-        store_packet(&rt.control[r]->meeting[second][domain.rank], {epochs[kDispatch], epochs[kCombine], 0, number});
-        const int4* from = &rt.control[domain.rank]->meeting[second][r];
-        int4 packet;
-        const auto arrived = [&] { return (packet = load_packet(from)).w == number; };
-        if (waiting.thread(r, arrived, packet.w)) {
-            __threadfence_system();
-            epochs[kDispatch] = packet.x;
-            epochs[kCombine] = packet.y;
-        }
-    }
-    __syncwarp();
-    if (!second) return;
-    for (int kind = 0; kind < kNumKinds; ++kind) {
-        int furthest = epochs[kind];
-#pragma unroll
-        for (int d = kWarpSize / 2; d > 0; d /= 2) {
-            const int other = __shfl_xor_sync(kFullMask, furthest, d);
-            if (reached(other, furthest)) furthest = other;
-        }
-        for (int b = r; b < kMaxBlocks; b += kWarpSize) local->epochs[kind][b] = furthest;
-        if (r < 2) local->consumed[2 * kind + ((furthest - r) & 1)] = furthest - r;
-    }
-    if (r == 0) local->meetings = number;
+    const int self = rt.domain.rank;
+    meet(
+        rt, second, lift,
+        [&](int rank, int4 packet) { store_packet(&rt.control[rank]->meeting[second][self], packet); },
+        [&](int rank, int number, int4& packet) {
+            packet = load_packet(&rt.control[self]->meeting[second][rank]);
+            return packet.w == number;
+        });
 }
 
 }  // namespace

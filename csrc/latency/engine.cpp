@@ -110,17 +110,17 @@ void LatencyEngine::query_mask(Address status, Address stream) {
     check(launch_query_mask(runtime_, at<int>(status), as_stream(stream)), "reading masks");
 }
 
-void LatencyEngine::clear_rows(cudaStream_t stream) {
+void LatencyEngine::clear_rows(Address stream) {
     for (const Arena& arena : arenas_)
         check(cudaMemset2DAsync(arena.base[runtime_.domain.rank] + arena.rows_offset, arena.block_bytes(), 0,
-                                arena.block_bytes() - arena.rows_offset, 2 * arena.num_ranks, stream),
+                                arena.block_bytes() - arena.rows_offset, 2 * arena.num_ranks, as_stream(stream)),
               "ending masks");
 }
 
 void LatencyEngine::lift_masks(RankMask lift, Address stream) {
     const cudaStream_t on = as_stream(stream);
     check(launch_meet(runtime_, false, lift, on), "ending masks");
-    clear_rows(on);
+    clear_rows(stream);
     check(launch_meet(runtime_, true, 0, on), "ending masks");
 }
 

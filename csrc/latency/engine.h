@@ -48,11 +48,13 @@ class LatencyEngine {
     // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; clears rows that were
     // not read from all arenas.
     void lift_masks(RankMask lift, Address stream);
+    // Clear the rows of all sources in this rank's memory.
+    void clear_rows(Address stream);
+
+    const Runtime& runtime() const { return runtime_; }
 
   private:
     Told told() const;
-    // Clear the rows of all sources in this rank's memory.
-    void clear_rows(cudaStream_t stream);
 
     std::shared_ptr<DomainRuntime> domain_;
     Runtime runtime_{};

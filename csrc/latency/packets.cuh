@@ -247,6 +247,14 @@ __device__ __forceinline__ void send_early(const Runtime& rt, int epoch, const F
         send_facts(rt, kDispatch, epoch, __ffs(left) - 1, facts, withdrawn);
 }
 
+// The facts of a rank that refuses its input, which knows nothing of the call.
+__device__ __forceinline__ Facts refusal_facts(bool announced) {
+    Facts facts{};
+    facts.word[Facts::kFactRefused] = 1;
+    facts.word[Facts::kFactAnnounced] = announced;
+    return facts;
+}
+
 // The first word that must agree and differs, or -1.
 __device__ __forceinline__ int first_difference(const Facts& own, const Facts& theirs) {
     int word = -1;

@@ -9,17 +9,10 @@ namespace deepep_moe::latency {
 
 namespace {
 
-__device__ __forceinline__ Facts refusal(bool announced) {
-    Facts facts{};
-    facts.word[Facts::kFactRefused] = 1;
-    facts.word[Facts::kFactAnnounced] = announced;
-    return facts;
-}
-
 __global__ void __launch_bounds__(kWarpSize) announce_refusal_kernel(const __grid_constant__ Runtime rt, int* others) {
     if (is_stopped(rt.domain)) return;  // as the dispatch will be
     const int r = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
-    send_early(rt, epoch, refusal(true), false);
+    send_early(rt, epoch, refusal_facts(true), false);
     const Waiting waiting{rt, kDispatch, epoch};
     bool allocates = false;
     if (r < rt.domain.num_ranks && r != rt.domain.rank && !waiting.is_masked(r)) {
@@ -84,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) refusal_kernel(const _
     const int peer = (own + block) % ranks;
     const bool sends = block < ranks && peer != own && (entered.writable >> peer & 1);
     if (warp == 0) {
-        if (sends) send_facts(rt, args.kind, entered.epoch, peer, refusal(false));
+        if (sends) send_facts(rt, args.kind, entered.epoch, peer, refusal_facts(false));
         if (lane < ranks) {
             Facts facts{};
             const auto of_the_call = [](const Facts& theirs) { return !theirs.word[Facts::kFactAnnounced]; };

@@ -1,6 +1,7 @@
 // deepep_moe._nvshmem: kernels that put rows into other nodes' memory, as Python sees them. Typed in
 // deepep_moe/_nvshmem.pyi. A module of its own, so that deepep_moe._C needs no NVSHMEM.
-#include <pybind11/pybind11.h>
+#include "nvshmem/bindings.h"
+
 #include <pybind11/stl.h>
 
 #include "nvshmem/args.h"
@@ -20,7 +21,7 @@ void bind_world(py::module_& m) {
     m.def("this_pe", &this_pe);
     m.def("num_pes", &num_pes);
     m.def("allocate", &allocate, py::arg("num_bytes"), Released());
-    m.def("is_mapped", &is_mapped, py::arg("address"), py::arg("pe"));
+    m.def("mapped_address", &mapped_address, py::arg("address"), py::arg("pe"));
     m.def("remote_transport", &remote_transport);
     m.def("built_version", &built_version);
     m.def("loaded_version", &loaded_version);
@@ -127,4 +128,5 @@ PYBIND11_MODULE(_nvshmem, m) {
     bind_world(m);
     bind_probe(m);
     bind_rail(m);
+    bind_latency(m);
 }

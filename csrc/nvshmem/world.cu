@@ -63,7 +63,9 @@ int num_pes() { return nvshmem_n_pes(); }
 
 Address allocate(int64_t bytes) { return reinterpret_cast<Address>(nvshmem_calloc(1, static_cast<size_t>(bytes))); }
 
-bool is_mapped(Address address, int pe) { return nvshmem_ptr(at<void>(address), pe) != nullptr; }
+Address mapped_address(Address address, int pe) {
+    return reinterpret_cast<Address>(nvshmem_ptr(at<void>(address), pe));
+}
 
 std::string remote_transport() {
     // NVSHMEM has no public call for this. The layout of the structure is versioned.

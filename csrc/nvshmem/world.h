@@ -28,8 +28,8 @@ int num_pes();
 // Allocate zeroed symmetric memory. Collective over all PEs. Returns 0 on failure.
 Address allocate(int64_t bytes);
 
-// Whether the memory of `pe` is mapped here, so that puts to it are stores (P2P). `address`: of symmetric memory.
-bool is_mapped(Address address, int pe);
+// Where the memory of `pe` is mapped here, so that puts to it are stores (P2P), or 0. `address`: of symmetric memory.
+Address mapped_address(Address address, int pe);
 
 // The transport to PEs that are not mapped: "ibgda", "proxy" (a CPU thread posts transfers) or "none".
 std::string remote_transport();

@@ -66,7 +66,7 @@ class Prober:
         rate = rounds * _MANY_CHUNKS * _CHUNK_BYTES / seconds * 1e-9
         turns = 500
         latency = self._run(shift, rounds=turns, chunks=1, chunk_bytes=8, check=False) / turns / 2
-        mapped = nvshmem.module().is_mapped(self._part.address, self.peers.pes[to])
+        mapped = nvshmem.module().mapped_address(self._part.address, self.peers.pes[to]) != 0
         return Shift(to, wrong, rate, latency * 1e6, mapped)
 
     def _run(self, shift: int, *, rounds: int, chunks: int, chunk_bytes: int, check: bool) -> float:

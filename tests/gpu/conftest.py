@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepep_moe import Buffer
+from deepep_moe import Buffer, DispatcherConfig
 
 TIMEOUT_SECONDS = 30.0
 if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
@@ -77,9 +77,15 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def over_nodes() -> bool:
+    """Whether DEEPEP_MOE_RANKS_PER_NODE cuts the ranks into several nodes."""
+    cut = DispatcherConfig.load().ranks_per_node
+    return 0 < cut < int(os.environ["WORLD_SIZE"])
+
+
 @pytest.fixture
 def make_buffer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Buffer]]:
-    """Makes Buffers for low-latency calls, which run on kernels."""
+    """Makes Buffers for low-latency calls, which run on kernels: over several nodes where the environment says so."""
     made: list[Buffer] = []
 
     def make(
@@ -88,7 +94,7 @@ def make_buffer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         monkeypatch.setenv("DEEPEP_MOE_NUM_SMS", str(ranks.num_sms))
         monkeypatch.setenv("DEEPEP_MOE_TIMEOUT_SECONDS", str(timeout_seconds))
         made.append(Buffer(group or ranks.group, low_latency_mode=True, **options))
-        assert made[-1]._opened().engine == "cuda"
+        assert made[-1]._opened().engine == ("nodes" if over_nodes() else "cuda")
         return made[-1]
 
     yield make

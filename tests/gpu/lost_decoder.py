@@ -1,8 +1,9 @@
 """One of several ranks that decode with masks; the last is killed on the way. Started by test_low_latency_failures.py.
 
-    python -m tests.gpu.lost_decoder PORT RANK COUNT
+    python -m tests.gpu.lost_decoder PORT RANK COUNT [RANKS_PER_NODE]
 
-PORT is that of a TCPStore. Every survivor prints what it saw as one line of JSON.
+PORT is that of a TCPStore. With RANKS_PER_NODE other than 0 the ranks are on several nodes. Every survivor prints what
+it saw as one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ TIMEOUT_SECONDS = 3.0
 LOST_STEP, LAST_STEP = 4, 8
 
 
-def main(port: int, rank: int, count: int) -> None:
+def main(port: int, rank: int, count: int, ranks_per_node: int = 0) -> None:
     os.environ["DEEPEP_MOE_TIMEOUT_SECONDS"] = str(TIMEOUT_SECONDS)
+    if ranks_per_node:
+        os.environ.update(DEEPEP_MOE_RAIL="nvshmem", DEEPEP_MOE_RANKS_PER_NODE=str(ranks_per_node))
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
@@ -59,4 +62,4 @@ def main(port: int, rank: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(*map(int, sys.argv[1:]))

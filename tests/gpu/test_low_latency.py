@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 2 -m pytest tests/gpu/test_low_latency.py
     LOW_LATENCY_REPLAYS=10000 LOW_LATENCY_SHAPES=200 torchrun --nproc-per-node 4 -m pytest tests/gpu/test_low_latency.py
+    DEEPEP_MOE_RAIL=nvshmem DEEPEP_MOE_RANKS_PER_NODE=2 torchrun --nproc-per-node 4 -m pytest \\
+        tests/gpu/test_low_latency.py
 
 Replays that are checked on the device (300; 10,000 take about half a minute) and random shapes (80) are as many as
 these variables say. Under compute-sanitizer few tests end within a minute:
@@ -18,6 +20,7 @@ import itertools
 import os
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -369,7 +372,7 @@ def test_a_rank_that_is_late_by_seconds(ranks: Ranks, make_buffer: MakeBuffer) -
 def test_a_dispatcher_decodes_in_a_graph(ranks: Ranks) -> None:
     """Generation in a captured graph, training steps of the same dispatcher between its replays."""
     rank, shape = ranks.rank, shape_of(ranks)
-    config = DispatcherConfig(timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms)
+    config = replace(DispatcherConfig.load(), timeout_seconds=TIMEOUT_SECONDS, num_sms=ranks.num_sms)
     dispatcher = TokenDispatcher(ranks.group, shape.experts, config, device=ranks.device)
     decoder = dispatcher.decoder(shape.max_tokens)
     batch = Batch(0, shape, ranks.device)

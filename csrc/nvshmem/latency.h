@@ -1,0 +1,92 @@
+// The latency engine over several nodes: arguments of the kernels that carry a call to ranks of other nodes. Does not
+// depend on NVSHMEM's headers.
+//
+// The control block, the mailboxes and the arenas of such a group are in the symmetric heap. Ranks of this node are
+// mapped, ranks of other nodes (remote ranks) are not: their entries in the tables of pointers lead to staging memory
+// of this rank. So the kernels of csrc/latency run unchanged, and what they store for a remote rank is put into its
+// memory afterwards, at the same place of the structure.
+//
+// The order of a call on the stream, with `exchange` = put what was sent, then wait for what remote ranks have sent:
+//   dispatch   send, exchange, receive
+//   combine    send tables, exchange, send rows, exchange, receive
+// With a hook the last exchange is two kernels, the second of which belongs to the receiving half.
+//
+// When staging memory and the remote half may be written again. Both are covered by Control::consumed, as between
+// mapped ranks: a remote rank that has received call e - 2 has received all puts of that call. Before a remote rank
+// sends call e, this rank must have confirmed call e - 2 to it, and the kernel that sends cannot do this: it only
+// stores into staging memory. So each exchange confirms what earlier kernels have received, and `post` does it after a
+// receiving half; without a hook, the exchange of call e - 1 comes after the receiving half of call e - 2 and before
+// call e.
+//
+// No two puts of a word or signal to one rank are in flight at a time: an epoch of one half is sent again only after
+// the rank has confirmed the one before, and confirmations are sent only when they change. So each signal is set, not
+// added to, and late arrivals do not occur.
+//
+// No store is assumed to arrive whole that is larger than a word. Data is complete when the signal that was sent after
+// a fence has arrived.
+#pragma once
+
+#include "latency/args.h"
+
+namespace deepep_moe::latency {
+
+constexpr int kPieces = 8;  // blocks that send the rows for one rank, each with a signal
+
+// What an exchange carries.
+enum Step : int {
+    kDispatchStep,  // tables and rows of a dispatch
+    kTablesStep,    // tables of a combine
+    kRowsStep,      // rows of a combine
+    kNumSteps
+};
+
+// Symmetric memory. Each word contains the epoch, or the number of the meeting, for which it was set last.
+struct Signals {
+    uint64_t arrived[kNumSteps][2][kMaxRanks][kPieces];  // [step][epoch % 2][source][piece]
+    uint64_t met[2][kMaxRanks];                          // [first, second half][source]
+    uint64_t early[2][kMaxRanks];                        // [epoch % 2][source] of a dispatch that was announced
+    int4 early_facts[2][kMaxRanks][Facts::kPackets];     // [epoch % 2][source] what was announced
+};
+
+// Device memory of this rank: the words that remote ranks were sent last.
+struct Posted {
+    int consumed[kMaxRanks][kNumKinds * 2];
+    int failed[kMaxRanks];
+};
+
+struct Remote {
+    Runtime runtime;
+    RankMask ranks;  // a bit for each remote rank
+    int pes[kMaxRanks];
+    Signals* signals;
+    Posted* posted;
+};
+
+struct ExchangeArgs {
+    Remote remote;
+    Arena arena;
+    TopkIdx topk_idx;  // dispatch
+    int num_tokens, num_topk, num_experts;
+    Format format;
+    Places places;     // of the dispatch
+    const int* epoch;  // of this call, 0: skipped
+    bool puts, waits;
+    unsigned long long* wait_stats;  // [R] nanoseconds, or null
+};
+
+// Put what this step sends, wait for what remote ranks send, or both.
+cudaError_t launch_exchange(const ExchangeArgs& args, Step step, cudaStream_t stream);
+// Put confirmations and failures that remote ranks have not been sent.
+cudaError_t launch_post(const Remote& remote, cudaStream_t stream);
+// Put what launch_announce() stored for remote ranks. It has memory of its own there, because it may arrive after the
+// facts of the call itself.
+cudaError_t launch_put_announcement(const Remote& remote, bool withdrawn, cudaStream_t stream);
+// As launch_announce_refusal() of csrc/latency, for all ranks.
+cudaError_t launch_remote_announce_refusal(const Remote& remote, int* others, cudaStream_t stream);
+// Tell remote ranks that this rank refuses a call: facts and the signals of all its steps. Writes the call's epoch, or
+// 0 if it is skipped, and does not count it. `source`: as in RefusalArgs.
+cudaError_t launch_remote_refusal(const Remote& remote, Kind kind, const int* source, int* epoch, cudaStream_t stream);
+// As launch_meet() of csrc/latency.
+cudaError_t launch_remote_meet(const Remote& remote, bool second, RankMask lift, cudaStream_t stream);
+
+}  // namespace deepep_moe::latency
