@@ -116,6 +116,6 @@ class LatencyRemote:
         """As ``_C.LatencyEngine.announce_refusal``, for ranks of all nodes."""
 
     def refuse(self, kind: int, source: int, epoch: int, stream: int) -> None:
-        """Tell ranks of other nodes that this one refuses a call. Its number, or 0 if skipped, is stored at ``epoch``."""
+        """Tell ranks of other nodes that this one refuses a call; stores its number, or 0 if skipped, at ``epoch``."""
 
     def meet(self, second: bool, lift: int, stream: int) -> None: ...

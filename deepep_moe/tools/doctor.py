@@ -113,7 +113,8 @@ def look_at_extras() -> list[Finding]:
     """Optional packages: NVSHMEM, Apex."""
     missing = nvshmem.why_missing()
     version = "" if missing else ".".join(map(str, nvshmem.module().loaded_version()))
-    text = f"not there: {missing}; needed for rail=nvshmem alone" if missing else f"{version}, for rail=nvshmem"
+    use = "rail=nvshmem, and low-latency calls over several nodes"
+    text = f"not there: {missing}; needed only for {use}" if missing else f"{version}, for {use}"
     found = [Finding(NOTE if missing else GOOD, "NVSHMEM", text)]
     if importlib.util.find_spec("apex") is None:
         found.append(Finding(NOTE, "Apex", "not installed: recipes use torch's fused AdamW"))
