@@ -132,7 +132,7 @@ class NodesEngine(CudaEngine):
     def combine(self, call: CombineCall, half: Half) -> None:
         shape, places = call.dispatched.shape, call.dispatched.memory
         if half & Half.SEND:
-            call.state = torch.zeros((1,), dtype=torch.int32, device=self.device)
+            call.state = torch.empty((1,), dtype=torch.int32, device=self.device)
             super().combine(call, Half.TABLES)
             self._exchange(self._step.TABLES, Half.BOTH, shape, places, call.state, call.topk_idx, call.wait_stats)
             super().combine(call, Half.ROWS)

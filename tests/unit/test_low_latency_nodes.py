@@ -1,0 +1,67 @@
+"""Where the kernels of one rank find the memory of others, over several nodes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deepep_moe import low_latency_nodes as nodes_module
+from deepep_moe import nvshmem
+from deepep_moe.topology import Nodes
+
+HEAP, MAPPED = 1 << 30, 1 << 40  # address of this rank's memory, and of that of PE 0 as mapped here
+MEMBERS = ((0, 2), (1, 3), (4, 5))
+PES = (7, 6, 5, 4, 3, 2)
+
+
+def make(monkeypatch: pytest.MonkeyPatch, rank: int, num_bytes: int, by_source: bool) -> tuple[Any, int]:
+    """The memory of ``rank``, and how many bytes of the symmetric heap it took."""
+    taken: list[int] = []
+
+    class Peers:
+        pes = PES
+
+        def take(self, num_bytes: int) -> SimpleNamespace:
+            taken.append(num_bytes)
+            return SimpleNamespace(address=HEAP)
+
+    module = SimpleNamespace(mapped_address=lambda own, pe: own if pe == PES[rank] else MAPPED * (1 + pe))
+    monkeypatch.setattr(nvshmem, "module", lambda: module)
+    nodes = Nodes(MEMBERS, rank, ("a", "b", "c"))
+    peers: Any = Peers()
+    memory = nodes_module._NodeMemory(peers, nodes, num_bytes, by_source)
+    return memory, taken[0]
+
+
+@pytest.mark.parametrize("rank", range(6))
+@pytest.mark.parametrize("by_source", [False, True])
+def test_ranks_of_other_nodes_have_staging_memory_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, rank: int, by_source: bool
+) -> None:
+    block = 128 * 3
+    num_bytes = 6 * block if by_source else 1000
+    memory, taken = make(monkeypatch, rank, num_bytes, by_source)
+    node = next(ranks for ranks in MEMBERS if rank in ranks)
+    used: list[tuple[int, int]] = [(HEAP, HEAP + num_bytes)]
+    for other, address in enumerate(memory.addresses):
+        if other == rank:
+            assert address == HEAP
+        elif other in node:
+            assert address == MAPPED * (1 + PES[other])
+        else:  # by source, kernels only store into the block of their own rank
+            first = address + block * rank if by_source else address
+            used.append((first, first + (block if by_source else num_bytes)))
+    assert len(used) == 5
+    used.sort()
+    assert all(end <= begin for (_, end), (begin, _) in zip(used, used[1:])), "staging memory overlaps"
+    assert used[0][0] == HEAP and used[-1][1] <= HEAP + taken
+    assert all(first % 16 == 0 for first, _ in used)
+
+
+def test_the_size_hint_covers_the_largest_tables() -> None:
+    tokens, hidden, ranks = 128, 7168, 16
+    block = tokens * (11 * 16 + 16 * 16) + 1024 * 8 + 2 * tokens * 2 * hidden
+    hint = nodes_module.symmetric_bytes(tokens, hidden, ranks)
+    assert 2 * block * (2 * ranks - 1) < hint < 1.1 * 2 * block * 2 * ranks
