@@ -31,6 +31,7 @@ from deepep_moe.backends.exchange import gather
 from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.rail import TorchRail
 from deepep_moe.errors import DeepEPMoEError
+from deepep_moe.low_latency_nodes import NodesEngine
 from deepep_moe.nvshmem_transports import NodeFacts, look, summary
 from deepep_moe.tools.world import World, ranks_of_this_run
 from deepep_moe.topology import find_nodes
@@ -211,6 +212,9 @@ def look_at_nodes(dispatcher: TokenDispatcher) -> list[Finding]:
     found = [Finding(GOOD, "nodes", f"{nodes.count}; {nodes}")]
     if nodes.count == 1:
         return found
+    reason = NodesEngine.supports(backend, backend.config)
+    text = "kernels, with rail=nvshmem or num_rdma_bytes" if reason is None else f"the slow reference, because {reason}"
+    found.append(Finding(GOOD if reason is None else NOTE, "low latency", text))
     if (reason := nodes.why_unequal()) is not None:
         return [*found, Finding(NOTE, "rails", f"none: {reason}")]
     rails = "; ".join(f"ranks {', '.join(map(str, nodes.rail(place)))}" for place in range(nodes.size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from deepep_moe import low_latency_nodes as nodes_module
 from deepep_moe import nvshmem
+from deepep_moe.errors import UnsupportedError
 from deepep_moe.topology import Nodes
 
 HEAP, MAPPED = 1 << 30, 1 << 40  # address of this rank's memory, and of that of PE 0 as mapped here
@@ -55,9 +57,25 @@ def test_ranks_of_other_nodes_have_staging_memory_of_their_own(
             used.append((first, first + (block if by_source else num_bytes)))
     assert len(used) == 5
     used.sort()
-    assert all(end <= begin for (_, end), (begin, _) in zip(used, used[1:])), "staging memory overlaps"
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(used)), "staging memory overlaps"
     assert used[0][0] == HEAP and used[-1][1] <= HEAP + taken
     assert all(first % 16 == 0 for first, _ in used)
+
+
+def test_unmapped_memory_inside_a_node_is_named_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(mapped_address=lambda own, pe: 0 if pe == PES[3] else own)
+    monkeypatch.setattr(nvshmem, "module", lambda: module)
+    peers: Any = SimpleNamespace(pes=PES, group=None, device=None, timeout_seconds=1.0)
+    told = [[] if rank != 1 else [3] for rank in range(6)]
+    for rank, ranks in ((1, [3]), (0, []), (4, [])):
+
+        def gather(*arguments: Any, own: list[int] = ranks) -> list[list[int]]:
+            assert arguments[-1] == own
+            return told
+
+        monkeypatch.setattr(nodes_module, "gather", gather)
+        with pytest.raises(UnsupportedError, match=r"rank 1 does not map 3 of its node.*NVSHMEM_DISABLE_P2P"):
+            nodes_module._check_mapped(HEAP, peers, Nodes(MEMBERS, rank, ("a", "b", "c")))
 
 
 def test_the_size_hint_covers_the_largest_tables() -> None:
