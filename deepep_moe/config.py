@@ -60,7 +60,7 @@ class DispatcherConfig:
     rail: RailName = "nccl"
     """Who moves rows between nodes. ``nccl``: torch.distributed, which runs on every network. ``nvshmem``: puts from
     kernels, where deepep_moe was built with NVSHMEM; no host waits for counts, so a layer can be captured in a CUDA
-    graph."""
+    graph, and low-latency calls run on kernels."""
     nvshmem_bytes: int = 1 << 30
     """Symmetric memory per GPU that ``rail=nvshmem`` takes, for all groups of a process together."""
     ranks_per_node: int = 0
