@@ -185,12 +185,12 @@ class NodesEngine(CudaEngine):
     def _post(self) -> None:
         self._remote.post(self._domain.enter_stream())
 
-    def _raise(self, told: int, half: Half) -> None:
+    def _tell(self, told: int, call: DispatchCall | CombineCall, half: Half) -> None:
         if told == _C.LATENCY_BROKEN:
             nvshmem.do_not_finalize()
             if not torch.cuda.is_current_stream_capturing():
                 self._post()  # the failure, which kernels could only tell the ranks of this node
-        super()._raise(told, half)
+        super()._tell(told, call, half)
 
     def _refuse(self, kind: _C.LatencyKind, passed_on: Tensor | None, source: Tensor | None) -> None:
         epoch = torch.zeros((1,), dtype=torch.int32, device=self.device)
