@@ -97,6 +97,7 @@ class LatencyRemote:
         step: LatencyStep,
         puts: bool,
         waits: bool,
+        refuses: bool,
         num_tokens: int,
         topk_idx: int,
         wide_idx: bool,

@@ -33,6 +33,7 @@ from deepep_moe.topology import Nodes, find_nodes
 # Upper bounds of what csrc/latency/args.h and csrc/nvshmem/latency.h lay out, for symmetric_bytes().
 _ROUTES_BYTES, _WEIGHTS_BYTES = 11 * 16, 16 * 16  # of a token: packets of 32 routes
 _COUNTS_BYTES = 1024 * 8
+_ROW_SIGNALS_BYTES = 2 * 8  # of a token
 _CONTROL_BYTES = 2 * (16 << 10)  # of a rank: control block and mailbox, and their staging memory
 _SIGNAL_BYTES = 64 << 10
 
@@ -148,32 +149,51 @@ class NodesEngine(CudaEngine):
         self,
         step: Any,
         half: Half,
-        shape: DispatchShape | None,
+        shape: DispatchShape,
         places: Tensor,
         epoch: Tensor,
-        topk_idx: Tensor | None,
+        topk_idx: Tensor,
         wait_stats: Tensor | None,
     ) -> None:
-        """Put what was sent, if ``half`` sends, and wait for what other nodes have sent, if it receives.
-
-        A call that this rank refuses has neither ``shape`` nor ``topk_idx``, and sends nothing here.
-        """
+        """Put what was sent, if ``half`` sends, and wait for what other nodes have sent, if it receives."""
         self._remote.exchange(
-            arena=b"" if shape is None else self._packed[shape.max_tokens, shape.hidden],
+            arena=self._packed[shape.max_tokens, shape.hidden],
             step=step,
             puts=bool(half & Half.SEND),
             waits=bool(half & Half.RECEIVE),
-            num_tokens=0 if shape is None else shape.tokens,
-            topk_idx=address(topk_idx),
-            wide_idx=topk_idx is not None and topk_idx.dtype == torch.int64,
-            num_topk=0 if shape is None else shape.topk,
-            num_experts=0 if shape is None else shape.num_experts,
-            format=Format.BF16 if shape is None else shape.format,
+            refuses=False,
+            num_tokens=shape.tokens,
+            topk_idx=topk_idx.data_ptr(),
+            wide_idx=topk_idx.dtype == torch.int64,
+            num_topk=shape.topk,
+            num_experts=shape.num_experts,
+            format=shape.format,
             places=places.data_ptr(),
             epoch=epoch.data_ptr(),
             wait_stats=address(wait_stats),
             stream=self._domain.enter_stream(),
         )
+
+    def _await_refused(self, step: Any, epoch: Tensor) -> None:
+        """Wait for what other nodes have sent in a call that this rank refused, in whichever arena."""
+        for arena in self._packed.values():
+            self._remote.exchange(
+                arena=arena,
+                step=step,
+                puts=False,
+                waits=True,
+                refuses=True,
+                num_tokens=0,
+                topk_idx=0,
+                wide_idx=False,
+                num_topk=0,
+                num_experts=0,
+                format=Format.BF16,
+                places=0,
+                epoch=epoch.data_ptr(),
+                wait_stats=0,
+                stream=self._domain.enter_stream(),
+            )
 
     def _receive(self, receive: Callable[[], None], half: Half) -> None:
         try:
@@ -195,9 +215,8 @@ class NodesEngine(CudaEngine):
     def _refuse(self, kind: _C.LatencyKind, passed_on: Tensor | None, source: Tensor | None) -> None:
         epoch = torch.zeros((1,), dtype=torch.int32, device=self.device)
         self._remote.refuse(kind.value, address(source), epoch.data_ptr(), self._domain.enter_stream())
-        steps = [self._step.DISPATCH] if kind == _C.LatencyKind.DISPATCH else [self._step.TABLES, self._step.ROWS]
-        for step in steps:
-            self._exchange(step, Half.RECEIVE, None, epoch, epoch, None, None)
+        # For a combine there are no rows: the others have no weights of this rank.
+        self._await_refused(self._step.DISPATCH if kind == _C.LatencyKind.DISPATCH else self._step.TABLES, epoch)
         super()._refuse(kind, passed_on, source)
         self._post()
 
@@ -241,7 +260,7 @@ class NodesEngine(CudaEngine):
 
 def symmetric_bytes(max_tokens: int, hidden: int, ranks: int) -> int:
     """Symmetric memory per GPU for calls with at most ``max_tokens`` tokens of each rank: an upper bound."""
-    tables = max_tokens * (_ROUTES_BYTES + _WEIGHTS_BYTES) + _COUNTS_BYTES
+    tables = max_tokens * (_ROUTES_BYTES + _WEIGHTS_BYTES + _ROW_SIGNALS_BYTES) + _COUNTS_BYTES
     block = tables + 2 * max_tokens * 2 * hidden + 1024  # rows of dispatch and combine; padding
     arena_and_staging = 2 * 2 * ranks * block  # both halves of every rank's block
     return arena_and_staging + ranks * _CONTROL_BYTES + _SIGNAL_BYTES

@@ -118,14 +118,15 @@ struct Runtime {
 //   routes   [M][packets of K routes]      of dispatch
 //   counts   [kMaxExperts] Tagged          of dispatch: rows for each local expert
 //   weights  [M][packets of K weights]     of combine
+//   signals  [kinds][M] words              set when a row has arrived from another node (csrc/nvshmem)
 //   rows     [kinds][M][2 * H bytes]       of dispatch (scales follow e4m3 data), of combine
 // So what one rank sends to another is in two blocks. If the other's memory is not mapped, `base` points to staging
 // memory of this rank, displaced so that these two blocks are in it.
 struct Arena {
     char* base[kMaxRanks];  // [rank] as mapped here
     int num_ranks, max_tokens, hidden;
-    unsigned counts_offset, weights_offset, rows_offset;  // bytes, in a block
-    unsigned block_packets;                               // of sixteen bytes
+    unsigned counts_offset, weights_offset, signals_offset, rows_offset;  // bytes, in a block
+    unsigned block_packets;                                               // of sixteen bytes
 
     __host__ __device__ int64_t slots() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
     __host__ __device__ int64_t row_bytes() const { return 2 * static_cast<int64_t>(hidden); }
@@ -143,6 +144,9 @@ struct Arena {
     }
     __device__ __forceinline__ int4* weights(int owner, int epoch, int source, int token, int packets) const {
         return reinterpret_cast<int4*>(block(owner, epoch, source) + weights_offset) + token * packets;
+    }
+    __device__ __forceinline__ uint64_t* signal(Kind kind, int owner, int epoch, int source, int token) const {
+        return reinterpret_cast<uint64_t*>(block(owner, epoch, source) + signals_offset) + kind * max_tokens + token;
     }
     __device__ __forceinline__ int4* row(Kind kind, int owner, int epoch, int source, int token) const {
         return reinterpret_cast<int4*>(block(owner, epoch, source) + rows_offset +

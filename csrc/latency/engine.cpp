@@ -18,7 +18,8 @@ Arena layout(int num_ranks, int max_tokens, int hidden) {
     const int64_t packet = sizeof(int4);
     arena.counts_offset = align(max_tokens * kMaxRoutePackets * packet);
     arena.weights_offset = arena.counts_offset + align(kMaxExperts * sizeof(Tagged));
-    arena.rows_offset = arena.weights_offset + align(max_tokens * kMaxWeightPackets * packet);
+    arena.signals_offset = arena.weights_offset + align(max_tokens * kMaxWeightPackets * packet);
+    arena.rows_offset = arena.signals_offset + align(kNumKinds * max_tokens * sizeof(uint64_t));
     arena.block_packets = align(arena.rows_offset + kNumKinds * max_tokens * arena.row_bytes()) / packet;
     return arena;
 }

@@ -32,44 +32,52 @@ __device__ __forceinline__ void post(const Remote& remote) {
     }
 }
 
-__device__ __forceinline__ uint64_t* signals_of(const Remote& remote, Step step, int epoch, int source) {
-    return remote.signals->arrived[step][epoch & 1][source];
-}
-
 __host__ __device__ constexpr Kind kind_of(Step step) { return step == kDispatchStep ? kDispatch : kCombine; }
 
-// Called by a warp.
-__device__ __forceinline__ void put(void* to, const void* from, int64_t bytes, int pe) {
-    if (bytes == 0) return;
-    delay_put();
-    nvshmemx_putmem_nbi_warp(to, from, bytes, pe);
+__device__ __forceinline__ uint64_t* table_signal(const Remote& remote, Kind kind, int epoch, int source, int table) {
+    return &remote.signals->tables[kind][epoch & 1][source][table];
 }
 
-// Called by all threads of a block. What is sent to a rank is at the same place of its memory as in staging memory, so
-// `self`, whose memory is symmetric, stands for the destination.
-template <Step kStep>
+__device__ __forceinline__ bool has_arrived(const uint64_t* signal, int epoch) {
+    return static_cast<int>(load_acquire_system(signal)) == epoch;
+}
+
+// Put with a signal. Called by a warp.
+__device__ __forceinline__ void put(void* to, const void* from, int64_t bytes, uint64_t* signal, int epoch, int pe) {
+    delay_put();
+    if (bytes > 0)
+        nvshmemx_putmem_signal_nbi_warp(to, from, bytes, signal, static_cast<uint32_t>(epoch), NVSHMEM_SIGNAL_SET, pe);
+    else if (threadIdx.x % kWarpSize == 0)
+        nvshmemx_signal_op(signal, static_cast<uint32_t>(epoch), NVSHMEM_SIGNAL_SET, pe);
+}
+
+// Called by all threads of a block, a warp per table. What is sent to a rank is at the same place of its memory as in
+// staging memory, so `self`, whose memory is symmetric, stands for the destination.
+template <Kind kKind>
 __device__ __forceinline__ void put_tables(const ExchangeArgs& args, int epoch, int rank) {
-    constexpr Kind kKind = kind_of(kStep);
     const Runtime& rt = args.remote.runtime;
     const Arena& arena = args.arena;
-    const int warp = threadIdx.x / kWarpSize, self = rt.domain.rank, pe = args.remote.pes[rank];
-    if (warp == 0)
-        put(rt.control[self]->facts[kKind][epoch & 1][self], rt.control[rank]->facts[kKind][epoch & 1][self],
-            sizeof(int4) * Facts::kPackets, pe);
-    if (kStep == kDispatchStep) {
-        const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
-        if (warp == 1)
-            put(arena.routes(self, epoch, self, 0, packets), arena.routes(rank, epoch, self, 0, packets),
-                static_cast<int64_t>(args.num_tokens) * packets * sizeof(int4), pe);
-        if (warp == 2)
-            put(arena.counts(self, epoch, self), arena.counts(rank, epoch, self),
-                args.num_experts / rt.domain.num_ranks * sizeof(Tagged), pe);
+    const int table = threadIdx.x / kWarpSize, self = rt.domain.rank, pe = args.remote.pes[rank];
+    if (table >= (kKind == kDispatch ? kNumTables : kCountsTable)) return;
+    const int packets = ceil_div(args.num_topk, kKind == kDispatch ? kRoutesPerPacket : kWeightsPerPacket);
+    const void *to, *from;
+    int64_t bytes;
+    if (table == kFactsTable) {
+        to = rt.control[self]->facts[kKind][epoch & 1][self];
+        from = rt.control[rank]->facts[kKind][epoch & 1][self];
+        bytes = Facts::kPackets * sizeof(int4);
+    } else if (table == kCountsTable) {
+        to = arena.counts(self, epoch, self);
+        from = arena.counts(rank, epoch, self);
+        bytes = args.num_experts / rt.domain.num_ranks * sizeof(Tagged);
     } else {
-        const int packets = ceil_div(args.num_topk, kWeightsPerPacket);
-        if (warp == 1)
-            put(arena.weights(self, epoch, self, 0, packets), arena.weights(rank, epoch, self, 0, packets),
-                static_cast<int64_t>(args.num_tokens) * packets * sizeof(int4), pe);
+        to = kKind == kDispatch ? arena.routes(self, epoch, self, 0, packets)
+                                : arena.weights(self, epoch, self, 0, packets);
+        from = kKind == kDispatch ? arena.routes(rank, epoch, self, 0, packets)
+                                  : arena.weights(rank, epoch, self, 0, packets);
+        bytes = static_cast<int64_t>(args.num_tokens) * packets * sizeof(int4);
     }
+    put(const_cast<void*>(to), from, bytes, table_signal(args.remote, kKind, epoch, self, table), epoch, pe);
 }
 
 // Whether this rank has a row for the token of `home`: the weights that came from there say so. Called by a warp.
@@ -85,24 +93,22 @@ __device__ __forceinline__ bool has_sum(const ExchangeArgs& args, int epoch, int
 }
 
 // The rows of piece `piece` for `rank`. Called by all threads of a block.
-template <Step kStep>
+template <Kind kKind>
 __device__ __forceinline__ void put_rows(const ExchangeArgs& args, int epoch, int rank, int piece) {
     const Arena& arena = args.arena;
     const int self = args.remote.runtime.domain.rank, ranks = args.remote.runtime.domain.num_ranks;
-    const bool dispatches = kStep == kDispatchStep;
-    const int tokens = dispatches ? args.num_tokens : args.places.tokens(rank);
+    const int tokens = kKind == kDispatch ? args.num_tokens : args.places.tokens(rank);
     int bytes = 2 * arena.hidden;
-    if (dispatches && args.format != Format::kBf16)
-        bytes = arena.hidden + ceil_div(arena.hidden, 512) * static_cast<int>(sizeof(int4));
-    constexpr Kind kKind = kind_of(kStep);
+    if (kKind == kDispatch && args.format != Format::kBf16)
+        bytes = arena.hidden + ceil_div(arena.hidden, 512) * static_cast<int>(sizeof(int4));  // channels and scales
     for (int token = piece * kWarps + threadIdx.x / kWarpSize; token < tokens; token += kPieces * kWarps) {
         const bool wanted =
-            dispatches
+            kKind == kDispatch
                 ? ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / ranks) >> rank & 1
                 : has_sum(args, epoch, rank, token);
         if (wanted)
             put(arena.row(kKind, self, epoch, self, token), arena.row(kKind, rank, epoch, self, token), bytes,
-                args.remote.pes[rank]);
+                arena.signal(kKind, self, epoch, self, token), epoch, args.remote.pes[rank]);
     }
 }
 
@@ -127,13 +133,28 @@ __device__ __forceinline__ bool read_announcement(const Remote& remote, int epoc
     return all && facts.word[Facts::kFactAnnounced];
 }
 
+__device__ __forceinline__ Facts own_facts(const ExchangeArgs& args, Kind kind) {
+    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
+             kind == kCombine ? args.places.epoch() : 0}};
+}
+
+__device__ __forceinline__ Facts facts_of(const Runtime& rt, Kind kind, int epoch, int rank) {
+    Facts facts{};
+    for (int i = 0; i < Facts::kPackets; ++i) {
+        const int4 packet = load_packet(&rt.control[rt.domain.rank]->facts[kind][epoch & 1][rank][i]);
+        facts.word[3 * i] = packet.x;
+        facts.word[3 * i + 1] = packet.y;
+        facts.word[3 * i + 2] = packet.z;
+    }
+    return facts;
+}
+
 // Reports a failure and returns true if a rank has announced another dispatch than this one. Such a rank waits on its
 // host, so it does not come to this call.
 __device__ __forceinline__ bool others_differ(const ExchangeArgs& args, const Waiting& waiting) {
-    const Arena& arena = args.arena;
     const Domain& domain = args.remote.runtime.domain;
-    if (arena.num_ranks == 0) return false;  // this rank refuses the call
-    const Facts own{{arena.max_tokens, arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format)}};
+    if (args.refuses) return false;
+    const Facts own = own_facts(args, kDispatch);
     for (int rank = 0; rank < domain.num_ranks; ++rank) {
         Facts facts{};
         if (rank == domain.rank || !read_announcement(args.remote, waiting.epoch, rank, facts)) continue;
@@ -142,89 +163,160 @@ __device__ __forceinline__ bool others_differ(const ExchangeArgs& args, const Wa
     return false;
 }
 
-// One block waits for the signals of all remote ranks. A rank that does not come is masked, or ends the domain.
+// The waits of an exchange, by one block. A rank that does not come is masked, or ends the domain.
 template <Step kStep>
-__device__ __forceinline__ void wait_for_all(const ExchangeArgs& args, int epoch, int pieces) {
-    constexpr int kLooks = 1024;  // at a signal, between two looks at announcements
-    const Runtime& rt = args.remote.runtime;
-    const int rank = threadIdx.x, self = rt.domain.rank;
-    const Waiting waiting{rt, kind_of(kStep), epoch};
-    if (rank >= rt.domain.num_ranks || !is_remote(args.remote, rank) || waiting.is_masked(rank)) return;
-    uint64_t* signals = signals_of(args.remote, kStep, epoch, rank);
+struct Arrivals {
+    static constexpr Kind kKind = kind_of(kStep);
+    static constexpr int kLooks = 1024;  // at a signal, between two looks at announcements
+    const ExchangeArgs& args;
+    const Waiting waiting;
+    int *tokens, *topk;          // [R] shared
+    unsigned long long* waited;  // [R] shared: nanoseconds
     const uint64_t start = global_nanoseconds();
-    bool came = true;
-    for (int piece = 0; piece < pieces && came; ++piece) {
-        int seen = 0, looks = 0;
-        bool differ = false;
-        const auto arrived = [&] {
-            seen = static_cast<int>(load_acquire_system(&signals[piece]));
-            if (kStep == kDispatchStep && seen != epoch && ++looks % kLooks == 0) differ = others_differ(args, waiting);
-            return seen == epoch || differ;
-        };
-        came = waiting.thread(rank, arrived, seen) && !differ;
-    }
-    if (args.wait_stats)
-        atomicAdd(&args.wait_stats[rank], static_cast<unsigned long long>(global_nanoseconds() - start));
-    if (!came) return;
-    data_visible(signals, static_cast<uint32_t>(epoch));
-    if (kStep != kDispatchStep || args.arena.num_ranks == 0) return;
-    // A rank that refused its input sends no counts: it does not know where they belong.
-    constexpr int kWord = Facts::kFactRefused;
-    const int4 told = load_packet(&rt.control[self]->facts[kDispatch][epoch & 1][rank][kWord / 3]);
-    if ((kWord % 3 == 0 ? told.x : kWord % 3 == 1 ? told.y : told.z) == 0) return;
-    for (int l = 0; l < args.num_experts / rt.domain.num_ranks; ++l)
-        store_tagged_system(args.arena.counts(self, epoch, rank) + l, 0, epoch);
-}
 
-// Blocks: a piece of the rows for a rank each. The first also confirms and waits.
+    __device__ __forceinline__ bool is_expected(int rank) const {
+        return rank < waiting.runtime.domain.num_ranks && is_remote(args.remote, rank) && !waiting.is_masked(rank);
+    }
+
+    __device__ __forceinline__ void wait_for(int rank, const uint64_t* signal, bool looks_around) const {
+        int seen = 0, looks = 0;
+        const auto arrived = [&] {
+            seen = static_cast<int>(load_acquire_system(signal));
+            return seen == waiting.epoch || (looks_around && ++looks % kLooks == 0 && others_differ(args, waiting));
+        };
+        waiting.thread(rank, arrived, seen);
+        if (args.wait_stats) atomicMax(&waited[rank], static_cast<unsigned long long>(global_nanoseconds() - start));
+    }
+
+    // Called by all threads, after the signals of one kind of data.
+    __device__ __forceinline__ void make_visible() const {
+        __syncthreads();
+        if (threadIdx.x == 0) data_visible(args.remote.signals->early[0], 0);
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void tables() const {
+        constexpr int kCount = kKind == kDispatch ? kNumTables : kCountsTable;
+        const int rank = threadIdx.x / kCount, table = threadIdx.x % kCount;
+        if (is_expected(rank))
+            wait_for(rank, table_signal(args.remote, kKind, waiting.epoch, rank, table),
+                     kKind == kDispatch && table == kFactsTable);
+        make_visible();
+    }
+
+    // Tokens of a rank that sends rows; -1: it is masked or refused its input, or the call has failed. Called by a
+    // thread.
+    __device__ __forceinline__ int tokens_of(int rank, const Facts& facts) const {
+        if (facts.word[Facts::kFactRefused]) {
+            if (kKind == kDispatch && !args.refuses)  // it sends no counts: it does not know where they belong
+                for (int l = 0; l < args.num_experts / waiting.runtime.domain.num_ranks; ++l)
+                    store_tagged_system(args.arena.counts(waiting.runtime.domain.rank, waiting.epoch, rank) + l, 0,
+                                        waiting.epoch);
+            return -1;
+        }
+        const bool of_arena = facts.word[Facts::kFactMaxTokens] == args.arena.max_tokens &&
+                              facts.word[Facts::kFactHidden] == args.arena.hidden;
+        const bool agrees = args.refuses ? of_arena : agree(waiting, rank, own_facts(args, kKind), facts);
+        return agrees ? facts.word[Facts::kFactTokens] : -1;
+    }
+
+    __device__ __forceinline__ void read_tokens() const {
+        const Runtime& rt = waiting.runtime;
+        const int rank = threadIdx.x;
+        if (rank < rt.domain.num_ranks) {
+            tokens[rank] = -1;
+            if (is_expected(rank) && *static_cast<const volatile int*>(&rt.domain.state->failed) == 0) {
+                const Facts facts = facts_of(rt, kKind, waiting.epoch, rank);
+                tokens[rank] = tokens_of(rank, facts);
+                topk[rank] = facts.word[Facts::kFactTopk];
+            }
+        }
+        __syncthreads();
+    }
+
+    // Whether the token of `rank` has a route to this rank.
+    __device__ __forceinline__ bool is_routed_here(int rank, int token) const {
+        const int packets = ceil_div(topk[rank], kRoutesPerPacket);
+        const int4* routes = args.arena.routes(waiting.runtime.domain.rank, waiting.epoch, rank, token, packets);
+        for (int i = 0; i < packets; ++i) {
+            const int4 packet = load_packet(routes + i);
+            if (packet.x >= 0 || packet.y >= 0 || packet.z >= 0) return true;
+        }
+        return false;
+    }
+
+    // Whether `rank` owns an expert of this rank's token.
+    __device__ __forceinline__ bool is_summed_by(int rank, int token) const {
+        const int local_experts = args.num_experts / waiting.runtime.domain.num_ranks;
+        for (int k = 0; k < args.num_topk; ++k) {
+            const int64_t expert = args.topk_idx.at(static_cast<int64_t>(token) * args.num_topk + k);
+            if (expert >= 0 && expert < args.num_experts && static_cast<int>(expert) / local_experts == rank)
+                return true;
+        }
+        return false;
+    }
+
+    __device__ __forceinline__ void rows() const {
+        const int ranks = waiting.runtime.domain.num_ranks, self = waiting.runtime.domain.rank;
+        int most = kKind == kDispatch ? 0 : args.num_tokens;
+        if (kKind == kDispatch)
+            for (int rank = 0; rank < ranks; ++rank) most = max(most, tokens[rank]);
+        for (int item = threadIdx.x; item < ranks * most; item += blockDim.x) {
+            const int rank = item / most, token = item % most;
+            if (!is_expected(rank)) continue;
+            if (kKind == kDispatch ? token < tokens[rank] && is_routed_here(rank, token)
+                                   : tokens[rank] >= 0 && is_summed_by(rank, token))
+                wait_for(rank, args.arena.signal(kKind, self, waiting.epoch, rank, token), false);
+        }
+        make_visible();
+    }
+};
+
+// Blocks: a piece of the rows for a rank each, and at last one that confirms and waits.
 template <Step kStep>
 __global__ void __launch_bounds__(kThreads) exchange_kernel(const __grid_constant__ ExchangeArgs args) {
-    constexpr int kSignals = kStep == kTablesStep ? 1 : kPieces;
+    __shared__ int tokens[kMaxRanks], topk[kMaxRanks];
+    __shared__ unsigned long long waited[kMaxRanks];
+    constexpr Kind kKind = kind_of(kStep);
     const Runtime& rt = args.remote.runtime;
-    if (blockIdx.x == 0) post(args.remote);
     const int epoch = *args.epoch;
-    if (__syncthreads_or(epoch == 0 || *static_cast<const volatile int*>(&rt.domain.state->failed) != 0)) return;
-    if (args.puts) {
+    const Waiting waiting{rt, kKind, epoch};
+    const bool stopped = epoch == 0 || *static_cast<const volatile int*>(&rt.domain.state->failed) != 0;
+    if (blockIdx.x < gridDim.x - 1) {
         const int count = __popc(args.remote.ranks), piece = static_cast<int>(blockIdx.x) / count;
         RankMask left = args.remote.ranks;
         for (int n = static_cast<int>(blockIdx.x) % count; n > 0; --n) left &= left - 1;
         const int rank = __ffs(left) - 1;
-        if (!__syncthreads_or(Waiting{rt, kDispatch, epoch}.is_masked(rank))) {
-            if (piece == 0 && kStep != kRowsStep) put_tables<kStep>(args, epoch, rank);
-            if (kStep != kTablesStep) put_rows<kStep>(args, epoch, rank, piece);
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                nvshmem_fence();  // the puts of the whole block arrive before the signal
-                delay_put();
-                nvshmemx_signal_op(signals_of(args.remote, kStep, epoch, rt.domain.rank) + piece,
-                                   static_cast<uint32_t>(epoch), NVSHMEM_SIGNAL_SET, args.remote.pes[rank]);
-            }
-        }
+        if (__syncthreads_or(stopped || waiting.is_masked(rank))) return;
+        if (piece == 0 && kStep != kRowsStep) put_tables<kKind>(args, epoch, rank);
+        if (kStep != kTablesStep) put_rows<kKind>(args, epoch, rank, piece);
+        return;
     }
-    if (args.waits && blockIdx.x == 0) wait_for_all<kStep>(args, epoch, kSignals);
+    post(args.remote);
+    if (threadIdx.x < kMaxRanks) waited[threadIdx.x] = 0;
+    if (__syncthreads_or(stopped || !args.waits)) return;
+    const Arrivals<kStep> arrivals{args, waiting, tokens, topk, waited};
+    if (kStep != kRowsStep) arrivals.tables();
+    if (kStep != kTablesStep) {
+        arrivals.read_tokens();
+        arrivals.rows();
+    }
+    if (args.wait_stats && threadIdx.x < rt.domain.num_ranks)
+        atomicAdd(&args.wait_stats[threadIdx.x], waited[threadIdx.x]);
 }
 
 __global__ void __launch_bounds__(kPostThreads) post_kernel(const __grid_constant__ Remote remote) { post(remote); }
 
-// Puts facts into `there` of a remote rank, word by word. Called by one thread.
-__device__ __forceinline__ void put_facts(int4* there, const Facts& facts, int epoch, int pe) {
-    int* words = reinterpret_cast<int*>(there);
-    for (int i = 0; i < Facts::kPackets; ++i) {
-        for (int n = 0; n < 3; ++n) nvshmem_int_p(words + 4 * i + n, facts.word[3 * i + n], pe);
-        nvshmem_int_p(words + 4 * i + 3, epoch, pe);
-    }
-}
-
-// Called by one thread for each remote rank. Announcements of one epoch may follow each other, hence the first fence.
-__device__ __forceinline__ void put_announcement(const Remote& remote, int epoch, int rank, const Facts& facts,
-                                                 bool withdrawn) {
+// Put what send_early() stored for a remote rank. Called by one thread. An epoch may be announced and withdrawn several
+// times, hence the fence.
+__device__ __forceinline__ void put_announcement(const Remote& remote, int epoch, int rank, bool withdrawn) {
     const int self = remote.runtime.domain.rank, half = epoch & 1, pe = remote.pes[rank];
     nvshmem_fence();
     delay_put();
-    put_facts(remote.signals->early_facts[half][self], facts, withdrawn ? 0 : epoch, pe);
-    nvshmem_fence();
-    nvshmemx_signal_op(&remote.signals->early[half][self], withdrawn ? 0 : static_cast<uint32_t>(epoch),
-                       NVSHMEM_SIGNAL_SET, pe);
+    nvshmem_putmem_signal(remote.signals->early_facts[half][self],
+                          remote.runtime.control[rank]->facts[kDispatch][half][self], Facts::kPackets * sizeof(int4),
+                          &remote.signals->early[half][self], withdrawn ? 0 : static_cast<uint32_t>(epoch),
+                          NVSHMEM_SIGNAL_SET, pe);
 }
 
 __global__ void __launch_bounds__(kWarpSize)
@@ -233,15 +325,7 @@ __global__ void __launch_bounds__(kWarpSize)
     const int rank = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
     if (is_stopped(rt.domain) || rank >= rt.domain.num_ranks || !is_remote(remote, rank)) return;
     if (Waiting{rt, kDispatch, epoch}.is_masked(rank)) return;
-    const int4* staged = rt.control[rank]->facts[kDispatch][epoch & 1][rt.domain.rank];
-    Facts facts{};
-    for (int i = 0; i < Facts::kPackets; ++i) {
-        const int4 packet = load_packet(staged + i);
-        facts.word[3 * i] = packet.x;
-        facts.word[3 * i + 1] = packet.y;
-        facts.word[3 * i + 2] = packet.z;
-    }
-    put_announcement(remote, epoch, rank, facts, withdrawn);
+    put_announcement(remote, epoch, rank, withdrawn);
 }
 
 __global__ void __launch_bounds__(kWarpSize)
@@ -250,23 +334,21 @@ __global__ void __launch_bounds__(kWarpSize)
     if (is_stopped(rt.domain)) return;  // as the dispatch will be
     post(remote);
     const int rank = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
-    const Facts refusal = refusal_facts(true);
-    send_early(rt, epoch, refusal, false);
+    send_early(rt, epoch, refusal_facts(true), false);
+    __threadfence_system();
+    __syncwarp();
     const Waiting waiting{rt, kDispatch, epoch};
     const bool peer = rank < rt.domain.num_ranks && rank != rt.domain.rank && !waiting.is_masked(rank);
     const bool is_far = peer && is_remote(remote, rank);
-    if (is_far) put_announcement(remote, epoch, rank, refusal, false);
+    if (is_far) put_announcement(remote, epoch, rank, false);
     __syncwarp();
     bool allocates = false;
     if (peer) {
         Facts facts{};
-        const uint64_t* signals = signals_of(remote, kDispatchStep, epoch, rank);
-        int seen = 0;
+        const int seen = 0;
         const auto in_call = [&] {
-            bool all = true;
-            for (int piece = 0; piece < kPieces; ++piece)
-                all = all && (seen = static_cast<int>(load_acquire_system(&signals[piece]))) == epoch;
-            return all || read_announcement(remote, epoch, rank, facts);
+            return has_arrived(table_signal(remote, kDispatch, epoch, rank, kFactsTable), epoch) ||
+                   read_announcement(remote, epoch, rank, facts);
         };
         const bool came = is_far ? waiting.thread(rank, in_call, seen)
                                  : read_facts(waiting, rank, facts, [](const Facts&) { return true; });
@@ -289,20 +371,18 @@ __global__ void __launch_bounds__(kWarpSize)
     const int *consumed = &rt.control[self]->consumed[rank][2 * kind + (epoch & 1)], pe = remote.pes[rank];
     int seen = 0;
     if (!waiting.thread(rank, [&] { return half_is_free(seen = load_relaxed_system(consumed), epoch); }, seen)) return;
+    const Facts facts = refusal_facts(false);
+    int4* staged = rt.control[rank]->facts[kind][epoch & 1][self];
+    for (int i = 0; i < Facts::kPackets; ++i)
+        store_packet(staged + i, {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], epoch});
+    __threadfence_system();
     delay_put();
-    put_facts(rt.control[self]->facts[kind][epoch & 1][self], refusal_facts(false), epoch, pe);
-    nvshmem_fence();
-    const auto set = [&](Step step, int pieces) {
-        uint64_t* signals = signals_of(remote, step, epoch, self);
-        for (int piece = 0; piece < pieces; ++piece)
-            nvshmemx_signal_op(signals + piece, static_cast<uint32_t>(epoch), NVSHMEM_SIGNAL_SET, pe);
-    };
-    if (kind == kDispatch) {
-        set(kDispatchStep, kPieces);
-    } else {
-        set(kTablesStep, 1);
-        set(kRowsStep, kPieces);
-    }
+    nvshmem_putmem_signal(rt.control[self]->facts[kind][epoch & 1][self], staged, Facts::kPackets * sizeof(int4),
+                          table_signal(remote, kind, epoch, self, kFactsTable), static_cast<uint32_t>(epoch),
+                          NVSHMEM_SIGNAL_SET, pe);
+    for (int table = kRoutesTable; table < (kind == kDispatch ? kNumTables : kCountsTable); ++table)
+        nvshmemx_signal_op(table_signal(remote, kind, epoch, self, table), static_cast<uint32_t>(epoch),
+                           NVSHMEM_SIGNAL_SET, pe);
 }
 
 __global__ void __launch_bounds__(kWarpSize)
@@ -339,7 +419,7 @@ __global__ void __launch_bounds__(kWarpSize)
 cudaError_t launch_exchange(const ExchangeArgs& args, Step step, cudaStream_t stream) {
     int count = 0;
     for (RankMask left = args.remote.ranks; left; left &= left - 1) ++count;
-    const int blocks = args.puts ? count * (step == kTablesStep ? 1 : kPieces) : 1;
+    const int blocks = (args.puts ? count * (step == kTablesStep ? 1 : kPieces) : 0) + 1;
     switch (step) {
         case kDispatchStep: exchange_kernel<kDispatchStep><<<blocks, kThreads, 0, stream>>>(args); break;
         case kTablesStep: exchange_kernel<kTablesStep><<<blocks, kThreads, 0, stream>>>(args); break;

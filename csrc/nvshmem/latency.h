@@ -18,34 +18,38 @@
 // receiving half; without a hook, the exchange of call e - 1 comes after the receiving half of call e - 2 and before
 // call e.
 //
-// No two puts of a word or signal to one rank are in flight at a time: an epoch of one half is sent again only after
-// the rank has confirmed the one before, and confirmations are sent only when they change. So each signal is set, not
-// added to, and late arrivals do not occur.
+// When data is complete. Every table and every row is a put with a signal of its own, a word that is set to the epoch.
+// A receiver waits for the tables, which say which rows will come, and then for the signal of each row. So no put has
+// to be ordered after another: nothing calls nvshmem_fence or nvshmem_quiet, which may wait for all puts of this rank,
+// also those to a lost rank. (Exceptions: announcements and the barrier that ends masks.) No store that is larger than
+// a word is assumed to arrive whole.
 //
-// No store is assumed to arrive whole that is larger than a word. Data is complete when the signal that was sent after
-// a fence has arrived.
+// No two puts of a word or signal to one rank are in flight at a time: a half is written again only after the rank has
+// received all of the call before, and confirmations are sent only when they change. So signals are set, not added to.
 #pragma once
 
 #include "latency/args.h"
 
 namespace deepep_moe::latency {
 
-constexpr int kPieces = 8;  // blocks that send the rows for one rank, each with a signal
+constexpr int kPieces = 8;  // blocks that send the rows for one rank
 
 // What an exchange carries.
 enum Step : int {
     kDispatchStep,  // tables and rows of a dispatch
     kTablesStep,    // tables of a combine
     kRowsStep,      // rows of a combine
-    kNumSteps
 };
+
+// The tables that a rank sends to another; a combine has no counts.
+enum Table : int { kFactsTable, kRoutesTable /* or weights */, kCountsTable, kNumTables };
 
 // Symmetric memory. Each word contains the epoch, or the number of the meeting, for which it was set last.
 struct Signals {
-    uint64_t arrived[kNumSteps][2][kMaxRanks][kPieces];  // [step][epoch % 2][source][piece]
-    uint64_t met[2][kMaxRanks];                          // [first, second half][source]
-    uint64_t early[2][kMaxRanks];                        // [epoch % 2][source] of a dispatch that was announced
-    int4 early_facts[2][kMaxRanks][Facts::kPackets];     // [epoch % 2][source] what was announced
+    uint64_t tables[kNumKinds][2][kMaxRanks][kNumTables];  // [kind][epoch % 2][source][table]
+    uint64_t met[2][kMaxRanks];                            // [first, second half][source]
+    uint64_t early[2][kMaxRanks];                          // [epoch % 2][source] of a dispatch that was announced
+    int4 early_facts[2][kMaxRanks][Facts::kPackets];       // [epoch % 2][source] what was announced
 };
 
 // Device memory of this rank: the words that remote ranks were sent last.
@@ -71,6 +75,8 @@ struct ExchangeArgs {
     Places places;     // of the dispatch
     const int* epoch;  // of this call, 0: skipped
     bool puts, waits;
+    // This rank refused the call: it waits for what remote ranks send it in `arena`, whose shapes it reads from them.
+    bool refuses;
     unsigned long long* wait_stats;  // [R] nanoseconds, or null
 };
 
@@ -83,8 +89,8 @@ cudaError_t launch_post(const Remote& remote, cudaStream_t stream);
 cudaError_t launch_put_announcement(const Remote& remote, bool withdrawn, cudaStream_t stream);
 // As launch_announce_refusal() of csrc/latency, for all ranks.
 cudaError_t launch_remote_announce_refusal(const Remote& remote, int* others, cudaStream_t stream);
-// Tell remote ranks that this rank refuses a call: facts and the signals of all its steps. Writes the call's epoch, or
-// 0 if it is skipped, and does not count it. `source`: as in RefusalArgs.
+// Tell remote ranks that this rank refuses a call: facts, and the signals of the other tables. Writes the call's epoch,
+// or 0 if it is skipped, and does not count it. `source`: as in RefusalArgs.
 cudaError_t launch_remote_refusal(const Remote& remote, Kind kind, const int* source, int* epoch, cudaStream_t stream);
 // As launch_meet() of csrc/latency.
 cudaError_t launch_remote_meet(const Remote& remote, bool second, RankMask lift, cudaStream_t stream);

@@ -37,12 +37,12 @@ Remote remote(const py::bytes& runtime, const std::vector<int>& pes, RankMask ra
     return made;
 }
 
-void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts, bool waits, int num_tokens,
-              Address topk_idx, bool wide_idx, int num_topk, int num_experts, int format, Address places, Address epoch,
-              Address wait_stats, Address stream) {
+void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts, bool waits, bool refuses,
+              int num_tokens, Address topk_idx, bool wide_idx, int num_topk, int num_experts, int format,
+              Address places, Address epoch, Address wait_stats, Address stream) {
     ExchangeArgs args{};
     args.remote = remote;
-    if (static_cast<std::string_view>(arena).size() != 0) args.arena = unpack<Arena>(arena, "arena");
+    args.arena = unpack<Arena>(arena, "arena");
     args.topk_idx = {at<void>(topk_idx), wide_idx};
     args.num_tokens = num_tokens;
     args.num_topk = num_topk;
@@ -52,6 +52,7 @@ void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts
     args.epoch = at<int>(epoch);
     args.puts = puts;
     args.waits = waits;
+    args.refuses = refuses;
     args.wait_stats = at<unsigned long long>(wait_stats);
     check(launch_exchange(args, step, as_stream(stream)), "exchanging with ranks of other nodes");
 }
@@ -69,7 +70,7 @@ void bind_latency(py::module_& m) {
         .def(py::init(&remote), py::kw_only(), py::arg("runtime"), py::arg("pes"), py::arg("ranks"), py::arg("signals"),
              py::arg("posted"))
         .def("exchange", &exchange, py::kw_only(), py::arg("arena"), py::arg("step"), py::arg("puts"), py::arg("waits"),
-             py::arg("num_tokens"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("num_topk"),
+             py::arg("refuses"), py::arg("num_tokens"), py::arg("topk_idx"), py::arg("wide_idx"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("format"), py::arg("places"), py::arg("epoch"), py::arg("wait_stats"),
              py::arg("stream"))
         .def(
