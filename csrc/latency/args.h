@@ -125,8 +125,9 @@ struct Runtime {
 struct Arena {
     char* base[kMaxRanks];  // [rank] as mapped here
     int num_ranks, max_tokens, hidden;
-    unsigned counts_offset, weights_offset, signals_offset, rows_offset;  // bytes, in a block
-    unsigned block_packets;                                               // of sixteen bytes
+    unsigned counts_offset, weights_offset, rows_offset;  // bytes, in a block
+    unsigned block_packets;                               // of sixteen bytes
+    unsigned signals_offset;                              // bytes, in a block
 
     __host__ __device__ int64_t slots() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
     __host__ __device__ int64_t row_bytes() const { return 2 * static_cast<int64_t>(hidden); }
