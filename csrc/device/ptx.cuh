@@ -58,6 +58,12 @@ __device__ __forceinline__ int load_acquire_system(const int* p) {
     return v;
 }
 
+__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
+    uint64_t v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_release_system(int* p, int v) {
     asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -82,6 +88,47 @@ __device__ __forceinline__ Tagged load_tagged_system(const Tagged* p) {
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(both) : "l"(p) : "memory");
     return {static_cast<int>(static_cast<uint32_t>(both)), static_cast<int>(both >> 32)};
 }
+
+// Sixteen bytes, read or written by one instruction.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
+__device__ __forceinline__ int4 load_packet(const int4* p) {
+    union {
+        uint64_t half[2];
+        int4 all;
+    } v;
+    asm volatile("{\n.reg .b128 q;\nld.relaxed.sys.global.b128 q, [%2];\nmov.b128 {%0, %1}, q;\n}"
+                 : "=l"(v.half[0]), "=l"(v.half[1])
+                 : "l"(p)
+                 : "memory");
+    return v.all;
+}
+
+__device__ __forceinline__ void store_packet(int4* p, int4 packet) {
+    union {
+        int4 all;
+        uint64_t half[2];
+    } v{packet};
+    asm volatile("{\n.reg .b128 q;\nmov.b128 q, {%1, %2};\nst.relaxed.sys.global.b128 [%0], q;\n}" ::"l"(p),
+                 "l"(v.half[0]), "l"(v.half[1])
+                 : "memory");
+}
+#else  // the same machine instructions on every GPU since Volta
+__device__ __forceinline__ int4 load_packet(const int4* p) {
+    int4 v;
+    asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_packet(int4* p, int4 v) {
+    asm volatile("st.volatile.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+#endif
+
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // 1 / x with an error of at most one unit in the last place; subnormal inputs and results are flushed to zero.
 __device__ __forceinline__ float reciprocal_approximate(float x) {

@@ -78,9 +78,7 @@ __device__ __forceinline__ void prefetch(const CombineArgs& args, const Piece& p
     const int lane = threadIdx.x % kWarpSize, vectors = args.arena.hidden / 8;
     for (unsigned left = __ballot_sync(kFullMask, piece.row >= 0); left; left &= left - 1) {
         const int row = __shfl_sync(kFullMask, piece.row, __ffs(left) - 1), at = piece.first + lane * kSendVectors;
-        if (at < vectors)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const int4*>(args.x) +
-                                                          static_cast<int64_t>(row) * vectors + at));
+        if (at < vectors) prefetch_l2(reinterpret_cast<const int4*>(args.x) + static_cast<int64_t>(row) * vectors + at);
     }
 }
 

@@ -6,46 +6,7 @@
 
 namespace deepep_moe::latency {
 
-// -- packets: sixteen bytes, written and read by one instruction
-// --------------------------------------------------------
-
-#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
-__device__ __forceinline__ int4 load_packet(const int4* p) {
-    union {
-        uint64_t half[2];
-        int4 all;
-    } v;
-    asm volatile("{\n.reg .b128 q;\nld.relaxed.sys.global.b128 q, [%2];\nmov.b128 {%0, %1}, q;\n}"
-                 : "=l"(v.half[0]), "=l"(v.half[1])
-                 : "l"(p)
-                 : "memory");
-    return v.all;
-}
-
-__device__ __forceinline__ void store_packet(int4* p, int4 packet) {
-    union {
-        int4 all;
-        uint64_t half[2];
-    } v{packet};
-    asm volatile("{\n.reg .b128 q;\nmov.b128 q, {%1, %2};\nst.relaxed.sys.global.b128 [%0], q;\n}" ::"l"(p),
-                 "l"(v.half[0]), "l"(v.half[1])
-                 : "memory");
-}
-#else  // the same machine instructions on every GPU since Volta
-__device__ __forceinline__ int4 load_packet(const int4* p) {
-    int4 v;
-    asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void store_packet(int4* p, int4 v) {
-    asm volatile("st.volatile.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-}
-#endif
+// -- packets ---------------------------------------------------------------------------------------------------------
 
 // Part of a row <-> a packet. A last word with all bits set is NaN in every format; it becomes another NaN.
 __device__ __forceinline__ int4 seal(int4 v) {

@@ -9,12 +9,6 @@
 
 namespace deepep_moe {
 
-__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
-    uint64_t v;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
-
 // In a debug build: a random delay of up to 64 us before a put, to provoke rare interleavings.
 __device__ __forceinline__ void delay_put() {
 #ifdef DEEPEP_MOE_DELAY_PUTS
