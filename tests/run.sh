@@ -16,7 +16,7 @@ if [ "$gpus" -gt 0 ]; then
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --local-ranks-filter 0 \
         -m pytest tests/gpu "$@" || status=$?
     echo "== CPU tests"
-    CUDA_VISIBLE_DEVICES='' "$PYTHON" -m pytest tests/unit tests/distributed "$@" || status=$?
+    CUDA_VISIBLE_DEVICES='' "$PYTHON" -m pytest tests/unit tests/distributed tests/emulation "$@" || status=$?
 else
     # tests/gpu is collected too, so that what this machine cannot run is counted
     "$PYTHON" -m pytest tests "$@" || status=$?

@@ -1,0 +1,81 @@
+"""The low-latency kernels without a GPU: csrc/latency and csrc/nvshmem/latency.cu, compiled for the CPU.
+
+A stand-in for CUDA (cuda.h) runs the threads of a block as fibers, and a stand-in for NVSHMEM (nvshmem.h) delivers puts
+late, out of order and word by word, as a network may. low_latency.cpp compares calls over several nodes with those of
+one domain, with hooks, refusals, masks and a lost rank. This cannot show what depends on weak memory order, nor speed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+
+HERE = Path(__file__).parent
+KERNELS = ("latency/dispatch", "latency/combine", "latency/control", "latency/refuse", "nvshmem/latency")
+HOST = ("latency/engine.cpp", "runtime/domain.cpp", "runtime/give_up.cu")
+SEEDS = int(os.environ.get("EMULATION_SEEDS", "1"))
+LIMIT_SECONDS = 240
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next(
+        (Path(home) / "include" for home in homes if home and (Path(home) / "include/cuda_bf16.h").exists()), None
+    )
+
+
+def for_the_cpu(source: str) -> str:
+    """CUDA C++ without launches, which are no C++."""
+    launch = re.compile(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?), ([^;]*?), 0, stream>>>\(([^;]*)\);")
+    return launch.sub(r"emulation::launch(\2, \3, [=] { \1(\4); });", source)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    headers, compiler = cuda_headers(), shutil.which(os.environ.get("CXX", "g++"))
+    if headers is None or compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs the headers of a CUDA toolkit, a C++20 compiler and x86-64")
+    folder = tmp_path_factory.mktemp("emulation")
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copy(HERE / "ptx.cuh", csrc / "device" / "ptx.cuh")
+    sources = [csrc / name for name in HOST]
+    for kernel in KERNELS:
+        sources.append(csrc / f"{kernel}.cu")
+    units = []
+    for source in sources:
+        unit = source.with_suffix(".emulated.cpp")
+        unit.write_text('#include "cuda.h"\n' + for_the_cpu(source.read_text()))
+        units.append(unit)
+    units += [HERE / name for name in ("cuda.cpp", "network.cpp", "low_latency.cpp")]
+    options = ["-std=c++20", "-O1", "-w", f"-I{HERE}", f"-I{csrc}", "-isystem", str(headers)]
+    running = [
+        subprocess.Popen([compiler, *options, "-c", str(unit), "-o", f"{folder / unit.name}.o"], stderr=subprocess.PIPE)
+        for unit in units
+    ]
+    for unit, compiling in zip(units, running):
+        _, errors = compiling.communicate(timeout=LIMIT_SECONDS)
+        assert compiling.returncode == 0, f"{unit}: {errors.decode()}"
+    target = folder / "low_latency"
+    objects = [f"{folder / unit.name}.o" for unit in units]
+    subprocess.run([compiler, *objects, "-lpthread", "-o", str(target)], check=True, timeout=LIMIT_SECONDS)
+    return target
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (3, 1), (4, 2)])
+def test_calls_over_nodes_are_those_of_one_domain(program: Path, ranks: int, per_node: int, seed: int) -> None:
+    done = subprocess.run(
+        [program, str(ranks), str(per_node), str(seed)], capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
