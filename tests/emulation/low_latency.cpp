@@ -389,7 +389,7 @@ struct Program {
 
 // The last rank does not come: the others report it.
 void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsigned seed) {
-    Group group(network, begin, per_node, 5, 128, false, 1.0);
+    Group group(network, begin, per_node, 5, 128, false, 2.0);
     const Batch batch(seed, 5, 128);
     std::vector<std::thread> threads;
     std::atomic<int> named{0};
