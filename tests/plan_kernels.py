@@ -7,6 +7,8 @@ reference. Rows are moved by PyTorch's operators (backends/local.py), which need
 from __future__ import annotations
 
 import ctypes
+import math
+import time
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends.exchange import HEADER_WORDS
+from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Transfer
 
 ROUTE_WORDS = 2
 
@@ -26,6 +28,29 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = (count, announce, starts, place)
     monkeypatch.setattr(extension, "_C", SimpleNamespace(Messages=Messages, **{k.__name__: k for k in kernels}))
     monkeypatch.setattr(extension, "current_stream", lambda device: 0)
+
+
+def wait_where_sizes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transfers over gloo, which would end the process, wait where ranks send and expect different sizes, as NCCL
+    does: until the group is given up."""
+    transfer = Exchange.transfer
+
+    def bounded(self: Exchange, phase: str, transfers: list[Transfer]) -> None:
+        for moved in transfers:
+            width = moved.rows.element_size() * math.prod(moved.rows.shape[1:])
+            sent = torch.tensor(moved.send_counts).unsqueeze(1) * width
+            expected, ones = torch.empty_like(sent), [1] * self.world_size
+            transfer(self, phase, [Transfer(sent, ones, ones, expected)])
+            if expected.flatten().tolist() == [count * width for count in moved.recv_counts]:
+                transfer(self, phase, [moved])
+                continue
+            while self.usable:
+                time.sleep(0.005)
+            if phase == "plan":  # in the others the host does not wait
+                self.check_usable(phase)
+            return
+
+    monkeypatch.setattr(Exchange, "transfer", bounded)
 
 
 class Messages(NamedTuple):

@@ -5,9 +5,9 @@ them. The kernels that write the results compare the headers of all ranks and wr
 process reads a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which
 ends all waits, and this rank's next call raises the error.
 
-Ranks that send rows of different sizes wait for each other forever, and so do those whose peer refuses its input. If a
-call takes longer than a second, the ranks tell each other through the group's store (inquiry.py) which call they are
-in, and give up if these differ.
+Ranks that send rows of different sizes wait for each other forever, and so do those whose peer refuses its input or is
+in another call. If a call takes longer than a second, plans included, the ranks tell each other through the group's
+store (inquiry.py) which call they are in, and give up if these differ or if another rank has given up.
 
 The thread reads pinned memory only, which the device fills. It calls no function of CUDA: such calls, even of another
 thread, would break a graph capture that is running.
@@ -18,8 +18,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ from deepep_moe import extension
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, Transfer, agree, compare_facts
 from deepep_moe.backends.inquiry import Inquiry
+from deepep_moe.backends.rollcall import anyone_gave_up
 from deepep_moe.errors import RankMismatchError
 
 _POLL_SECONDS = 0.02
@@ -90,12 +91,31 @@ class Announcements:
             headers = self._headers(call)
             exchange.transfer(phase, [headers])
             self._copy_to_host(call, headers.out)
+        self._watch(call)
+        return call
+
+    @contextmanager
+    def waiting(self, phase: Phase, facts: Mapping[str, Fact], header: list[int]) -> Iterator[None]:
+        """Context of a call that the host waits for."""
+        call = Announced(phase, facts, self._exchange.count_call(), time.monotonic(), header)
+        if self._exchange.world_size == 1:
+            yield
+            return
+        self._watch(call)
+        try:
+            yield
+        finally:
+            with self._lock:
+                call.over = True
+                if call in self._calls:
+                    self._calls.remove(call)
+
+    def _watch(self, call: Announced) -> None:
         with self._lock:
             self._calls.append(call)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
                 self._thread.start()
-        return call
 
     def move(self, call: Announced, rows: Transfer) -> None:
         """Exchange the rows of ``call``, on the current stream."""
@@ -152,7 +172,7 @@ class Announcements:
         return False
 
     def _compare(self, call: Announced, headers: list[list[int]]) -> None:
-        if agree(headers):
+        if agree(headers) or any(header[0] for header in headers):  # a refused plan has no facts
             return
         waited = time.monotonic() - call.began
         try:
@@ -168,12 +188,13 @@ class Announcements:
             inquiry.write(call.number, call.header)
             while exchange.usable and not call.over:
                 headers = inquiry.headers(call.number)
+                waited = time.monotonic() - call.began
                 if inquiry.refusing(call.number):
-                    waited = time.monotonic() - call.began
                     exchange.give_up_later(call.phase, waited, "another rank refused its input")
-                elif len(headers) == exchange.world_size:
+                if len(headers) == exchange.world_size:
                     self._compare(call, [headers[rank] for rank in range(exchange.world_size)])
-                    return
+                if anyone_gave_up(exchange.group, exchange.device.type):
+                    exchange.give_up_later(call.phase, waited, "another rank gave up")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

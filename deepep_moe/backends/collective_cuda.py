@@ -168,8 +168,10 @@ class CollectiveOnGPU(CollectiveBackend):
                     header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, room
                 )
                 starts = self._starts(sent, room)
-                messages = self._swap(sent)
-                host = exchange.to_host("plan", messages[:, : _FIRST_COUNT + ranks + room.expert_words].contiguous())
+                with self._announcements.waiting("plan", facts, header):
+                    messages = self._swap(sent)
+                    counts = messages[:, : _FIRST_COUNT + ranks + room.expert_words].contiguous()
+                    host = exchange.to_host("plan", counts)
             self._check_messages(facts, host, num_experts)
             counts = host[:, _FIRST_COUNT:]
             row_words = -(-int(counts[:, :ranks].max()) * (1 + topk_idx.shape[1]) // 2)
@@ -329,9 +331,9 @@ class CollectiveOnGPU(CollectiveBackend):
             if self.world_size > 1:
                 shape = (self.world_size, self._message_words(exchange.room))
                 message = torch.zeros(shape, dtype=torch.int64, device=self.device)
-                header = torch.tensor(exchange.header("plan", {}, refused=True), dtype=torch.int64, device="cpu")
-                message[:, :HEADER_WORDS] = header.to(self.device)
-                with suppress(PeerError):  # this rank has a reason of its own
+                header = exchange.header("plan", {}, refused=True)
+                message[:, :HEADER_WORDS] = torch.tensor(header, dtype=torch.int64, device="cpu").to(self.device)
+                with suppress(PeerError), self._announcements.waiting("plan", {}, header):  # it has its own reason
                     host = exchange.to_host("plan", self._swap(message)[:, :HEADER_WORDS].contiguous())
                     exchange.compare_headers("plan", {}, host, error)
             raise error
@@ -447,6 +449,10 @@ class CollectiveOnGPU(CollectiveBackend):
         return crossing, starts.to(self.device)
 
     # -- checks --------------------------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        with self._announcements.waiting("barrier", {}, self._open().header("barrier", {})):
+            super().barrier()
 
     def check(self) -> None:
         exchange = self._open()

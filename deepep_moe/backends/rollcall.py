@@ -44,7 +44,7 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
 
     def exchange_notes() -> None:
         store = _get_process_group_store(group)
-        keys = [f"deepep_moe/gave_up/{channel}/{rank}" for rank in range(dist.get_world_size(group))]
+        keys = _keys(group, channel)
         store.set(keys[dist.get_rank(group)], json.dumps(asdict(mine)))
         if wait:
             with suppress(Exception):  # some rank writes none
@@ -61,6 +61,16 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
     thread.start()
     thread.join(_GRACE_SECONDS + _STORE_SECONDS)
     return dict(notes)
+
+
+def anyone_gave_up(group: dist.ProcessGroup, channel: str) -> bool:
+    """Whether any rank has written a note. May wait for the store."""
+    store = _get_process_group_store(group)
+    return any(store.check([key]) for key in _keys(group, channel))
+
+
+def _keys(group: dist.ProcessGroup, channel: str) -> list[str]:
+    return [f"deepep_moe/gave_up/{channel}/{rank}" for rank in range(dist.get_world_size(group))]
 
 
 def explain(

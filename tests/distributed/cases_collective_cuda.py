@@ -286,6 +286,53 @@ def ranks_in_different_known_formats_learn_of_it_while_the_call_does_not_end(gro
             gpu.check()
 
 
+@case(ranks=(2, 3))
+def ranks_in_different_calls_learn_of_it_where_nccl_waits_forever(group: dist.ProcessGroup) -> None:
+    """The last rank differs: in a plan that nobody else makes, in a known format of other size, in a new one; or it
+    refuses its input."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    last = rank == ranks - 1
+    topk_idx = torch.arange(ranks).expand(4, -1)
+
+    def dispatched(gpu: CollectiveOnGPU, plan: Plan, hidden: int) -> None:
+        gpu.dispatch(plan, torch.ones(4, hidden), layout=Layout.BY_SOURCE)
+
+    def differ(gpu: CollectiveOnGPU, plan: Plan, how: str) -> None:
+        if not last:
+            return dispatched(gpu, plan, 8)
+        if how == "plan":
+            gpu.plan(topk_idx, ranks)
+        elif how == "combine":
+            gpu.combine(plan, torch.ones(4 * ranks, 16), layout=Layout.BY_SOURCE)
+        elif how == "refused":
+            with raises(InputError, "x = shape (3, 8)"):
+                gpu.dispatch(plan, torch.ones(3, 8), layout=Layout.BY_SOURCE)
+        else:
+            dispatched(gpu, plan, {"known": 16, "new": 32}[how])
+
+    others = ", ".join(map(str, range(ranks - 1)))
+    for how, said in (
+        ("plan", f"call differs between the ranks of the group: dispatch on rank {others}; plan on rank"),
+        ("combine", f"call differs between the ranks of the group: dispatch on rank {others}; combine on rank"),
+        ("known", f"hidden size differs between the ranks of the group: 8 on rank {others}; 16 on rank"),
+        ("new", f"hidden size differs between the ranks of the group: 8 on rank {others}; 32 on rank"),
+        ("refused", "x = shape (3, 8)"),
+    ):
+        fresh = dist.new_group()
+        assert fresh is not None
+        with backends(fresh) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
+            plan_kernels.wait_where_sizes_differ(monkeypatch)
+            plan = gpu.plan(topk_idx, ranks)
+            dispatched(gpu, plan, 8)
+            dispatched(gpu, plan, 16)
+            began = time.monotonic()
+            error = found_by(gpu, lambda gpu=gpu, plan=plan, how=how: differ(gpu, plan, how))  # type: ignore[misc]
+            assert time.monotonic() - began < SOON_SECONDS, how
+            assert isinstance(error, PeerError | RankMismatchError), (how, error)
+            assert (said in str(error)) or (how == "refused" and last), (how, str(error))
+            assert not gpu.usable
+
+
 @case(ranks=(2,))
 def ranks_that_differ_in_the_backward_learn_of_it(group: dist.ProcessGroup) -> None:
     with backends(group) as (gpu, _):

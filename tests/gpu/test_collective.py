@@ -381,6 +381,7 @@ def test_a_refused_dispatch_is_an_error_on_all_ranks(ranks: Ranks, fresh: Collec
         ("hidden size", True),
         ("dtype", True),
         ("call", True),
+        ("plan", True),
     ],
 )
 def test_ranks_in_different_calls(ranks: Ranks, fresh: CollectiveOnGPU, what: str, known: bool) -> None:
@@ -402,13 +403,15 @@ def test_ranks_in_different_calls(ranks: Ranks, fresh: CollectiveOnGPU, what: st
     backward = Backward.ROWS if what == "backward" and other else Backward.NONE
 
     def call() -> Tensor:
+        if what == "plan" and other:
+            return fresh.plan(topk_idx, experts).counted
         if what == "call" and other:
             return fresh.combine(plan, x.repeat(ranks.size, 1), layout=Layout.BY_SOURCE).x
         return fresh.dispatch(plan, x, layout=Layout.BY_SOURCE, weights=weights, backward=backward).x
 
     error, result = found_by(fresh, call)
     assert isinstance(error, RankMismatchError), error
-    assert f"{what} differs between the ranks of the group" in str(error)
+    assert f"{'call' if what == 'plan' else what} differs between the ranks of the group" in str(error)
     torch.cuda.synchronize()  # ends
     assert result is None or result.isnan().all()
     assert not fresh.usable
