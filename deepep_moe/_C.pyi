@@ -130,7 +130,7 @@ def count(
     """Count a batch: a message for each rank, and the number of each token among those for each rank [T, R] int32."""
 
 def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
-    """The header, once for each rank: [R, AGREED_WORDS] int64."""
+    """[2 * R, AGREED_WORDS] int64: the header once for each rank, then rows that differ, for the ranks' headers."""
 
 def starts(*, messages: Messages, rank: int, starts: int, stream: int) -> None:
     """[2, R] int32: first row for each rank, of those sent (own last) and those that come back (own first)."""

@@ -126,7 +126,9 @@ def count(
 
 
 def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
-    at(out, np.int64, num_ranks, HEADER_WORDS)[:] = header
+    both = at(out, np.int64, 2 * num_ranks, HEADER_WORDS)
+    both[:num_ranks] = header
+    both[num_ranks:] = -np.arange(num_ranks)[:, None] - 1
 
 
 def starts(*, messages: Messages, rank: int, starts: int, stream: int) -> None:

@@ -77,11 +77,11 @@ struct CountArgs {
     int* send_slot;  // [T, R] number of the token among those for the rank, or -1
 };
 
-// One header for each rank.
+// One header for each rank, and room for those that arrive.
 struct AnnounceArgs {
     Header header;
     int num_ranks;
-    int64_t* out;  // [R, kAgreedWords]
+    int64_t* out;  // [2 * R, kAgreedWords]
 };
 
 // Rows in flight lie in one array of segments: rows for the other ranks in rank order, rows that stay on this rank,

@@ -215,15 +215,15 @@ class Announcements:
     def _headers(self, call: Announced) -> Transfer:
         """An exchange of headers; it sets ``call.headers``."""
         exchange = self._exchange
-        shape = (exchange.world_size, HEADER_WORDS)
-        sent = torch.empty(shape, dtype=torch.int64, device=exchange.device)
-        call.headers = torch.empty(shape, dtype=torch.int64, device=exchange.device)
+        shape = (2, exchange.world_size, HEADER_WORDS)
+        both = torch.empty(shape, dtype=torch.int64, device=exchange.device)
         extension._C.announce(
             header=call.header,
             num_ranks=exchange.world_size,
-            out=sent.data_ptr(),
+            out=both.data_ptr(),
             stream=extension.current_stream(exchange.device),
         )
+        sent, call.headers = both[0], both[1]
         ones = [1] * exchange.world_size
         return Transfer(sent, ones, ones, call.headers)
 

@@ -267,6 +267,18 @@ def headers_go_ahead_of_the_rows_of_a_new_format_and_with_those_of_a_known_one(g
 
 
 @case(ranks=(2,))
+def results_are_nan_where_nothing_arrived(group: dist.ProcessGroup) -> None:
+    with backends(group) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
+        plan, x = gpu.plan(torch.arange(2).expand(4, -1), 2), torch.ones(4, 8)
+        for _ in range(3):  # leaves headers that agree in memory that is used again
+            rows = gpu.dispatch(plan, x, layout=Layout.BY_SOURCE).x
+            assert torch.equal(gpu.combine(plan, rows, layout=Layout.BY_SOURCE).x, 2 * x)
+        monkeypatch.setattr(Exchange, "transfer", lambda *given: None)  # as if NCCL was aborted
+        assert gpu.dispatch(plan, x, layout=Layout.BY_SOURCE).x.isnan().all()
+        assert gpu.combine(plan, rows, layout=Layout.BY_SOURCE).x.isnan().all()
+
+
+@case(ranks=(2,))
 def ranks_in_different_known_formats_learn_of_it_while_the_call_does_not_end(group: dist.ProcessGroup) -> None:
     other = dist.get_rank(group) == 1
     with backends(group) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
@@ -295,7 +307,8 @@ def ranks_in_different_calls_learn_of_it_where_nccl_waits_forever(group: dist.Pr
     topk_idx = torch.arange(ranks).expand(4, -1)
 
     def dispatched(gpu: CollectiveOnGPU, plan: Plan, hidden: int) -> None:
-        gpu.dispatch(plan, torch.ones(4, hidden), layout=Layout.BY_SOURCE)
+        sent = gpu.dispatch(plan, torch.ones(4, hidden), layout=Layout.BY_SOURCE).x
+        assert gpu.usable or sent.isnan().all()
 
     def differ(gpu: CollectiveOnGPU, plan: Plan, how: str) -> None:
         if not last:
