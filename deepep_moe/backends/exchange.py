@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.rollcall import Note, explain, roll_call
+from deepep_moe.backends.rollcall import GRACE_SECONDS, Note, explain, roll_call
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 from deepep_moe.extension import is_capturing
 from deepep_moe.notices import span
@@ -121,10 +121,21 @@ class Transfer(NamedTuple):
 
 
 class Exchange:
-    """Bounded collectives over one group, for tensors on ``device``."""
+    """Bounded collectives over one group, for tensors on ``device``.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
+    Args:
+        grace_seconds: after a failure, how long to wait for the notes of ranks that fail too (rollcall.py).
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout_seconds: float,
+        grace_seconds: float = GRACE_SECONDS,
+    ) -> None:
         self.group, self.device, self.timeout_seconds = group, device, timeout_seconds
+        self._grace_seconds = grace_seconds
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._state = _states.setdefault(group, {}).setdefault(device.type, _State())
         self._names = _names.get(group)
@@ -368,7 +379,9 @@ class Exchange:
             self.check_usable(phase)
             timed_out = "timed out" in said.lower()
             self._state.given_up = (PeerTimeoutError if timed_out else PeerError, said)  # in case the next lines fail
-            notes = roll_call(self.group, self.device.type, Note(phase, waited, timed_out))
+            notes = roll_call(
+                self.group, self.device.type, Note(phase, waited, timed_out), grace_seconds=self._grace_seconds
+            )
             kind, text = explain(self.rank, self.world_size, self._names, self.timeout_seconds, notes, said)
             self._state.given_up = (kind, text)
             self._abort()
@@ -391,7 +404,7 @@ class Exchange:
                 self._state.raised = False
                 return
             self._state.given_up = (RankMismatchError, f"{phase}: {mismatch}")
-            roll_call(self.group, self.device.type, Note(phase, waited, False, str(mismatch)), wait=False)
+            roll_call(self.group, self.device.type, Note(phase, waited, False, str(mismatch)), grace_seconds=0)
             self._abort()
 
     def break_off(self, phase: Phase, reason: str) -> None:
@@ -402,7 +415,7 @@ class Exchange:
             return  # nothing runs, so nobody waits
         with self._state.lock:
             self._state.given_up = (PeerError, f"{phase}: this rank broke off: {reason}")
-            roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), wait=False)
+            roll_call(self.group, self.device.type, Note(phase, 0.0, False, reason), grace_seconds=0)
             self._abort()
 
     def _abort(self) -> None:

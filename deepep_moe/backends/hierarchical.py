@@ -54,6 +54,7 @@ from deepep_moe.backends.local import RowFormat, expand_rows, pack_rows, sum_pac
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Blocks, Rail, TorchRail
 from deepep_moe.backends.rail_nvshmem import NvshmemRail
+from deepep_moe.backends.rollcall import GRACE_SECONDS
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import HandleError, InputError
@@ -85,7 +86,9 @@ class HierarchicalBackend(Shared):
         self.nodes = find_nodes(group, device, config)
         groups = node_groups(group, self.nodes)
         self._geometry = Geometry(self.nodes, groups, device)
-        self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds)
+        # A rank that fails in its node first looks for those of its node, and only then writes a note for all.
+        grace_seconds = 2.5 * GRACE_SECONDS
+        self._exchange: Exchange | None = Exchange(group, device, config.timeout_seconds, grace_seconds)
         self._node = Exchange(groups.node, device, config.timeout_seconds)
         by_nvshmem = config.rail == NvshmemRail.name
         self.rail: Rail = (

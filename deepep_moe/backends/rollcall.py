@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 
 from deepep_moe.errors import PeerError, PeerTimeoutError
 
-_GRACE_SECONDS = 1.0  # for notes of ranks that fail at the same time
+GRACE_SECONDS = 1.0  # for notes of ranks that fail at the same time
 _STORE_SECONDS = 3.0  # for the store, whose host may be lost
 
 
@@ -33,12 +33,14 @@ class Note:
     reason: str = ""  # why this rank broke off, if it did
 
 
-def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool = True) -> dict[int, Note]:
+def roll_call(
+    group: dist.ProcessGroup, channel: str, mine: Note, *, grace_seconds: float = GRACE_SECONDS
+) -> dict[int, Note]:
     """Write ``mine`` and return the notes of all ranks that have written one, by group rank. Bounded.
 
     Args:
         channel: groups have one connection per device type; this names it.
-        wait: for notes of ranks that fail at the same time.
+        grace_seconds: how long to wait for notes of ranks that fail at the same time; 0: not at all.
     """
     notes = {dist.get_rank(group): mine}
 
@@ -46,9 +48,9 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
         store = _get_process_group_store(group)
         keys = _keys(group, channel)
         store.set(keys[dist.get_rank(group)], json.dumps(asdict(mine)))
-        if wait:
+        if grace_seconds:
             with suppress(Exception):  # some rank writes none
-                store.wait(keys, timedelta(seconds=_GRACE_SECONDS))
+                store.wait(keys, timedelta(seconds=grace_seconds))
         for rank, key in enumerate(keys):
             if rank not in notes and store.check([key]):
                 notes[rank] = Note(**json.loads(store.get(key)))
@@ -59,7 +61,7 @@ def roll_call(group: dist.ProcessGroup, channel: str, mine: Note, *, wait: bool 
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    thread.join(_GRACE_SECONDS + _STORE_SECONDS)
+    thread.join(grace_seconds + _STORE_SECONDS)
     return dict(notes)
 
 

@@ -35,7 +35,9 @@ def main(when: str) -> None:
     last = backend.rank == 3
     if last and when == "before a call":
         os._exit(0)
-    if last:  # after all have agreed
+    if when == "inside its node":
+        lose_inside(backend)
+    elif last:  # after all have agreed
         backend.rail.start = leave if when == "in a call" else fail  # type: ignore[method-assign]
     began = time.monotonic()
     try:
@@ -48,6 +50,22 @@ def main(when: str) -> None:
         time.sleep(TIMEOUT_SECONDS / 2)  # this process stays, and still the others do not wait for it
     assert not backend.usable
     os._exit(0)
+
+
+def lose_inside(backend: HierarchicalBackend) -> None:
+    """After all rows have crossed, when the ranks of the other node are in their next call already. Rank 2, of the same
+    node, learns of it later than they do."""
+    dispatch, calls = backend.engine.dispatch, []
+
+    def inside(*given: Any, **options: Any) -> Any:
+        calls.append(None)
+        if backend.rank >= 2 and len(calls) == 2:  # the first is for the rank's own tokens
+            time.sleep(0.5 if backend.rank == 3 else 1.5)
+        if backend.rank == 3 and len(calls) == 2:
+            leave()
+        return dispatch(*given, **options)
+
+    backend.engine.dispatch = inside  # type: ignore[method-assign]
 
 
 def leave(*_: Any) -> Any:

@@ -50,6 +50,7 @@ def test_doctor_shows_nodes_and_rails() -> None:
     [
         ("before a call", "rank 3 may be gone"),
         ("in a call", "rank 3 may be gone"),
+        ("inside its node", "rank 3 may be gone"),
         ("failing in a call", "rank 3 broke off dispatch: MemoryError: no memory for the rows"),
     ],
 )
@@ -60,4 +61,5 @@ def test_a_rank_lost_on_another_node_is_named_on_all(when: str, message: str) ->
     assert sorted(rank for rank, _, _ in told) == ["0", "1", "2"], output
     for _, seconds, text in told:
         assert message in text
+        assert "ranks 2, 3 may" not in text  # rank 2 is there
         assert float(seconds) < TIMEOUT_SECONDS / 2  # nobody waited for the timeout
