@@ -1,5 +1,8 @@
 """AdamW with fp32 master weights: gradients summed over replicas, clipped, and applied to each rank's share.
 
+It is not torch.optim.AdamW, because that needs gradients in the dtype of the weights: with BF16 parameters, converting
+them, its own passes and the copy back take twice as long as the one kernel here (docs/benchmarks.md).
+
 Ranks that hold copies of a parameter divide its update among themselves (ZeRO stage 1): each gets the summed gradient
 of its share, updates it, and sends the new values to the others. That moves as many bytes as an all-reduce, and each
 rank keeps only its share of the optimizer state.
@@ -87,13 +90,16 @@ class Adam:
         warmup: int,
         steps: int,
     ) -> None:
-        self.learning_rate, self.weight_decay, self.clip = learning_rate, weight_decay, clip
+        self.learning_rate, self.clip = learning_rate, clip
         self.warmup, self.steps, self.updates = warmup, steps, 0
+        self._decays = (0.0, weight_decay)
         self.shares = [self._share(parameter, replicas(parameter)) for parameter in parameters]
-        self.shares.sort(key=lambda share: -share.values.numel())  # the GPU is busy while the host comes to small ones
+        # Divided ones first, because their new values are sent while the others are updated; then large ones first.
+        self.shares.sort(key=lambda share: (not share.divided, -share.values.numel()))
         copies = [1 if share.divided or share.group is None else share.group.size() for share in self.shares]
         device = self.shares[0].values.device
         self._copies = torch.tensor(copies, dtype=torch.float32, device=device)  # ranks that count it in the norm
+        self._scalars = [torch.zeros(4, dtype=torch.float32, device=device) for _ in self._decays]  # of one update
         self._update = torch.compile(adamw, dynamic=True) if device.type == "cuda" else adamw
 
     @staticmethod
@@ -106,7 +112,6 @@ class Adam:
         moment1, moment2 = (torch.zeros_like(values, dtype=torch.float32) for _ in range(2))
         return _Share(parameter, group if size > 1 else None, divided, values, master, moment1, moment2)
 
-    @torch.no_grad()
     def step(self, step: int) -> Tensor:
         """Update the parameters from their gradients. Collective; nothing waits for the device.
 
@@ -116,20 +121,28 @@ class Adam:
         Returns:
             The norm of the whole gradient before it is clipped, 0-dim fp32, the same on every rank.
         """
+        self.prepare(step)
+        return self.update()
+
+    def prepare(self, step: int) -> None:
+        """The part of :meth:`step` that differs from step to step: its numbers are sent to the device."""
+        self.updates += 1
+        for decay, scalars in zip(self._decays, self._scalars):
+            values = [self.rate(step), decay, 1 - BETA1**self.updates, 1 - BETA2**self.updates]
+            sent = torch.tensor(values, dtype=torch.float32, device="cpu", pin_memory=scalars.is_cuda)
+            scalars.copy_(sent, non_blocking=True)
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """The rest of :meth:`step`; it can be captured in a CUDA graph, with gradients that stay where they are."""
         gradients = self.sum_gradients()
         norm = self.norm(gradients)
         factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.updates += 1
-        rate = self.rate(step)
-        corrections = [1 - BETA1**self.updates, 1 - BETA2**self.updates]
-        hyper = {
-            decay: torch.stack([factor, *(torch.full_like(factor, x) for x in (rate, decay, *corrections))])
-            for decay in (0.0, self.weight_decay)
-        }
+        hyper = [torch.cat([factor.view(1), scalars]) for scalars in self._scalars]
         pending = []
         for share, gradient in zip(self.shares, gradients):
-            decay = self.weight_decay if share.parameter.dim() >= 2 else 0.0
-            self._update(share.master, share.moment1, share.moment2, gradient, share.copy, hyper[decay])
+            decays = share.parameter.dim() >= 2
+            self._update(share.master, share.moment1, share.moment2, gradient, share.copy, hyper[decays])
             if share.divided:
                 whole = share.parameter.detach().view(-1)
                 pending.append(dist.all_gather_into_tensor(whole, share.values, group=share.group, async_op=True))

@@ -92,7 +92,7 @@ class Train:
     trackers: str = ""  # tensorboard, wandb, or both: they get what metrics.jsonl gets
     seed: int = 1234
     expert_parallel: int = 0  # ranks that share one set of experts; 0: all of them
-    cuda_graph: bool = False  # on GPUs, forward and backward of a step as one CUDA graph
+    cuda_graph: bool = False  # on GPUs, a step as CUDA graphs
     profile_step: int = 0  # this step under torch.profiler: profile.txt and trace.json; 0: none
     precision: str = "auto"  # of weights and activations: bf16 or fp32; auto: bf16 on GPUs, fp32 on CPUs
 
@@ -303,55 +303,73 @@ def check_capturable(config: TransformerConfig, gpt: Gpt, replay: object) -> Non
         )
 
 
-class GraphedPass:
-    """:func:`forward_backward` as one CUDA graph, which takes the host a single launch.
+class GraphedStep:
+    """A training step as two CUDA graphs, each of which takes the host a single launch: gradients, then update.
 
-    Nothing in it may wait for the host, so the outputs of dispatch have a fixed size (``capacity_factor``). An overflow
-    is found when the graph has run: then all ranks capture it again with more room and run it on the same batch.
+    Nothing in a graph may wait for the host, so the outputs of dispatch have a fixed size (``capacity_factor``).
+    Between the two the host looks for an overflow: then all ranks capture again with more room, and repeat the batch.
     """
 
-    def __init__(self, model: GPTModel, meter: DispatcherMeter, shape: tuple[int, int, int], world: World) -> None:
+    def __init__(
+        self, model: GPTModel, optimizer: Adam, meter: DispatcherMeter, shape: tuple[int, int, int], world: World
+    ) -> None:
         replay = replay_of(model)
         assert replay is not None
-        self.model, self.meter, self.world, self.replay = model, meter, world, replay
+        self.model, self.optimizer, self.meter, self.world, self.replay = model, optimizer, meter, world, replay
         self.tokens, self.labels = (torch.zeros(shape, dtype=torch.int64, device=world.device) for _ in range(2))
         self.stream = torch.cuda.Stream(world.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.replays = -1  # of ``replay`` when the graph was captured; each one has given the dispatchers more room
         self.loss = torch.zeros((), dtype=torch.float32, device=world.device)
+        self.gradients: torch.cuda.CUDAGraph | None = None  # writes them to the same place each time
+        self.update: torch.cuda.CUDAGraph | None = None
+        self.replays = -1  # of ``replay`` when the graph was captured; each one has given the dispatchers more room
         self.captures = 0
 
-    def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """As :func:`forward_backward`. The gradients and the result are overwritten by the next call."""
+    def __call__(self, tokens: Tensor, labels: Tensor, step: int) -> Tensor:
+        """The loss, as from :func:`forward_backward`, after updating the parameters."""
         self.tokens.copy_(tokens, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
-        return self.replay.run(self.model, self._run)  # type: ignore[no-any-return]
+        loss = self.replay.run(self.model, self._compute_gradients).clone()
+        if not self.optimizer.updates:  # compiles kernels and connects the ranks of each group
+            self.optimizer.step(step)
+            return loss
+        self.optimizer.prepare(step)
+        if self.update is None:
+            with self._capturing() as self.update:
+                self.optimizer.update()
+        self.update.replay()
+        return loss
 
-    def _run(self) -> Tensor:
-        if self.graph is None or self.replays != self.replay.replays:
-            self._capture()
-        assert self.graph is not None
-        self.graph.replay()
+    def close(self) -> None:
+        """Free the graphs, which must be gone before the process group."""
+        self.gradients = self.update = None
+
+    def _compute_gradients(self) -> Tensor:
+        if self.gradients is None or self.replays != self.replay.replays:
+            self.close()
+            with self.meter.recording(), torch.cuda.stream(self.stream):
+                for _ in range(2):  # compiles what torch.compile compiles, and finds the room that this batch needs
+                    self.model.zero_grad(set_to_none=True)
+                    forward_backward(self.model, self.tokens, self.labels, self.world.size)
+                self.model.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            with self.meter.recording(), self._capturing() as self.gradients:
+                self.loss = forward_backward(self.model, self.tokens, self.labels, self.world.size)
+            self.replays = self.replay.replays
+            self.captures += 1
+        assert self.gradients is not None
+        self.gradients.replay()
         torch.cuda.synchronize()  # an overflow is known from here on
         return self.loss
 
-    def _capture(self) -> None:
-        self.graph = None  # frees its memory
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with self.meter.recording(), torch.cuda.stream(self.stream):
-            for _ in range(2):  # compiles what torch.compile compiles, and finds the room that this batch needs
-                self.model.zero_grad(set_to_none=True)
-                forward_backward(self.model, self.tokens, self.labels, self.world.size)
-            self.model.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+    @contextmanager
+    def _capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
         for generator in get_all_rng_states().values():
             graph.register_generator_state(generator)
-        with self.meter.recording(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.loss = forward_backward(self.model, self.tokens, self.labels, self.world.size)
-        self.graph, self.replays = graph, self.replay.replays
-        self.captures += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            yield graph
 
 
 def train_step(
@@ -361,16 +379,14 @@ def train_step(
     train: Train,
     world: World,
     step: int,
-    graphed: GraphedPass | None = None,
+    graphed: GraphedStep | None = None,
 ) -> Tensor:
     """One update. Returns this rank's loss, not yet averaged (a GPU does not wait for it)."""
     parts = range(step * train.accumulate, (step + 1) * train.accumulate)
     batches = zip(*(text.batch(part, world.rank, train.sequences) for part in parts))
     tokens, labels = (world.to_device(torch.stack(batch)) for batch in batches)
     if graphed is not None:
-        loss = graphed(tokens, labels).clone()
-        optimizer.step(step)  # leaves the gradients where the graph writes them
-        return loss
+        return graphed(tokens, labels, step)
     loss = forward_backward(model, tokens, labels, world.size)
     optimizer.step(step)
     model.zero_grad(set_to_none=True)
@@ -513,7 +529,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     if in_graph:
         check_capturable(config, gpt, replay_of(model))
         shape = (train.accumulate, train.sequences, data.sequence_length)
-        graphed = GraphedPass(model, meter, shape, world)
+        graphed = GraphedStep(model, optimizer, meter, shape, world)
 
     checkpoints = common.Checkpoints(folder, world, {"expert_parallel": expert_parallel, "model": settings["model"]})
     first = 0
@@ -531,6 +547,7 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         f"dispatcher {config.moe_token_dispatcher_type}, {own / 1e6:.1f} M parameters on each\n"
         f"text {data.text}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out"
         + (f"\nresumed after step {first}" if first else "")
+        + ("\ntrain.cuda_graph has no effect without a GPU" if train.cuda_graph and not in_graph else "")
     )
     try:
         if not first:
@@ -541,6 +558,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         _train(model, optimizer, text, data, train, world, meter, graphed, journal, checkpoints, first, flops)
     finally:
         journal.close()
+        if graphed is not None:
+            graphed.close()
     title = f"{folder.name}: {config.moe_token_dispatcher_type}, {world.size} x {world.device.type}"
     if picture := journal.draw(title):
         journal.say(f"curves: {picture}\nmetrics: {journal.path}")
@@ -554,7 +573,7 @@ def _train(
     train: Train,
     world: World,
     meter: DispatcherMeter,
-    graphed: GraphedPass | None,
+    graphed: GraphedStep | None,
     journal: reports.Journal,
     checkpoints: common.Checkpoints,
     first: int,
