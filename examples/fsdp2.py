@@ -7,6 +7,7 @@ Everything else is sharded over all ranks. The losses do not depend on the numbe
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -91,4 +92,5 @@ if __name__ == "__main__":
     parser.add_argument("--experts", type=int, default=0, help="ranks that share the experts; default: all")
     dist.init_process_group()
     train(parser.parse_args().experts)
+    gc.collect()  # FSDP's modules refer to each other: they are freed only here
     dist.destroy_process_group()  # when the net is gone: PyTorch may wait forever in the other order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import json
 import os
 import sys
@@ -58,6 +59,7 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     finally:
         if dist.is_initialized():
+            gc.collect()  # models use the group, and PyTorch may abort if it is gone before them
             dist.destroy_process_group()
 
 
