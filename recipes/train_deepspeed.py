@@ -341,9 +341,13 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     trackers = reports.find_trackers(train.trackers)
     ds_config = dict(settings["ds_config"])
     expert_parallel = train.expert_parallel or world.size
-    for name, whole in (("processes", world.size), ("experts", shape.experts)):
-        if whole % expert_parallel:
-            raise RecipeError(f"train.expert_parallel = {expert_parallel} does not divide the {whole} {name}")
+    if world.size % expert_parallel:
+        raise RecipeError(f"train.expert_parallel = {expert_parallel} does not divide the {world.size} processes")
+    if shape.experts % expert_parallel:
+        raise RecipeError(
+            f"model.experts = {shape.experts}: allowed is a positive multiple of {expert_parallel}, the number of "
+            "processes that share the experts (train.expert_parallel)"
+        )
 
     text = common.ByteText(common.read_text(data.text), data.sequence_length, train.seed)
     layout = {"expert_parallel": expert_parallel, "model": settings["model"]}
