@@ -116,7 +116,7 @@ class Replay(Shared):
         self._connected = False
 
     def __str__(self) -> str:
-        return f"{self.replays} replays, capacity factor {self.capacity_factor:.3g}"
+        return f"replays {self.replays}, capacity factor {self.capacity_factor:.3g}"
 
     @property
     def capacity_factor(self) -> float:
@@ -124,7 +124,19 @@ class Replay(Shared):
         return max((dispatcher.capacity_factor for dispatcher in self._dispatchers), default=0.0)
 
     def run(self, model: nn.Module, forward: Callable[[], Any]) -> Any:
-        """``forward()``, as often as it takes. Collective over the group."""
+        """``forward()``, as often as it takes. Collective over the group.
+
+        Args:
+            model: as for :func:`replay_on_overflow`, which calls this in ``model.forward``.
+            forward: whatever runs the layers of ``model``: also the replay of a CUDA graph that captured them, if it
+                waits for the device before it returns and captures again after :attr:`replays` has changed.
+
+        Returns:
+            What the last call of ``forward`` returned.
+
+        Raises:
+            CapacityError: 16 calls in a row have overflowed.
+        """
         if not self._connected:
             self._connect(model)
         if not self._dispatchers or torch.compiler.is_compiling() or _is_capturing():

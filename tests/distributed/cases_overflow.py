@@ -207,6 +207,31 @@ def without_it_an_overflow_is_an_error_on_every_rank(group: dist.ProcessGroup) -
     assert not raised.value.staging
 
 
+@case(ranks=(2,))
+def what_runs_the_layers_may_be_any_function(group: dist.ProcessGroup) -> None:
+    """As a captured graph does it, without calling the model: forward and backward, both repeated."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(40, HIDDEN, generator=generator)
+    nets = [build(group, factor).eval() for factor in (0.0, 0.3)]
+    replay, calls = replay_on_overflow(nets[1]), 0
+
+    def step(net: nn.Module) -> Tensor:
+        nonlocal calls
+        calls += 1
+        net.zero_grad()
+        loss = nn.Sequential.forward(net, x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    expected = step(nets[0])
+    calls = 0
+    torch.testing.assert_close(replay.run(nets[1], lambda: step(nets[1])), expected)
+    assert calls == replay.replays + 1 > 1
+    assert str(replay).startswith(f"replays {replay.replays}, capacity factor ")
+    for got, wanted in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+
+
 @case(ranks=(1,))
 def the_setting_alone_is_said_to_have_no_effect(group: dist.ProcessGroup) -> None:
     told = "replay_on_overflow has no effect on a TokenDispatcher by itself"
