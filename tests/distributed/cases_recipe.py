@@ -18,6 +18,7 @@ from tests.launch import ROOT, case
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common
+import gpt
 import optimizer
 import sections
 import train_megatron as recipe
@@ -99,7 +100,7 @@ def gradients_equal_those_of_one_process(expert_parallel: int, grouped: bool = F
     gradients = adam.sum_gradients()
 
     names = {parameter: name for name, parameter in spread.named_parameters()}
-    assert any(map(recipe.is_expert, names)) == (expert_parallel > 1)
+    assert any(map(gpt.is_expert, names)) == (expert_parallel > 1)
     for share, gradient in zip(adam.shares, gradients, strict=True):
         name = names[share.parameter]
         wanted = of_this_rank(name, expected, expert_parallel).flatten()
@@ -161,7 +162,7 @@ def fused_attention_computes_what_megatrons_does(group: dist.ProcessGroup) -> No
     for fused in (False, True):
         model = build(world, 2, grouped=True, fused=fused, num_query_groups=2, kv_channels=16, qk_layernorm=True)
         attention = model.decoder.layers[0].self_attention.core_attention
-        assert isinstance(attention, recipe.FusedAttention) == fused
+        assert isinstance(attention, gpt.FusedAttention) == fused
         loss = recipe.loss_of(model, *text.batch(0, world.rank, SEQUENCES))
         loss.backward()
         found.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
@@ -266,9 +267,9 @@ def what_a_graph_or_transformer_engine_needs_is_said(group: dist.ProcessGroup) -
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2, create_gloo_process_groups=False)
     config, grouped = recipe.transformer_config(MODEL, world, 2), recipe.Gpt(grouped_experts=True)
     recipe.check_capturable(config, grouped, replay=object())
-    for gpt, replay in ((recipe.Gpt(), object()), (grouped, None)):
+    for options, replay in ((recipe.Gpt(), object()), (grouped, None)):
         with pytest.raises(sections.RecipeError, match=r"train.cuda_graph = true needs .*capacity_factor above 0"):
-            recipe.check_capturable(config, gpt, replay)
+            recipe.check_capturable(config, options, replay)
     alltoall = recipe.transformer_config({**MODEL, "moe_token_dispatcher_type": "alltoall"}, world, 2)
     with pytest.raises(sections.RecipeError, match="moe_token_dispatcher_type=deepep"):
         recipe.check_capturable(alltoall, grouped, object())
@@ -278,8 +279,8 @@ def what_a_graph_or_transformer_engine_needs_is_said(group: dist.ProcessGroup) -
         recipe.build_model(config, engine, LENGTH, world)
     asked = mock.Mock(side_effect=KeyboardInterrupt)
     with (
-        mock.patch.object(recipe.importlib.util, "find_spec"),
-        mock.patch.object(recipe, "get_gpt_decoder_block_spec", asked),
+        mock.patch.object(gpt.importlib.util, "find_spec"),
+        mock.patch.object(gpt, "get_gpt_decoder_block_spec", asked),
         pytest.raises(KeyboardInterrupt),
     ):
         recipe.build_model(config, engine, LENGTH, world)
