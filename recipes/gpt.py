@@ -1,4 +1,4 @@
-"""The model of the Megatron-Core recipe: GPTModel with attention and loss that need neither TransformerEngine nor Apex."""
+"""The model of the Megatron-Core recipe: GPTModel, with attention and loss from PyTorch."""
 
 from __future__ import annotations
 
