@@ -120,14 +120,16 @@ class GraphedStep:
         self.update: torch.cuda.CUDAGraph | None = None
         self.replays = -1  # of ``replay`` when the graph was captured; each one has given the dispatchers more room
         self.captures = 0
+        self.updated = False
 
     def __call__(self, tokens: Tensor, labels: Tensor, step: int) -> Tensor:
         """The loss, as from :func:`forward_backward`, after updating the parameters."""
         self.tokens.copy_(tokens, non_blocking=True)
         self.labels.copy_(labels, non_blocking=True)
         loss = self.replay.run(self.model, self._compute_gradients).clone()
-        if not self.optimizer.updates:  # compiles kernels and connects the ranks of each group
+        if not self.updated:  # compiles kernels and connects the ranks of each group
             self.optimizer.step(step)
+            self.updated = True
             return loss
         self.optimizer.prepare(step)
         if self.update is None:

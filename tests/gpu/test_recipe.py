@@ -1,4 +1,4 @@
-"""The Megatron-Core recipe on GPUs: a step as one CUDA graph, whose dispatches may overflow, learns as without it."""
+"""The Megatron-Core recipe on GPUs: steps as CUDA graphs, whose dispatches may overflow, train as without graphs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def train(recipe: Any, ranks: Ranks, graph: bool, **settings: Any) -> tuple[list
     return losses, graphed
 
 
-def test_a_step_as_one_graph_learns_as_without(recipe: ModuleType, ranks: Ranks) -> None:
+def test_captured_steps_train_as_others_do(recipe: ModuleType, ranks: Ranks) -> None:
     # Fixed sizes here too, with room for everything: what torch.compile compiled is used again.
     expected, _ = train(recipe, ranks, graph=False, capacity_factor=float(ranks.size))
     actual, graphed = train(recipe, ranks, graph=True, capacity_factor=0.5)  # too little even for a balanced load
