@@ -208,13 +208,16 @@ def test_refused_in_a_call_of_another_shape(ranks: Ranks, make_buffer: MakeBuffe
     large = Batch(1, shape_of(ranks, room=40, hidden=1408, topk=7, experts=9), ranks.device, dropped=0)
     for batch in (large, small):
         round_trip(buffer, batch, format, "before")
-    bad: tuple[dict[str, Any], ...] = (
-        {"x": large.x[rank].float()},
-        {"num_max_dispatch_tokens_per_rank": 40.0},
-        {"x": None},
-        {"num_max_dispatch_tokens_per_rank": 16},  # that of the other shape
-    )
-    for seed, options in enumerate(bad):
+
+    def bad(batch: Batch) -> tuple[dict[str, Any], ...]:
+        return (
+            {"x": batch.x[rank].float()},
+            {"num_max_dispatch_tokens_per_rank": 40.0},
+            {"x": None},
+            {"num_max_dispatch_tokens_per_rank": 16},  # that of the other shape
+        )
+
+    for seed, options in enumerate(bad(large)):
         if rank == 0:
             with pytest.raises(InputError, match=r"float|None|tokens"):
                 dispatch(buffer, large, **FORMATS[format], **options)
@@ -225,10 +228,11 @@ def test_refused_in_a_call_of_another_shape(ranks: Ranks, make_buffer: MakeBuffe
         for batch in (small, large) if seed % 2 else (small,):
             round_trip(buffer, batch, format, f"after {list(options)}")
     # the others allocate
-    for seed, options in enumerate(bad):
+    for seed in range(len(bad(large))):
         new = Batch(2, shape_of(ranks, room=50 + seed, hidden=1408), ranks.device)
+        options = bad(new)[seed] if rank == 0 else {}
         with pytest.raises(InputError if rank == 0 else PeerError, match=r"float|None|tokens"):
-            dispatch(buffer, new, **FORMATS[format], **(options if rank == 0 else {}))
+            dispatch(buffer, new, **FORMATS[format], **options)
         round_trip(buffer, small, format, "after a refused allocation")
     round_trip(buffer, new, format, "allocated after all")
     # all refuse
