@@ -269,6 +269,11 @@ _combine_op = torch.ops.deepep_moe.combine.default
 _dispatch_with_gradient_op = torch.ops.deepep_moe.dispatch_with_gradient.default
 _combine_with_gradient_op = torch.ops.deepep_moe.combine_with_gradient.default
 
+# Every rank must make a call that any rank makes, also one whose result it does not need: Inductor knows that gradients
+# of no rows are not needed, and would leave out the dispatch in the backward of a rank whose experts got none.
+for _op in (torch.ops.deepep_moe.plan.default, _dispatch_op, _combine_op):
+    torch.fx.has_side_effect(_op)
+
 PlanTensors = list[Tensor | None]
 
 

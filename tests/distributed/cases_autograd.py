@@ -245,6 +245,22 @@ def a_copied_layer_has_weights_of_its_own_and_the_same_dispatcher(group: dist.Pr
 
 
 @case(ranks=(2,))
+def a_rank_whose_experts_get_no_rows_takes_part_in_a_compiled_backward(group: dist.ProcessGroup) -> None:
+    """Inductor leaves out what computes gradients of no rows; a dispatch among it would be missed by the other rank."""
+    dispatcher = TokenDispatcher(group, 2, DispatcherConfig(timeout_seconds=60))
+
+    def layer(x: Tensor, weights: Tensor) -> Tensor:
+        topk_idx = torch.zeros((len(x), 1), dtype=torch.int64)  # all to the expert of rank 0
+        sent = dispatcher.dispatch(x, topk_idx, weights)
+        return dispatcher.combine(torch.sin(sent.rows), sent, weights=sent.weights)
+
+    given = (torch.randn(4, 8, requires_grad=True), torch.rand(4, 1, requires_grad=True))
+    wanted = torch.autograd.grad(layer(*given).sum(), given)
+    for got, grad in zip(torch.autograd.grad(torch.compile(layer)(*given).sum(), given), wanted, strict=True):
+        torch.testing.assert_close(got, grad)
+
+
+@case(ranks=(2,))
 def what_a_compiled_layer_refuses_is_an_error_on_all_ranks(group: dist.ProcessGroup) -> None:
     """Nothing is converted in silence, and a rank with bad input does not leave its peer behind."""
     world, rank = dist.get_world_size(group), dist.get_rank(group)
