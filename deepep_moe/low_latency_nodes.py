@@ -57,7 +57,8 @@ class _NodeMemory:
         num_bytes = -(-num_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT if not by_source else num_bytes
         remote = _remote_ranks(nodes)
         block = num_bytes // len(peers.pes) if by_source else num_bytes
-        self.part = peers.take(num_bytes + len(remote) * block)
+        most = len(peers.pes) - min(map(len, nodes.members))  # remote ranks of any rank: all take equally much
+        self.part = peers.take(num_bytes + most * block)
         staging = self.part.address + num_bytes - (block * nodes.rank if by_source else 0)
         self.addresses = [
             staging + remote.index(rank) * block if rank in remote else _mapped(self.part.address, pe)

@@ -14,7 +14,7 @@ from deepep_moe.errors import UnsupportedError
 from deepep_moe.topology import Nodes
 
 HEAP, MAPPED = 1 << 30, 1 << 40  # address of this rank's memory, and of that of PE 0 as mapped here
-MEMBERS = ((0, 2), (1, 3), (4, 5))
+MEMBERS = ((0, 2), (1, 3, 4), (5,))  # not equally many
 PES = (7, 6, 5, 4, 3, 2)
 
 
@@ -55,7 +55,8 @@ def test_ranks_of_other_nodes_have_staging_memory_of_their_own(
         else:  # by source, kernels only store into the block of their own rank
             first = address + block * rank if by_source else address
             used.append((first, first + (block if by_source else num_bytes)))
-    assert len(used) == 5
+    assert len(used) == 7 - len(node)
+    assert taken == (num_bytes if by_source else 1024) + 5 * (block if by_source else 1024), "the same on all ranks"
     used.sort()
     assert all(end <= begin for (_, end), (begin, _) in pairwise(used)), "staging memory overlaps"
     assert used[0][0] == HEAP and used[-1][1] <= HEAP + taken
@@ -67,7 +68,7 @@ def test_unmapped_memory_inside_a_node_is_named_on_all_ranks(monkeypatch: pytest
     monkeypatch.setattr(nvshmem, "module", lambda: module)
     peers: Any = SimpleNamespace(pes=PES, group=None, device=None, timeout_seconds=1.0)
     told = [[] if rank != 1 else [3] for rank in range(6)]
-    for rank, ranks in ((1, [3]), (0, []), (4, [])):
+    for rank, ranks in ((1, [3]), (0, []), (5, [])):
 
         def gather(*arguments: Any, own: list[int] = ranks) -> list[list[int]]:
             assert arguments[-1] == own
