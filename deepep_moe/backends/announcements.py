@@ -187,13 +187,15 @@ class Announcements:
             inquiry = Inquiry(exchange.group, exchange.device.type)
             inquiry.write(call.number, call.header)
             while exchange.usable and not call.over:
-                headers = inquiry.headers(call.number)
                 waited = time.monotonic() - call.began
+                # Read first: a rank that gives up has written its header before, so the difference is found here too.
+                gave_up = anyone_gave_up(exchange.group, exchange.device.type)
+                headers = inquiry.headers(call.number)
                 if inquiry.refusing(call.number):
                     exchange.give_up_later(call.phase, waited, "another rank refused its input")
                 if len(headers) == exchange.world_size:
                     self._compare(call, [headers[rank] for rank in range(exchange.world_size)])
-                if anyone_gave_up(exchange.group, exchange.device.type):
+                if gave_up:
                     exchange.give_up_later(call.phase, waited, "another rank gave up")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
