@@ -541,7 +541,7 @@ def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int)
     config = backend.config
     if config.rail == "nvshmem" or nvshmem_bytes:
         config = replace(config, nvshmem_bytes=max(config.nvshmem_bytes, nvshmem_bytes))
-        reason = NodesEngine.supports(backend, config)
+        reason = NodesEngine.why_not(backend, config)
         if reason is None:
             return NodesEngine(backend, config, num_sms, masks)
     else:

@@ -212,7 +212,7 @@ def look_at_nodes(dispatcher: TokenDispatcher) -> list[Finding]:
     found = [Finding(GOOD, "nodes", f"{nodes.count}; {nodes}")]
     if nodes.count == 1:
         return found
-    reason = NodesEngine.supports(backend, backend.config)
+    reason = NodesEngine.why_not(backend, backend.config)
     text = "kernels, with rail=nvshmem or num_rdma_bytes" if reason is None else f"the slow reference, because {reason}"
     found.append(Finding(GOOD if reason is None else NOTE, "low latency", text))
     if (reason := nodes.why_unequal()) is not None:

@@ -73,7 +73,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(2 * LIMIT_SECONDS)
 @pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (3, 1)])
 def test_calls_over_nodes_are_those_of_one_domain(program: Path, ranks: int, per_node: int, seed: int) -> None:
     done = subprocess.run(
         [program, str(ranks), str(per_node), str(seed)], capture_output=True, text=True, timeout=LIMIT_SECONDS

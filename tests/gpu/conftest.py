@@ -23,6 +23,7 @@ import torch.distributed as dist
 from deepep_moe import Buffer, DispatcherConfig
 
 TIMEOUT_SECONDS = 30.0
+os.environ.setdefault("DEEPEP_MOE_LOW_LATENCY_OVER_NODES", "1")
 if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
     # NVSHMEM between GPUs of one host needs no network card and no NVLink multicast.
     os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")

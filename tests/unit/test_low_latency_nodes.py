@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from deepep_moe import DispatcherConfig, nvshmem
 from deepep_moe import low_latency_nodes as nodes_module
-from deepep_moe import nvshmem
 from deepep_moe.errors import UnsupportedError
 from deepep_moe.topology import Nodes
 
@@ -84,3 +85,19 @@ def test_the_size_hint_covers_the_largest_tables() -> None:
     block = tokens * (11 * 16 + 16 * 16) + 1024 * 8 + 2 * tokens * 2 * hidden
     hint = nodes_module.symmetric_bytes(tokens, hidden, ranks)
     assert 2 * block * (2 * ranks - 1) < hint < 1.1 * 2 * block * 2 * ranks
+
+
+def test_kernels_over_nodes_are_used_only_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are experimental, so ``rail=nvshmem`` alone, which training uses, does not select them."""
+    monkeypatch.setattr(nodes_module, "why_not_on", lambda device: None)
+    monkeypatch.setattr(nvshmem, "why_not_on", lambda device: None)
+    monkeypatch.setattr(nodes_module, "gather", lambda *arguments: [None, arguments[-1]])
+    monkeypatch.setattr(nodes_module, "_C", SimpleNamespace(MAX_RANKS=32))
+    backend: Any = SimpleNamespace(device=torch.device("cuda"), group=None, world_size=2)
+    reason = nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem"))
+    assert reason is not None
+    assert reason.startswith("rank 1: ")
+    assert "low_latency_over_nodes is not set" in reason
+    assert (
+        nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem", low_latency_over_nodes=True)) is None
+    )
