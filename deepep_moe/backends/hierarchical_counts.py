@@ -349,9 +349,9 @@ class Counts:
         own = self.geometry.node_of.view(-1, 1, 1)
         nodes = torch.arange(self.geometry.num_nodes, dtype=torch.int64, device=self.table.device).view(1, -1, 1)
         crossing = torch.where(own == nodes, 0, self.to_node)
-        by_place = torch.zeros(
-            (self.geometry.node_size, *crossing.shape[1:]), dtype=torch.int64, device=self.table.device
-        ).index_add_(0, self.geometry.place_of, crossing)
+        shape = (self.geometry.node_size, *crossing.shape[1:])
+        by_place = torch.zeros(shape, dtype=torch.int64, device=self.table.device)
+        by_place.index_add_(0, self.geometry.place_of, crossing)
         return int(crossing.sum((1, 2)).amax()), int(crossing.amax()), int(by_place.amax())
 
     def sizes(self, most_tokens: int, exact: bool) -> Crossing:
