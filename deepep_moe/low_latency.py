@@ -33,6 +33,7 @@ from deepep_moe.backends import Backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
+from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
@@ -504,7 +505,7 @@ class LowLatency:
 
         If too many calls are in flight, the oldest is received first: the call needs its memory.
         """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.device):
             return  # replaying would refuse other calls
         earlier: DeepEPMoEError | None = None
         try:

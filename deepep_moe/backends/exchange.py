@@ -62,7 +62,7 @@ class _State:
 
     plans: int = 0
     calls: int = 0
-    room: Room = Room()
+    room: Room = field(default_factory=Room)
     given_up: tuple[type[DeepEPMoEError], str] | None = None  # not the exception: its traceback keeps tensors alive
     raised: bool = True  # whether a call of this rank has raised it; False where a thread found it
     lock: RLock = field(default_factory=RLock)  # held while the group is given up
