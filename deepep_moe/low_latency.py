@@ -6,8 +6,8 @@ Rows of an expert are ordered by source rank, then token, so equal input gives e
 
 Three engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLink domain), ``nodes``
 (low_latency_nodes.py, several nodes by NVSHMEM) and ``reference`` (low_latency_reference.py, over torch.distributed:
-for CPUs, and for GPUs without the other two). This module is shared by all: argument checks, handles, hooks, and the
-limit of calls in flight.
+for CPUs, and for GPUs without the other two). This module is shared by all: arguments, handles, hooks, and the calls
+themselves.
 
 Arguments are checked once for each combination of shapes and dtypes; later calls find the result in a dictionary. On
 CPUs they are checked in every call, because there the values of the indices are checked too.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,8 +35,10 @@ from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, Unsupport
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
+from deepep_moe.low_latency_checks import check_contiguous, check_distinct, check_modes, check_wait_stats, signature_of
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
+from deepep_moe.low_latency_in_flight import CALLS_IN_FLIGHT, InFlight
 from deepep_moe.low_latency_nodes import NodesEngine
 from deepep_moe.low_latency_reference import ReferenceEngine
 
@@ -46,7 +48,6 @@ MAX_TOKENS = 1 << 15
 """Maximum tokens per rank: a position among the rows of one source and expert has 16 bits."""
 MAX_TOPK = 32
 MAX_EXPERTS = 1024
-CALLS_IN_FLIGHT = 2
 _ROW_BYTES = 16  # rows are moved in units of this
 _MAX_SHAPES = 4096  # of calls that are remembered as checked
 _DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
@@ -78,51 +79,6 @@ class LowLatencyHandle(Sequence[Any]):
         return self.call.src_info, self.call.layout_range, shape.max_tokens, shape.hidden, shape.num_experts
 
 
-@dataclass(eq=False)
-class _InFlight:
-    """The calls of one kind whose hook has not been called yet. A call uses the memory of the call two before it."""
-
-    kind: str
-    made: int = 0
-    """Number of the last call."""
-    waiting: dict[int, Callable[[], None]] = field(default_factory=dict)
-    """By number of the call: what its hook does."""
-    received_early: set[int] = field(default_factory=set)
-    """Calls that were received although their hook has not been called."""
-
-    def check(self) -> None:
-        """Raise HandleError if a call whose memory the next call needs has not been received."""
-        if self.waiting and (late := self._late()):
-            raise HandleError(
-                f"return_recv_hook: the hook of {self.kind} {late[0]} was not called, and this is {self.kind} "
-                f"{self.made + 1}: at most {CALLS_IN_FLIGHT} may be in flight"
-            )
-
-    def receive_late(self) -> None:
-        """Receive the calls whose memory the next call needs. Their hooks then do nothing."""
-        for number in self._late():
-            self.received_early.add(number)
-            self.waiting.pop(number)()
-
-    def hook(self, receive: Callable[[], None]) -> Callable[[], None]:
-        """The hook of the last call."""
-        number = self.made
-        self.waiting[number] = receive
-
-        def hook() -> None:
-            if number in self.received_early:
-                self.received_early.remove(number)
-            elif number in self.waiting:
-                self.waiting.pop(number)()
-            else:
-                raise HandleError(f"the hook of {self.kind} {number} was called twice")
-
-        return hook
-
-    def _late(self) -> list[int]:
-        return sorted(number for number in self.waiting if number <= self.made + 1 - CALLS_IN_FLIGHT)
-
-
 class LowLatency:
     """The low-latency calls of one group.
 
@@ -143,7 +99,7 @@ class LowLatency:
         self._runner = runner
         self._identity = object()
         self._shapes: dict[_Key, DispatchShape] = {}
-        self._dispatches, self._combines = _InFlight("dispatch"), _InFlight("combine")
+        self._dispatches, self._combines = InFlight("dispatch"), InFlight("combine")
         self._combine_buffers: dict[tuple[int, ...], list[Tensor]] = {}
         self._lent: list[tuple[DispatchCall, Tensor]] = []  # combine buffers that were handed out, oldest first
 
@@ -178,11 +134,11 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
-        key = _signature(x, topk_idx), max_tokens, num_experts, switches
+        key = signature_of(x, topk_idx), max_tokens, num_experts, switches
         shape = self._find_shape(key)
         try:
             if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
-                _check_modes(async_finish, return_recv_hook)
+                check_modes(async_finish, return_recv_hook)
                 format = Format.of(*switches)
                 self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
                 if shape is None:
@@ -271,19 +227,19 @@ class LowLatency:
         if tokens > max_tokens:
             raise InputError("x", f"{tokens} tokens", f"num_max_dispatch_tokens_per_rank is {max_tokens}")
         check_shape("x", x, (tokens, None), self.device, torch.bfloat16)
-        _check_contiguous("x", x)
-        _check_contiguous("topk_idx", topk_idx)
+        check_contiguous("x", x)
+        check_contiguous("topk_idx", topk_idx)
         unit = BLOCK if format != Format.BF16 else _ROW_BYTES // 2
         if x.shape[1] < 1 or x.shape[1] % unit:
             raise InputError("x", f"hidden size {x.shape[1]}", f"must be a multiple of {unit} in {format.name}")
         if self.device.type == "cpu":  # on a GPU the kernel looks
-            _check_distinct(topk_idx)
+            check_distinct(topk_idx)
         local_experts = num_experts // self.world_size
         if stats is not None:
             name = "cumulative_local_expert_recv_stats"
             check_shape(name, stats, (local_experts,), self.device, torch.int32)
-            _check_contiguous(name, stats)
-        _check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
+            check_contiguous(name, stats)
+        check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
     def _new_shape(
         self, x: Tensor, topk_idx: Tensor, max_tokens: int, num_experts: int, format: Format
@@ -354,10 +310,10 @@ class LowLatency:
             dispatched = self._call_of(handle)
             if zero_copy:
                 x = self._lent_to(dispatched)
-            key = _signature(x, topk_idx), _signature(topk_weights, out)
+            key = signature_of(x, topk_idx), signature_of(topk_weights, out)
             known = dispatched.shape.combines
             if key not in known or wait_stats is not None or (async_finish and return_recv_hook):
-                _check_modes(async_finish, return_recv_hook)
+                check_modes(async_finish, return_recv_hook)
                 self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
                 if None not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
                     known.add(key)
@@ -429,17 +385,17 @@ class LowLatency:
         wait_stats: Tensor | None,
     ) -> None:
         check_shape("x", x, tuple(dispatched.rows.shape), self.device, torch.bfloat16)
-        _check_contiguous("x", x)
+        check_contiguous("x", x)
         shape = (dispatched.shape.tokens, dispatched.shape.topk)
         check_shape("topk_idx", topk_idx, shape, self.device)
         check_topk_idx(topk_idx, dispatched.shape.num_experts, self.world_size, self.device)
-        _check_contiguous("topk_idx", topk_idx)
+        check_contiguous("topk_idx", topk_idx)
         check_shape("topk_weights", topk_weights, shape, self.device, torch.float32)
-        _check_contiguous("topk_weights", topk_weights)
+        check_contiguous("topk_weights", topk_weights)
         if out is not None:
             check_shape("out", out, (shape[0], dispatched.shape.hidden), self.device, torch.bfloat16)
-            _check_contiguous("out", out)
-        _check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
+            check_contiguous("out", out)
+        check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
     def next_combine_buffer(self, handle: Any) -> Tensor:
         """[L, R * M, H] bf16 for the rows of a ``zero_copy`` combine of ``handle``. At most two are in use."""
@@ -489,7 +445,7 @@ class LowLatency:
     def query_mask(self, status: Tensor) -> None:
         self._check_masks("low_latency_query_mask_buffer")
         check_shape("mask_status", status, (self.world_size,), self.device, torch.int32)
-        _check_contiguous("mask_status", status)
+        check_contiguous("mask_status", status)
         self._engine.query_mask(status)
 
     def clean_mask(self) -> None:
@@ -500,7 +456,7 @@ class LowLatency:
         if not self.masks:
             raise UnsupportedError(f"{call}: masks need Buffer(..., enable_shrink=True)")
 
-    def _refuse(self, in_flight: _InFlight, problem: DeepEPMoEError, refuse: Callable[[], bool]) -> None:
+    def _refuse(self, in_flight: InFlight, problem: DeepEPMoEError, refuse: Callable[[], bool]) -> None:
         """Take part in a call whose arguments raised ``problem``, so that no rank waits for this one.
 
         If too many calls are in flight, the oldest is received first: the call needs its memory.
@@ -516,7 +472,7 @@ class LowLatency:
         if earlier is not None:
             raise problem from earlier
 
-    def _hook(self, in_flight: _InFlight, receive: Callable[[], None]) -> Callable[[], None]:
+    def _hook(self, in_flight: InFlight, receive: Callable[[], None]) -> Callable[[], None]:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def on_its_stream() -> None:
@@ -556,56 +512,5 @@ def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int)
     return ReferenceEngine(backend)
 
 
-def _check_modes(async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise InputError("async_finish", True, "not together with return_recv_hook")
-
-
-def _check_contiguous(argument: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise InputError(argument, f"strides {tensor.stride()} of shape {tuple(tensor.shape)}", "must be contiguous")
-
-
-def _check_wait_stats(argument: str, wait_stats: Tensor | None, ranks: int, device: torch.device) -> None:
-    if wait_stats is not None:
-        check_shape(argument, wait_stats, (ranks,), device, torch.int64)
-        _check_contiguous(argument, wait_stats)
-
-
-def _check_distinct(topk_idx: Tensor) -> None:
-    """A token may choose an expert only once: there is room for M rows per source and expert."""
-    ordered = topk_idx.sort(dim=1).values
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
-    if len(twice):
-        token, place = twice[0].tolist()
-        chosen = int(ordered[token, place + 1])
-        raise InputError("topk_idx", f"expert {chosen} twice for token {token}", "experts of a token must differ")
-
-
 def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:
     return call.rows, call.scales, call.memory
-
-
-def _signature(a: Any, b: Any) -> tuple[object, ...] | None:
-    """What the checks examine of a tensor and of a tensor or None, except values. None if one is not a plain tensor."""
-    try:
-        if a.__class__ is not Tensor:
-            return None
-        if b is None:
-            return a.shape, a.dtype, a.device, a.is_contiguous(), a.is_neg()
-        if b.__class__ is not Tensor:
-            return None
-        return (
-            a.shape,
-            a.dtype,
-            a.device,
-            a.is_contiguous(),  # False, or an error, where the layout is not strided
-            a.is_neg(),
-            b.shape,
-            b.dtype,
-            b.device,
-            b.is_contiguous(),
-            b.is_neg(),
-        )
-    except RuntimeError:  # a nested or sparse tensor
-        return None

@@ -78,6 +78,14 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def destroy(ranks: Ranks, buffers: list[Buffer]) -> None:
+    """Collective."""
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)  # a peer may still write into what is freed here
+    for buffer in buffers:
+        buffer.destroy()
+
+
 def over_nodes() -> bool:
     """Whether DEEPEP_MOE_RANKS_PER_NODE cuts the ranks into several nodes."""
     cut = DispatcherConfig.load().ranks_per_node
@@ -99,7 +107,4 @@ def make_buffer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         return made[-1]
 
     yield make
-    torch.cuda.synchronize()
-    dist.barrier(ranks.group)  # a peer may still write into what is freed here
-    for buffer in made:
-        buffer.destroy()
+    destroy(ranks, made)

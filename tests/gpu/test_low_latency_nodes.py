@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from deepep_moe import Buffer, nvshmem
 from deepep_moe.errors import CapacityError
-from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
+from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks, destroy
 from tests.gpu.low_latency_util import DeviceBatch, dispatch, round_trip, shape_of, wrong_in_combine, wrong_in_dispatch
 from tests.low_latency_util import FORMATS, Batch, Shape, expert_outputs
 
@@ -53,10 +53,7 @@ def make_buffer(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeB
         return made[-1]
 
     yield make
-    torch.cuda.synchronize()
-    dist.barrier(ranks.group)  # a peer may still write into what is freed here
-    for buffer in made:
-        buffer.destroy()
+    destroy(ranks, made)
 
 
 @pytest.mark.timeout(120)
