@@ -23,7 +23,6 @@ import torch.distributed as dist
 from deepep_moe import Buffer, DispatcherConfig
 
 TIMEOUT_SECONDS = 30.0
-os.environ.setdefault("DEEPEP_MOE_LOW_LATENCY_OVER_NODES", "1")
 if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
     # NVSHMEM between GPUs of one host needs no network card and no NVLink multicast.
     os.environ.setdefault("NVSHMEM_REMOTE_TRANSPORT", "none")
@@ -76,6 +75,12 @@ def ranks() -> Iterator[Ranks]:
     assert group is not None
     yield Ranks(group, rank, size, device, sms // (2 * per_gpu) if per_gpu > 1 else 0)
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def low_latency_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels over several nodes, where a test or the environment makes several nodes."""
+    monkeypatch.setenv("DEEPEP_MOE_LOW_LATENCY_OVER_NODES", "1")
 
 
 def destroy(ranks: Ranks, buffers: list[Buffer]) -> None:
