@@ -154,23 +154,14 @@ def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world
     if gpt.transformer_engine and importlib.util.find_spec("transformer_engine") is None:
         raise RecipeError("gpt.transformer_engine = true, but the package transformer_engine is not installed")
     deepep_moe.integrations.megatron.register(grouped_experts=gpt.grouped_experts)
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=gpt.transformer_engine, normalization=config.normalization
-    )
-    if gpt.fused_attention and not gpt.transformer_engine:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = FusedAttention
     if world.device.type == "cuda":
         compile_small_operations()
-    model = Model(
-        config,
-        transformer_layer_spec=spec,
-        vocab_size=gpt.vocab_size,
-        max_sequence_length=sequence_length,
-        position_embedding_type="rope",
-        rotary_base=gpt.rotary_base,
-        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
-    ).to(world.device)
+    try:
+        model = _new_model(config, gpt, sequence_length).to(world.device)
+    except Exception as error:
+        if type(error) not in (Exception, AssertionError, TypeError, ValueError):  # what Megatron-Core's checks raise
+            raise
+        raise RecipeError(f"section model: Megatron-Core refuses it: {error or type(error).__name__}") from error
     if config.params_dtype != torch.float32:
         model = model.to(config.params_dtype)
     # Ranks that hold the same parameter start from the same values.
@@ -179,6 +170,24 @@ def build_model(config: TransformerConfig, gpt: Gpt, sequence_length: int, world
         if group.size() > 1:
             dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
     return model
+
+
+def _new_model(config: TransformerConfig, gpt: Gpt, sequence_length: int) -> Model:
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=gpt.transformer_engine, normalization=config.normalization
+    )
+    if gpt.fused_attention and not gpt.transformer_engine:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = FusedAttention
+    return Model(
+        config,
+        transformer_layer_spec=spec,
+        vocab_size=gpt.vocab_size,
+        max_sequence_length=sequence_length,
+        position_embedding_type="rope",
+        rotary_base=gpt.rotary_base,
+        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+    )
 
 
 def flops_per_token(model: GPTModel, config: TransformerConfig, length: int) -> float:

@@ -75,7 +75,7 @@ class Adam:
         parameters: contiguous, on one device.
         replicas: the ranks that hold a copy of a parameter, this one included.
         learning_rate, weight_decay: as for ``torch.optim.AdamW``; the rate is the highest of the schedule.
-        clip: the largest norm of the whole gradient; larger ones are scaled down to it.
+        clip: the largest norm of the whole gradient; larger ones are scaled down to it. 0: gradients are not clipped.
         warmup, steps: lengths of the rise and of the whole schedule.
     """
 
@@ -137,7 +137,7 @@ class Adam:
         """The rest of :meth:`step`; it can be captured in a CUDA graph, with gradients that stay where they are."""
         gradients = self.sum_gradients()
         norm = self.norm(gradients)
-        factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
         hyper = [torch.cat([factor.view(1), scalars]) for scalars in self._scalars]
         pending = []
         for share, gradient in zip(self.shares, gradients):
@@ -207,6 +207,10 @@ class Adam:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError if ``state`` is that of parameters in another dtype or of other ranks."""
+        own = self.state_dict()["shares"]
+        if [saved.keys() for saved in state["shares"]] != [saved.keys() for saved in own]:
+            raise ValueError("the optimizer's state was written for parameters in another dtype")
         self.updates = state["updates"]
         for share, saved in zip(self.shares, state["shares"], strict=True):
             for name, values in saved.items():

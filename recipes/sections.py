@@ -86,6 +86,8 @@ def _report_error(text: str, error: Exception | None, once: bool) -> None:
 
 BYTES = 256  # different values of a byte of text
 
+_MOST = 2**31 - 1  # of a number in a section; seeds of PyTorch and NumPy may be as large
+
 Positive = Annotated[int, 1]
 """An integer field of a section that must be at least 1. Other numbers of sections must not be negative."""
 
@@ -141,8 +143,8 @@ def fill(kind: type[T], section: str, values: Mapping[str, Any]) -> T:
     for key, value in values.items():
         name, positive = f"{section}.{key}", types[key] == Positive
         filled[key] = checked(name, value, int if positive else types[key])
-        if isinstance(filled[key], (int, float)) and not filled[key] >= positive:
-            raise RecipeError(f"{name} = {value}: allowed is at least {int(positive)}")
+        if isinstance(filled[key], (int, float)) and not positive <= filled[key] <= _MOST:
+            raise RecipeError(f"{name} = {value}: allowed is {int(positive)} to {_MOST}")
     return kind(**filled)
 
 

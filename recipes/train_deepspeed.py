@@ -351,6 +351,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
 
     text = common.ByteText(common.read_text(data.text), data.sequence_length, train.seed)
     layout = {"expert_parallel": expert_parallel, "model": settings["model"]}
+    precisions = [name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")]
+    layout["precision"] = precisions[0] if precisions else "fp32"
     layout["ZeRO stage"] = ds_config.get("zero_optimization", {}).get("stage", 0)
     checkpoints = Checkpoints(folder, world, layout)
     if resume:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -62,7 +62,7 @@ class Train:
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.1
-    clip_gradient: float = 1.0
+    clip_gradient: float = 1.0  # 0: not clipped
     log_every: Positive = 10
     evaluate_every: Positive = 50
     save_every: int = 100  # and at the end; 0: never
@@ -307,6 +307,8 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
     in_graph = train.cuda_graph and world.device.type == "cuda"
     tensor_parallel.model_parallel_cuda_manual_seed(train.seed, use_cudagraphable_rng=in_graph)
     config = transformer_config(settings["model"], world, expert_parallel, train.precision)
+    if dispatcher.capacity_factor and config.moe_token_dispatcher_type == "deepep" and not gpt.grouped_experts:
+        raise RecipeError(f"dispatcher.capacity_factor = {dispatcher.capacity_factor} needs gpt.grouped_experts=true")
     model = build_model(config, gpt, data.sequence_length, world)
     if dispatcher.capacity_factor and dispatcher.replay_on_overflow:
         replay_on_overflow(model)
@@ -330,7 +332,13 @@ def run(settings: Mapping[str, Any], folder: Path, resume: bool, world: World) -
         shape = (train.accumulate, train.sequences, data.sequence_length)
         graphed = GraphedStep(model, optimizer, meter, shape, world)
 
-    checkpoints = common.Checkpoints(folder, world, {"expert_parallel": expert_parallel, "model": settings["model"]})
+    layout = {
+        "expert_parallel": expert_parallel,
+        "precision": "bf16" if config.bf16 else "fp32",
+        "gpt": {**asdict(gpt), "fused_attention": None},  # without parameters
+        "model": settings["model"],
+    }
+    checkpoints = common.Checkpoints(folder, world, layout)
     first = 0
     if resume:
         first, state = checkpoints.load()

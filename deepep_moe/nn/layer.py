@@ -80,7 +80,7 @@ class MoELayer(ExpertParallel):
             RankMismatchError, PeerError: as for :meth:`TokenDispatcher.dispatch`.
         """
         self.check_data_parallelism()
-        tokens = self._call("plan", _flatten, x)
+        tokens = self._call("plan", self._flatten, x)
         topk_idx, topk_weights = self._call("plan", self._route, tokens)
         sent = self.dispatcher.dispatch(tokens, topk_idx, topk_weights)
         counts = sent.tokens_per_expert_host
@@ -90,6 +90,14 @@ class MoELayer(ExpertParallel):
         if shared is not None:
             out = out + shared
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])  # no view unless needed: FSDP2 warns
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
+        if x.dim() == 0:
+            raise InputError("x", "a tensor without dimensions", "must be [..., H]")
+        if not torch.compiler.is_compiling() and x.device.type != self.dispatcher.backend.device.type:
+            raise InputError("x", f"on device {x.device}", f"must be on {self.dispatcher.backend.device}")
+        return x.flatten(0, -2) if x.dim() > 1 else x.view(1, -1)
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         routing = self.router(tokens)
@@ -117,10 +125,3 @@ class MoELayer(ExpertParallel):
             return function(*args)
         except Exception as error:
             self.dispatcher.refuse(phase, error)
-
-
-def _flatten(x: Tensor) -> Tensor:
-    check_tensor("x", x)
-    if x.dim() == 0:
-        raise InputError("x", "a tensor without dimensions", "must be [..., H]")
-    return x.reshape(-1, x.shape[-1])

@@ -118,11 +118,12 @@ def look_at_extras() -> list[Finding]:
     text = f"not there: {missing}; needed only for {use}" if missing else f"{version}, for {use}"
     found = [Finding(NOTE if missing else GOOD, "NVSHMEM", text)]
     if importlib.util.find_spec("apex") is None:
-        found.append(Finding(NOTE, "Apex", "not installed: recipes use torch's fused AdamW"))
+        use = "tensor parallelism of Megatron-Core's GPTModel needs it or TransformerEngine"
+        found.append(Finding(NOTE, "Apex", f"not installed: {use}"))
     else:
         try:
             importlib.import_module("apex.optimizers")
-            found.append(Finding(GOOD, "Apex", "NVIDIA's: recipes use its fused Adam on GPUs"))
+            found.append(Finding(GOOD, "Apex", "NVIDIA's: Megatron-Core uses its kernels"))
         except (ImportError, RuntimeError) as error:
             found.append(Finding(NOTE, "Apex", f"a package of that name without apex.optimizers ({error}): not used"))
     return found

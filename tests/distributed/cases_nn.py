@@ -457,6 +457,8 @@ def a_mistake_on_one_rank_reaches_all(group: dist.ProcessGroup) -> None:
         (lambda: right(torch.tensor(1.0)), InputError, "x = a tensor without dimensions"),
         (lambda: right(x.double()), InputError, "x = torch.float64: must be one of"),
         (lambda: right(torch.randn(5, HIDDEN + 1)), InputError, "x = hidden size 17: the router has hidden size 16"),
+        (lambda: right(torch.randn(5, 0)), InputError, "x = hidden size 0: the router has hidden size 16"),
+        (lambda: right(torch.randn(5, HIDDEN, device="meta")), InputError, "x = on device meta: must be on cpu"),
         (lambda: layer(router=lambda x: (torch.full((5, 2), 2 * world), torch.ones(5, 2)))(x), InputError, "topk_idx"),
         (
             lambda: layer(router=TopKRouter(HIDDEN, 2 * world, 2, balance_loss=lambda scores, idx: scores.sum(0)))(x),

@@ -76,8 +76,24 @@ def test_checkpoint_of_another_run_is_refused(finished: Path, config: Path) -> N
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("train.precision=bf16", "written with precision = fp32, this run has precision = bf16"),
+        ("gpt.rotary_base=2", "written with gpt = {"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(finished: Path, config: Path, setting: str, message: str) -> None:
+    options = ["--output", str(finished), "--resume", "--set", setting]
+    result = torchrun(2, SCRIPT, str(config), *options, check=False)
+    assert result.returncode == 1
+    assert message in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
         ("dispatcher.num_smss=4", "unknown setting 'num_smss' from section dispatcher (did you mean num_sms?)"),
         ("train.expert_parallel=3", "train.expert_parallel = 3 does not divide the 1 processes"),
+        ("dispatcher.capacity_factor=1.5", "dispatcher.capacity_factor = 1.5 needs gpt.grouped_experts=true"),
+        ("model.normalization=5", "section model: Megatron-Core refuses it: Only LayerNorm, RMSNorm"),
     ],
 )
 def test_wrong_setting_is_named(config: Path, tmp_path: Path, setting: str, message: str) -> None:

@@ -92,10 +92,12 @@ def test_sections_are_checked() -> None:
         ({"steps": "abc"}, r"train\.steps = 'abc': allowed is an integer"),
         ({"steps": 2.5}, r"train\.steps = 2\.5: allowed is an integer"),
         ({"steps": True}, r"train\.steps = True: allowed is an integer"),
-        ({"steps": 0}, r"train\.steps = 0: allowed is at least 1"),
-        ({"steps": 1, "warmup": -1}, r"train\.warmup = -1: allowed is at least 0"),
+        ({"steps": 0}, r"train\.steps = 0: allowed is 1 to 2147483647"),
+        ({"steps": 1, "warmup": -1}, r"train\.warmup = -1: allowed is 0 to 2147483647"),
         ({"steps": 1, "rate": "fast"}, r"train\.rate = 'fast': allowed is a number"),
-        ({"steps": 1, "rate": float("nan")}, r"train\.rate = nan: allowed is at least 0"),
+        ({"steps": 1, "rate": float("nan")}, r"train\.rate = nan: allowed is 0 to 2147483647"),
+        ({"steps": 1, "rate": float("inf")}, r"train\.rate = inf: allowed is 0 to 2147483647"),
+        ({"steps": 2**31}, r"train\.steps = 2147483648: allowed is 1 to 2147483647"),
         ({"steps": 1, "tied": "yes"}, r"train\.tied = 'yes': allowed is true or false"),
         ({"steps": 1, "text": 3}, r"train\.text = 3: allowed is text"),
         ({"steps": 1, "groups": "all"}, r"train\.groups = 'all': allowed is an integer or null"),
@@ -213,6 +215,22 @@ def test_adam_is_adamw_with_clipping() -> None:
             ours.load_state_dict(state)
     for parameter, reference in zip(parameters, references):
         torch.testing.assert_close(parameter, reference)
+
+
+def test_adam_without_clipping() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    ours = adam([parameter], learning_rate=0.1, clip=0)
+    parameter.grad = torch.full((4,), 100.0)
+    torch.testing.assert_close(ours.step(0), torch.tensor(200.0))
+    torch.testing.assert_close(ours.shares[0].moment1, torch.full((4,), 10.0))  # a tenth of the whole gradient
+
+
+def test_adam_refuses_the_state_of_parameters_in_another_dtype() -> None:
+    """Masters that stay as they were would replace the weights that were loaded."""
+    states = [adam([torch.nn.Parameter(torch.ones(4, dtype=dtype))]) for dtype in (torch.float32, torch.bfloat16)]
+    for ours, other in (states, states[::-1]):
+        with pytest.raises(ValueError, match="written for parameters in another dtype"):
+            ours.load_state_dict(other.state_dict())
 
 
 def test_learning_rate_rises_and_falls_to_a_tenth() -> None:
