@@ -40,7 +40,7 @@ from deepep_moe.backends.base import Backend, Layout, Phase, Plan, Rows, Tokens,
 from deepep_moe.backends.exchange import gather
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.dispatcher import TokenDispatcher
-from deepep_moe.errors import CapacityError, InputError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError
 from deepep_moe.shared import Shared
 
 _log = logging.getLogger(__name__)
@@ -146,9 +146,18 @@ class Replay(Shared):
         for attempt in range(_MOST_ATTEMPTS):
             if attempt:
                 restore()
+            result, failure = None, None
             with self._deferring():
-                result = forward()
-                found = [error for backend in self._backends if (error := backend.take()) is not None]
+                try:
+                    result = forward()
+                except DeepEPMoEError:
+                    raise
+                except Exception as error:  # perhaps only because the model met the NaN of an overflow
+                    failure = error
+                found = [overrun for backend in self._backends if (overrun := backend.take()) is not None]
+            if failure is not None and not (found and self._in_one_group):
+                raise failure from (found[0] if found else failure.__cause__)
+            failure = None  # its traceback keeps the graph
             overflow = self._agree(found)
             if overflow is None:
                 return result
@@ -218,18 +227,25 @@ class Replay(Shared):
             factor = max(factor, min(wanted, most))
             if wanted > most or error.room == 0:  # a rank has few tokens of its own: no factor makes these enough
                 tokens = max(tokens, math.ceil(_MARGIN * error.needed / factor))
-        chosen = self.group if self.group is not None else dist.group.WORLD
-        assert chosen is not None
-        all_in_each = all(
-            dispatcher.world_size == dist.get_world_size(chosen) for dispatcher in self._dispatchers
-        )  # then every rank has found the same: nothing has to be sent where there was no overflow
-        if not found and all_in_each:
+        if not found and self._in_one_group:  # nothing has to be sent where there was no overflow
             return None
         timeout_seconds = max(dispatcher.config.timeout_seconds for dispatcher in self._dispatchers)
         device = self._dispatchers[0].backend.device
-        needs = gather("replay", chosen, device, timeout_seconds, [bool(found), factor, tokens, staging])
+        needs = gather("replay", self._all_ranks, device, timeout_seconds, [bool(found), factor, tokens, staging])
         overflowed, factor, tokens, staging = (max(values) for values in zip(*needs))
         return (factor, tokens, staging) if overflowed else None
+
+    @property
+    def _all_ranks(self) -> dist.ProcessGroup:
+        chosen = self.group if self.group is not None else dist.group.WORLD
+        assert chosen is not None
+        return chosen
+
+    @property
+    def _in_one_group(self) -> bool:
+        """Whether all ranks are in the group of each dispatcher: then every rank finds the same overflows."""
+        ranks = dist.get_world_size(self._all_ranks)
+        return all(dispatcher.world_size == ranks for dispatcher in self._dispatchers)
 
     def _grow(self, factor: float, tokens: int, staging: int) -> None:
         for dispatcher in self._dispatchers:

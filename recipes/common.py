@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping
@@ -101,7 +102,7 @@ class ByteText:
     HELD_OUT_EVERY = 10
 
     def __init__(self, text: bytes, sequence_length: int, seed: int) -> None:
-        blocks = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(self.BLOCK)
+        blocks = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(self.BLOCK) if text else ()
         held_out = blocks[:: self.HELD_OUT_EVERY]
         train = [block for i, block in enumerate(blocks) if i % self.HELD_OUT_EVERY]
         if any(sum(map(len, part)) <= sequence_length for part in (held_out, train)):
@@ -128,6 +129,14 @@ class ByteText:
 
 
 # -------------------------------------------------------------------------------------------- checkpoints
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--resume: cannot read {path} ({error}); start without --resume") from error
 
 
 class Checkpoints:
@@ -159,7 +168,7 @@ class Checkpoints:
         """Step and state of the latest checkpoint, on the CPU. Raises RecipeError where it cannot be used here."""
         if not self.pointer.exists():
             raise RecipeError(f"--resume: no checkpoint in {self.folder}; start without --resume")
-        latest = json.loads(self.pointer.read_text(encoding="utf-8"))
+        latest = read_json(self.pointer)
         for key, value in self.layout.items():
             if latest["layout"].get(key) != value:
                 raise RecipeError(
@@ -167,7 +176,14 @@ class Checkpoints:
                     f"this run has {key} = {value}"
                 )
         path = self.folder / f"step-{latest['step']:07d}" / f"rank-{self.world.rank}.pt"
-        return latest["step"], torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise RecipeError(
+                f"--resume: cannot read {path} ({type(error).__name__}). The step in {self.pointer} may be changed to "
+                "that of an earlier checkpoint in the same folder"
+            ) from error
+        return latest["step"], state
 
     def clear(self) -> None:
         """Collective: remove the checkpoints of an earlier run in this folder."""

@@ -82,7 +82,7 @@ def transformer_config(
         values["bias_activation_fusion"] = world.device.type == "cuda"
     try:
         return TransformerConfig(**{**values, **given})
-    except (AssertionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
         if isinstance(error, DeepEPMoEError):
             raise
         raise RecipeError(f"section model: Megatron-Core refuses it: {error or type(error).__name__}") from error

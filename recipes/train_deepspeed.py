@@ -307,7 +307,7 @@ class Checkpoints:
         """Raise RecipeError unless there is a checkpoint that this run can continue."""
         if not (self.folder / "latest").exists() or not (self.folder / "layout.json").exists():
             raise RecipeError(f"--resume: no checkpoint in {self.folder}; start without --resume")
-        written = json.loads((self.folder / "layout.json").read_text(encoding="utf-8"))
+        written = common.read_json(self.folder / "layout.json")
         for key, value in self.layout.items():
             if written.get(key) != value:
                 raise RecipeError(

@@ -21,7 +21,8 @@ class MoELayer(ExpertParallel):
     """Router, dispatch, experts, combine, and optionally a shared expert that every token passes through.
 
     All ranks of the dispatcher's group call the layer together; the numbers of tokens may differ, 0 included. An error
-    on one rank, in the router and the experts too, is an error on all of them.
+    on one rank, in the router and the experts too, is an error on all of them. (Except errors that torch.compile meets
+    while it traces the layer: the others then wait for that rank until ``timeout_seconds``.)
 
     Args:
         dispatcher: sends the tokens; one dispatcher can serve any number of layers with as many experts.

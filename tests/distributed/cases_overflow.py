@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from unittest import mock
 
 import pytest
@@ -196,6 +197,28 @@ def errors_are_raised_as_without_it(group: dist.ProcessGroup) -> None:
     replay = replay_on_overflow(exact)
     exact(x)
     assert (replay.forwards, replay.replays, replay.capacity_factor) == (0, 0, 0)
+
+
+@case(ranks=(1, 2))
+def a_model_that_refuses_nan_runs_again(group: dist.ProcessGroup) -> None:
+    class Finite(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.isfinite().all():
+                raise FloatingPointError("not finite")
+            return x
+
+    exact, layers = build(group, 0.0), build(group, 0.5)
+    model = nn.Sequential(layers[0], Finite(), *layers[1:])
+    replay = replay_on_overflow(model)
+    x = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank()))
+    results = []
+    for net in (exact, model):
+        torch.manual_seed(11)
+        results.append(net(x))
+    torch.testing.assert_close(results[1], results[0])
+    assert replay.replays > 0
+    with pytest.raises(FloatingPointError, match="not finite"):  # without an overflow it is the model's own error
+        model(torch.full((12, HIDDEN), math.inf))
 
 
 @case(ranks=(2,))

@@ -93,6 +93,7 @@ def test_checkpoint_of_another_model_is_refused(finished: Path, config: Path, se
         ("dispatcher.num_smss=4", "unknown setting 'num_smss' from section dispatcher (did you mean num_sms?)"),
         ("train.expert_parallel=3", "train.expert_parallel = 3 does not divide the 1 processes"),
         ("dispatcher.capacity_factor=1.5", "dispatcher.capacity_factor = 1.5 needs gpt.grouped_experts=true"),
+        ("model.num_attention_heads=0", "section model: Megatron-Core refuses it"),
         ("model.normalization=5", "section model: Megatron-Core refuses it: Only LayerNorm, RMSNorm"),
     ],
 )

@@ -142,6 +142,12 @@ def test_text_of_a_directory(tmp_path: Path) -> None:
         common.read_text(str(tmp_path / "missing"))
 
 
+@pytest.mark.parametrize("length", [0, 1, 5000])
+def test_too_little_text_is_named(length: int) -> None:
+    with pytest.raises(RecipeError, match=f"{length} bytes of text are too few for sequences of 1000"):
+        common.ByteText(b"x" * length, 1000, seed=1)
+
+
 def test_held_out_text_is_never_trained_on() -> None:
     blocks = 40
     # block i holds only the byte i, so a byte says where it came from
@@ -307,6 +313,22 @@ def test_checkpoints_keep_two_and_refuse_another_layout(group: None, tmp_path: P
         common.Checkpoints(tmp_path, ALONE, {"expert_parallel": 2}).load()
     checkpoints.clear()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "blank"])
+def test_a_damaged_checkpoint_is_named(group: None, tmp_path: Path, damage: str) -> None:
+    checkpoints = common.Checkpoints(tmp_path, ALONE, {})
+    checkpoints.save(1, {"x": torch.ones(1000)})
+    path = tmp_path / "checkpoints/step-0000001/rank-0.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path = tmp_path / "checkpoints/latest.json"
+        path.write_text("")
+    with pytest.raises(RecipeError, match=f"--resume: cannot read {path}"):
+        checkpoints.load()
 
 
 def test_a_save_that_is_cut_off_leaves_the_last_checkpoint(group: None, tmp_path: Path) -> None:
