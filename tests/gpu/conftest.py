@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m pytest tests/gpu
 
-The process group is gloo for the CPU; NCCL, its other half, is never called, so several ranks may share a GPU (under
-CUDA MPS). Results are compared with the collective backend on the CPU, over the same group. Without a GPU or outside
-torchrun everything is skipped.
+The process group is gloo for the CPU and NCCL for GPUs. Most tests never call NCCL, so several ranks may share a GPU
+(under CUDA MPS); test_hierarchical.py says how to run the others in this way. Results are compared with the collective
+backend on the CPU, over the same group. Without a GPU or outside torchrun everything is skipped.
 """
 
 from __future__ import annotations

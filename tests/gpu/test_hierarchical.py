@@ -1,9 +1,9 @@
 """The hierarchical backend on GPUs of one host that is cut into nodes, beside the collective backend on the CPU.
 
-Plans go through NCCL, so it needs a GPU per rank: two ranks (2 x 1) or four (2 x 2 and 4 x 1). Eight ranks can share
-four GPUs, under CUDA MPS, where NCCL takes each node for a host of its own (2 x 4; with 2 for 4, 4 x 2)::
+Plans go through NCCL, which takes one rank per GPU: two ranks (2 x 1) or four (2 x 2 and 4 x 1). More ranks can share
+GPUs under CUDA MPS if each of them is a host of its own to NCCL, which then takes sockets (8 ranks as 2 x 4)::
 
-    torchrun --nproc-per-node 8 --no-python bash -c 'export RANKS_PER_NODE=4 NCCL_HOSTID=node-$((RANK / 4))
+    torchrun --nproc-per-node 8 --no-python bash -c 'export RANKS_PER_NODE=4 NCCL_HOSTID=rank-$RANK
         exec python -m pytest tests/gpu/test_hierarchical.py -k nccl'
 
 Everything runs over each rail transport; ``-k nccl`` or ``-k nvshmem`` takes one.
@@ -31,10 +31,10 @@ from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
 from tests.gpu.test_nvlink import Case, assert_same, assert_same_plan
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-CUT = int(os.environ.get("RANKS_PER_NODE", "0"))  # of eight ranks
+CUT = int(os.environ.get("RANKS_PER_NODE", "0"))  # where ranks share GPUs
 pytestmark = pytest.mark.skipif(
-    not (CUT and WORLD == 8) and (WORLD not in (2, 4) or torch.cuda.device_count() < WORLD),
-    reason="needs two or four ranks with a GPU each, or eight with RANKS_PER_NODE and NCCL_HOSTID",
+    not CUT and (WORLD not in (2, 4) or torch.cuda.device_count() < WORLD),
+    reason="needs two or four ranks with a GPU each, or RANKS_PER_NODE and NCCL_HOSTID",
 )
 RAILS = [
     "nccl",
@@ -65,7 +65,7 @@ def nodes(ranks: Ranks, rail: str, request: pytest.FixtureRequest) -> Iterator[H
         ranks_per_node=cut,
         rail_chunk_bytes=chunk,
         rail=rail,
-        num_sms=ranks.num_sms if CUT else 0,
+        num_sms=ranks.num_sms,
         timeout_seconds=TIMEOUT_SECONDS,
     )
     backend = get_backend(ranks.group, ranks.device, config)
