@@ -1,5 +1,5 @@
-// Low-latency calls of several ranks, each a thread, over several nodes and on one domain: results must be equal bit
-// for bit. Arguments: ranks, ranks per node, seed.
+// Low-latency calls of several ranks, each a thread, over several nodes and on one domain. All results are compared with
+// a reference, bit for bit. Arguments: ranks, ranks per node, seed.
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
@@ -10,9 +10,12 @@
 #include "latency/engine.h"
 #include "nvshmem.h"
 #include "nvshmem/latency.h"
+#include "reference.h"
 
 using namespace deepep_moe;
 using namespace deepep_moe::latency;
+using reference::Batch;
+using reference::Expected;
 
 namespace {
 
@@ -22,6 +25,14 @@ namespace {
             std::fprintf(stderr, "rank %d, line %d: %s\n", emulation::rank, __LINE__, #condition); \
             std::_Exit(1);                                                                         \
         }                                                                                          \
+    } while (false)
+
+#define CHECK_EQUAL(what)                                                                            \
+    do {                                                                                             \
+        if (what != expected.what) {                                                                 \
+            std::fprintf(stderr, "rank %d, %s: wrong %s\n", emulation::rank, engine, #what);         \
+            std::_Exit(1);                                                                           \
+        }                                                                                            \
     } while (false)
 
 int num_ranks;
@@ -39,13 +50,14 @@ struct Rank {
 
 struct Group {
     emulation::Network& network;
+    const char* name;
     int per_node;
     std::vector<Rank> ranks;
     size_t used = 0;  // of each heap
 
-    Group(emulation::Network& network, size_t begin, int per_node, int max_tokens, int hidden, bool masks,
-          double timeout_seconds)
-        : network(network), per_node(per_node), ranks(num_ranks), used(begin) {
+    Group(emulation::Network& network, const char* name, size_t begin, int per_node, int max_tokens, int hidden,
+          bool masks, double timeout_seconds)
+        : network(network), name(name), per_node(per_node), ranks(num_ranks), used(begin) {
         std::vector<std::vector<Address>> addresses;
         for (int r = 0; r < num_ranks; ++r) {
             ranks[r].domain = std::make_shared<DomainRuntime>(r, num_ranks, 0, timeout_seconds, false);
@@ -99,38 +111,10 @@ struct Group {
 
 // -- calls -----------------------------------------------------------------------------------------------------------
 
-struct Batch {
-    int topk, experts;
-    Format format;
-    std::vector<std::vector<uint16_t>> x;  // [rank][T, H]
-    std::vector<std::vector<int>> topk_idx;
-    std::vector<std::vector<float>> weights;
-
-    Batch(unsigned seed, int max_tokens, int hidden) {
-        std::mt19937 random(seed);
-        experts = num_ranks * (1 + random() % 5);
-        topk = 1 + random() % std::min(8, experts);
-        format = static_cast<Format>(random() % 4);
-        for (int r = 0; r < num_ranks; ++r) {
-            const int tokens = random() % (max_tokens + 1);
-            x.emplace_back(tokens * hidden);
-            topk_idx.emplace_back(tokens * topk);
-            weights.emplace_back(tokens * topk);
-            for (uint16_t& value : x[r]) value = 0x3f00 + random() % 256 + (random() % 2 << 15);
-            for (float& weight : weights[r]) weight = (random() % 16) / 8.0f;
-            std::vector<int> order(experts);
-            for (int e = 0; e < experts; ++e) order[e] = e;
-            for (int t = 0; t < tokens; ++t) {
-                std::shuffle(order.begin(), order.end(), random);
-                for (int k = 0; k < topk; ++k) topk_idx[r][t * topk + k] = random() % 8 ? order[k] : -1;
-            }
-        }
-    }
-};
-
 // A dispatch and its combine on one rank. Outputs are filled before, so that whole buffers can be compared.
 struct Call {
     Call(const Call&) = delete;  // its kernels have addresses of members
+    const char* engine;
     Rank& rank;
     const Batch& batch;
     int self, hidden, epoch = 0;
@@ -142,18 +126,18 @@ struct Call {
     CombineArgs combine_args{};
 
     Call(Group& group, int self, const Batch& batch)
-        : rank(group.ranks[self]), batch(batch), self(self), hidden(rank.arena.hidden) {
+        : engine(group.name), rank(group.ranks[self]), batch(batch), self(self), hidden(rank.arena.hidden) {
         const int local = batch.experts / num_ranks, slots = static_cast<int>(rank.arena.slots());
-        const int tokens = static_cast<int>(batch.topk_idx[self].size()) / batch.topk;
+        const int tokens = batch.tokens(self);
         places.assign(LatencyEngine::places_words(num_ranks, rank.arena.max_tokens, batch.topk), -7);
-        rows.assign(static_cast<size_t>(local) * slots * hidden * 2, 0x55);
-        scales.assign(local * slots * (hidden / 128 + 1), 0x55);
-        counts.assign(local, -5);
-        src_info.assign(local * slots, -5);
-        layout_range.assign(local * num_ranks, -5);
+        rows.assign(static_cast<size_t>(local) * slots * hidden * 2, Expected::kFill);
+        scales.assign(local * slots * (hidden / 128 + 1), Expected::kFill);
+        counts.assign(local, Expected::kNothing);
+        src_info.assign(local * slots, Expected::kNothing);
+        layout_range.assign(local * num_ranks, Expected::kNothing);
         y.resize(static_cast<size_t>(local) * slots * hidden);
-        for (size_t i = 0; i < y.size(); ++i) y[i] = 0x3f00 + (i * 7 + self) % 256;
-        out.assign(tokens * hidden + 1, 0x55);
+        for (size_t i = 0; i < y.size(); ++i) y[i] = batch.expert_output(self, i);
+        out.assign(tokens * hidden + 1, Expected::kFill);
         DispatchArgs& d = dispatch_args;
         d.arena = rank.arena;
         d.x = reinterpret_cast<const char*>(batch.x[self].data());
@@ -216,22 +200,16 @@ struct Call {
         if (half == kReceive && rank.remote.ranks) launch_post(rank.remote, nullptr);
     }
 
-    void check(const Call& one_domain) const {
+    void check(const std::vector<int>& sides) const {
+        const Expected expected(batch, self, static_cast<int>(rank.arena.slots()), sides);
         CHECK(!rank.domain->failure());
-        CHECK(std::equal(places.begin() + 2, places.end(), one_domain.places.begin() + 2));
-        CHECK(counts == one_domain.counts && layout_range == one_domain.layout_range);
-        CHECK(src_info == one_domain.src_info && rows == one_domain.rows && scales == one_domain.scales);
-        CHECK(out == one_domain.out);
-        if (batch.format != Format::kBf16) return;
-        const int slots = static_cast<int>(rank.arena.slots());
-        for (size_t i = 0; i < layout_range.size(); ++i) {
-            const int first = static_cast<int>(layout_range[i] >> 32), count = static_cast<int>(layout_range[i]);
-            const int expert = static_cast<int>(i) / num_ranks, source = static_cast<int>(i) % num_ranks;
-            for (int row = expert * slots + first; row < expert * slots + first + count; ++row) {
-                const uint16_t* sent = &batch.x[source][src_info[row] * hidden];
-                CHECK(std::memcmp(&rows[static_cast<size_t>(row) * hidden * 2], sent, hidden * 2) == 0);
-            }
-        }
+        CHECK_EQUAL(counts);
+        CHECK_EQUAL(layout_range);
+        CHECK_EQUAL(src_info);
+        CHECK_EQUAL(rows);
+        CHECK_EQUAL(scales);
+        if (out != expected.out) expected.explain(out);
+        CHECK_EQUAL(out);
     }
 };
 
@@ -286,11 +264,12 @@ struct Program {
         if (skew() % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(skew() % 10));
     }
     Batch batch(unsigned number) const {
-        return {seed * 1000 + number, nodes.ranks[0].arena.max_tokens, nodes.ranks[0].arena.hidden};
+        return {seed * 1000 + number, num_ranks, nodes.ranks[0].arena.max_tokens, nodes.ranks[0].arena.hidden};
     }
     Group* groups[2] = {&domain, &nodes};
+    const std::vector<int> together = std::vector<int>(num_ranks, 0);
 
-    void calls(unsigned first, int count, bool hooks) {
+    void calls(unsigned first, int count, bool hooks, const std::vector<int>& sides) {
         for (int number = 0; number < count; ++number) {
             const Batch drawn = batch(first + number);
             std::deque<Call> made;  // a call must not move
@@ -301,7 +280,7 @@ struct Program {
                     call.dispatch(half);
                 for (int half : hooks ? std::vector<int>{kSend, kReceive} : std::vector<int>{kBoth}) call.combine(half);
             }
-            made[1].check(made[0]);
+            for (const Call& call : made) call.check(sides);
         }
     }
 
@@ -323,7 +302,8 @@ struct Program {
                 for (int i = 1; i >= 0; --i) made[g][number + i].combine(kReceive);
             }
         }
-        for (int number = 0; number < kCalls; ++number) made[1][number].check(made[0][number]);
+        for (const std::deque<Call>& of_group : made)
+            for (const Call& call : of_group) call.check(together);
     }
 
     // Rank 1 refuses a call of both kinds.
@@ -343,7 +323,10 @@ struct Program {
                 call.rank.domain->take_notice(0);
             }
         }
-        if (self != 1) made[1].check(made[0]);
+        std::vector<int> sides = together;
+        sides[1] = -1;
+        for (const Call& call : made)
+            if (self != 1) call.check(sides);
         // all others allocate
         Facts facts{};
         facts.word[Facts::kFactMaxTokens] = 1000;
@@ -365,7 +348,9 @@ struct Program {
         for (Group* group : groups)
             for (int other = 0; other < num_ranks; ++other)
                 if ((other == num_ranks - 1) != (self == num_ranks - 1)) group->ranks[self].engine->set_mask(other, 0);
-        calls(first, 2, false);
+        std::vector<int> sides = together;
+        sides.back() = 1;
+        calls(first, 2, false, sides);
         for (Group* group : groups) {
             all.arrive_and_wait();
             end_masks(group->ranks[self]);
@@ -377,20 +362,20 @@ struct Program {
 
     void run() {
         emulation::rank = self;
-        calls(0, 3, false);
-        calls(10, 3, true);
+        calls(0, 3, false, together);
+        calls(10, 3, true, together);
         in_flight(20);
         refusals(30);
-        calls(40, 2, false);
+        calls(40, 2, false, together);
         masks(50);
-        calls(60, 2, true);
+        calls(60, 2, true, together);
     }
 };
 
 // The last rank does not come: the others report it.
 void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsigned seed) {
-    Group group(network, begin, per_node, 5, 128, false, 2.0);
-    const Batch batch(seed, 5, 128);
+    Group group(network, "nodes", begin, per_node, 5, 128, false, 2.0);
+    const Batch batch(seed, num_ranks, 5, 128);
     std::vector<std::thread> threads;
     std::atomic<int> named{0};
     for (int self = 0; self < num_ranks - 1; ++self)
@@ -416,8 +401,8 @@ int main(int, char** arguments) {
     std::mt19937 random(seed);
     const int max_tokens = 5 + random() % 8, hidden = 128 * (1 + random() % 6);
     emulation::Network network(num_ranks, 32 << 20, seed);
-    Group nodes(network, 0, per_node, max_tokens, hidden, true, 300.0);
-    Group domain(network, nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
+    Group nodes(network, "nodes", 0, per_node, max_tokens, hidden, true, 300.0);
+    Group domain(network, "one domain", nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
     std::barrier<> all(num_ranks);
     std::vector<std::thread> threads;
     for (int self = 0; self < num_ranks; ++self)

@@ -27,9 +27,12 @@ inline void store_tagged_system(Tagged* p, int value, int tag) {
     const uint64_t both = static_cast<uint64_t>(static_cast<uint32_t>(tag)) << 32 | static_cast<uint32_t>(value);
     __atomic_store_n(reinterpret_cast<uint64_t*>(p), both, __ATOMIC_SEQ_CST);
 }
+// Packets are loaded and stored by one instruction each, as on a GPU. Of an intrinsic g++ may make two instructions of
+// eight bytes, and a packet would not arrive whole.
 inline int4 load_packet(const int4* p) {
     emulation::yield();
-    const __m128i loaded = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    __m128i loaded;
+    asm volatile("movdqa %1, %0" : "=x"(loaded) : "m"(*p));
     int4 packet;
     std::memcpy(&packet, &loaded, sizeof(packet));
     return packet;
@@ -37,7 +40,6 @@ inline int4 load_packet(const int4* p) {
 inline void store_packet(int4* p, int4 packet) {
     __m128i stored;
     std::memcpy(&stored, &packet, sizeof(stored));
-    // One instruction, as on a GPU: of an intrinsic g++ makes two stores of eight bytes.
     asm volatile("movdqa %1, %0" : "=m"(*p) : "x"(stored));
 }
 inline void prefetch_l2(const void*) {}
