@@ -69,8 +69,8 @@ class Buffer(LowLatencyCalls, Shared):
         group: the process group. Its torch.distributed backend determines the device: CUDA with nccl, CPU with gloo.
         num_nvl_bytes, num_rdma_bytes: size of the memory that :meth:`get_local_buffer_tensor` returns. Staging memory
             is sized automatically; with ``rail=nvshmem`` it may take ``num_rdma_bytes`` or ``nvshmem_bytes``,
-            whichever is larger. With ``num_rdma_bytes`` and ``low_latency_over_nodes`` low-latency calls over
-            several nodes use NVSHMEM whatever ``rail`` is.
+            whichever is larger. With ``num_rdma_bytes``, low-latency calls over several nodes use NVSHMEM whatever
+            ``rail`` is.
         low_latency_mode: create the low-latency engine now; otherwise the first low-latency call creates it.
         explicitly_destroy: accepted for compatibility. :meth:`destroy` may be called in any case; otherwise garbage
             collection frees the same resources.

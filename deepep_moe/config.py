@@ -60,12 +60,9 @@ class DispatcherConfig:
     rail: RailName = "nccl"
     """Who moves rows between nodes. ``nccl``: torch.distributed, which runs on every network. ``nvshmem``: puts from
     kernels, where deepep_moe was built with NVSHMEM; no host waits for counts, so a layer can be captured in a CUDA
-    graph."""
+    graph, and low-latency calls over several nodes run on kernels."""
     nvshmem_bytes: int = 1 << 30
     """Symmetric memory per GPU that ``rail=nvshmem`` takes, for all groups of a process together."""
-    low_latency_over_nodes: bool = False
-    """Experimental: with ``rail=nvshmem`` or ``num_rdma_bytes``, low-latency calls over several nodes run on kernels
-    instead of the reference. docs/decode.md describes a mismatch that is not explained yet."""
     ranks_per_node: int = 0
     """For tests: cut the group into nodes of this many ranks; 0: a host is a node."""
     timeout_seconds: float = 100.0
@@ -150,7 +147,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rail_chunk_bytes": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (automatic) to {_MOST}"),
     "rail": (lambda v: v in get_args(RailName), "one of " + ", ".join(get_args(RailName))),
     "nvshmem_bytes": (lambda v: 1 << 20 <= v <= 1 << 40, "an integer from 1048576 (1 MiB) to 1099511627776 (1 TiB)"),
-    "low_latency_over_nodes": (lambda v: True, "true or false"),
     "ranks_per_node": (lambda v: 0 <= v <= _MOST, f"an integer from 0 (hosts are nodes) to {_MOST}"),
     "timeout_seconds": (lambda v: 1e-3 <= v <= _MOST_SECONDS, f"a number from 0.001 to {_MOST_SECONDS:g}"),
     "check_agreement": (lambda v: True, "true or false"),

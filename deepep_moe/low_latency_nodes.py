@@ -114,8 +114,6 @@ class NodesEngine(CudaEngine):
         """The reason this engine does not serve the group of ``backend``, or None; equal on all ranks. Collective."""
         device, ranks = backend.device, backend.world_size
         reason = why_not_on(device) or nvshmem.why_not_on(device)
-        if reason is None and not config.low_latency_over_nodes:
-            reason = "kernels over several nodes are experimental, and low_latency_over_nodes is not set"
         if reason is None and ranks > _C.MAX_RANKS:
             reason = f"the group has {ranks} ranks, low-latency kernels serve up to {_C.MAX_RANKS}"
         reasons = gather("set-up", backend.group, device, config.timeout_seconds, reason)

@@ -77,12 +77,6 @@ def ranks() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True)
-def low_latency_over_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels over several nodes, where a test or the environment makes several nodes."""
-    monkeypatch.setenv("DEEPEP_MOE_LOW_LATENCY_OVER_NODES", "1")
-
-
 def destroy(ranks: Ranks, buffers: list[Buffer]) -> None:
     """Collective."""
     torch.cuda.synchronize()

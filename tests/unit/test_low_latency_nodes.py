@@ -87,17 +87,16 @@ def test_the_size_hint_covers_the_largest_tables() -> None:
     assert 2 * block * (2 * ranks - 1) < hint < 1.1 * 2 * block * 2 * ranks
 
 
-def test_kernels_over_nodes_are_used_only_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are experimental, so ``rail=nvshmem`` alone, which training uses, does not select them."""
+def test_a_rank_that_kernels_cannot_serve_is_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes_module, "why_not_on", lambda device: None)
     monkeypatch.setattr(nvshmem, "why_not_on", lambda device: None)
-    monkeypatch.setattr(nodes_module, "gather", lambda *arguments: [None, arguments[-1]])
     monkeypatch.setattr(nodes_module, "_C", SimpleNamespace(MAX_RANKS=32))
-    backend: Any = SimpleNamespace(device=torch.device("cuda"), group=None, world_size=2)
-    reason = nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem"))
-    assert reason is not None
-    assert reason.startswith("rank 1: ")
-    assert "low_latency_over_nodes is not set" in reason
-    assert (
-        nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem", low_latency_over_nodes=True)) is None
-    )
+
+    def reason(ranks: int, of_rank_1: str | None = None) -> str | None:
+        monkeypatch.setattr(nodes_module, "gather", lambda *arguments: [arguments[-1], of_rank_1])
+        backend: Any = SimpleNamespace(device=torch.device("cuda"), group=None, world_size=ranks)
+        return nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem"))
+
+    assert reason(32) is None
+    assert reason(32, "no NVSHMEM") == "rank 1: no NVSHMEM"
+    assert reason(33) == "rank 0: the group has 33 ranks, low-latency kernels serve up to 32"
