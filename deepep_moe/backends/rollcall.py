@@ -17,7 +17,7 @@ from threading import Thread
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from deepep_moe.errors import PeerError, PeerTimeoutError
+from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 
 GRACE_SECONDS = 1.0  # for notes of ranks that fail at the same time
 _STORE_SECONDS = 3.0  # for the store, whose host may be lost
@@ -31,6 +31,7 @@ class Note:
     waited: float  # seconds
     timed_out: bool  # else the connection reported an error
     reason: str = ""  # why this rank broke off, if it did
+    mismatch: bool = False  # whether that is a difference between ranks
 
 
 def roll_call(
@@ -82,7 +83,7 @@ def explain(
     timeout_seconds: float,
     notes: dict[int, Note],
     said: str,
-) -> tuple[type[PeerError], str]:
+) -> tuple[type[DeepEPMoEError], str]:
     """The kind of error and its text on ``rank``, from all notes and from what torch.distributed ``said`` here.
 
     ``names``: what users call the ranks, where the group is part of theirs.
@@ -91,6 +92,9 @@ def explain(
     notes, rank = {ranks[r]: note for r, note in notes.items()}, ranks[rank]
     mine = notes[rank]
     who = f"{mine.phase}: rank {rank} " + (f"of {world_size}" if names is None else f"among {_ranks(names)}")
+    for note in notes.values():
+        if note.mismatch:  # the text names all ranks concerned, and every rank raises the same
+            return RankMismatchError, f"{note.phase}: {note.reason}"
     broke_off = {r: note for r, note in notes.items() if note.reason and r != rank}
     if broke_off:
         told = "; ".join(f"rank {r} broke off {note.phase}: {note.reason}" for r, note in broke_off.items())

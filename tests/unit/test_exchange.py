@@ -1,4 +1,4 @@
-"""Waits of the host for its device are bounded, and end early once another thread has found the group to fail."""
+"""Waits of the host for its device are bounded and end early once a thread has found a failure; what errors say."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepep_moe.backends.exchange import Exchange
+from deepep_moe.backends.rollcall import Note, explain
 from deepep_moe.errors import PeerError, RankMismatchError
 
 
@@ -76,3 +77,15 @@ def test_the_next_call_raises_the_first_failure_that_another_thread_found(group:
         with pytest.raises(RankMismatchError, match=f"^{re.escape(start + told)}"):
             exchange.check_usable("combine")
     assert not exchange.usable
+
+
+def test_a_difference_between_ranks_keeps_its_class_and_text_on_every_rank() -> None:
+    differs = "hidden size differs between the ranks of the group: 64 on rank 0; 128 on rank 1"
+    found = Note("dispatch", 0.1, False, differs, mismatch=True)
+    broke_off, lost = Note("dispatch", 0.0, False, "no memory"), Note("dispatch", 1.0, False)
+    for notes, kind, said in (
+        ({0: found, 1: lost}, RankMismatchError, f"dispatch: {differs}"),
+        ({0: lost, 1: found}, RankMismatchError, f"dispatch: {differs}"),
+        ({0: broke_off, 1: lost}, PeerError, "dispatch: rank 1 of 2: rank 0 broke off dispatch: no memory"),
+    ):
+        assert explain(1, 2, None, 30.0, notes, "the connection closed") == (kind, said)
