@@ -1,9 +1,23 @@
-// Functions that add the bindings of each part to deepep_moe._C.
+// Functions that add the bindings of each part to deepep_moe._C, and an argument that two of them take.
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+
+#include "local/args.h"
 
 namespace deepep_moe {
+
+using HeaderWords = std::array<int64_t, Messages::kAgreedWords>;
+
+inline Header header_of(const HeaderWords& words) {
+    Header header{};
+    std::copy(words.begin(), words.end(), header.words);
+    return header;
+}
 
 void bind_nodes(pybind11::module_& m);
 void bind_local(pybind11::module_& m);

@@ -20,7 +20,7 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Transfer
 
-ROUTE_WORDS = 2
+ROUTE_WORDS = 4  # of the header: the lowest and highest expert index, the limits
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +97,8 @@ def count(
     num_tokens: int,
     num_topk: int,
     num_experts: int,
+    max_recv: int,
+    max_rows: int,
     header: list[int],
     messages: Messages,
     send_slot: int,
@@ -110,6 +112,7 @@ def count(
     messages.array[:, :HEADER_WORDS] = header
     messages.array[:, HEADER_WORDS] = index.min() if index.size else -1
     messages.array[:, HEADER_WORDS + 1] = index.max() if index.size else -1
+    messages.array[:, HEADER_WORDS + 2 : HEADER_WORDS + 4] = max_recv, max_rows
     for rank in range(ranks):
         goes = (valid & (index // local == rank)).any(1) if wanted is None else wanted[:, rank]
         slots[:, rank] = np.where(goes, goes.cumsum() - 1, -1)
@@ -117,12 +120,10 @@ def count(
         rows = messages.rows(rank, num_topk)
         sent = np.flatnonzero(goes)[: len(rows)]
         rows[: len(sent)] = np.column_stack([sent, index[sent]])
-        if local <= messages.routes.shape[1]:
-            if num_topk:
-                counts = np.bincount(index[valid], minlength=num_experts)
-            else:
-                counts = at(given_expert_counts, np.int32, num_experts)
-            messages.routes[rank, :local] = counts[rank * local : (rank + 1) * local]
+    if num_experts <= messages.routes.shape[1]:
+        given = None if num_topk else at(given_expert_counts, np.int32, num_experts)
+        counts = np.bincount(index[valid], minlength=num_experts) if given is None else given
+        messages.routes[:, :num_experts] = counts
 
 
 def announce(*, header: list[int], num_ranks: int, out: int, stream: int) -> None:
@@ -159,7 +160,7 @@ def place(
     ranks = messages.num_ranks
     rows = np.concatenate([messages.rows(r, num_topk)[: messages.tokens[r, rank]] for r in range(ranks)])
     assert len(rows) == num_received
-    counts = messages.routes[:, :local_experts].sum(0)
+    counts = messages.routes[:, rank * local_experts :][:, :local_experts].sum(0)
     padded = -(-counts // alignment) * alignment * (num_topk > 0)
     offsets = np.concatenate([[0], padded.cumsum()])
     at(counted, np.int64, ranks * ranks + 2 * local_experts + 1)[:] = np.concatenate(

@@ -35,12 +35,14 @@ struct RoutesArgs {
 
 // What the ranks of a group send each other in one exchange: a header, which all must agree on but for its last words,
 // and in a plan the counts of the batch and the routes of the rows that follow. There is one message for each rank.
-//   header [kHeaderWords], tokens for each rank [R], routes to each expert of the receiving rank [expert_words],
-//   the token and the experts of each row for the receiving rank [row_words]
+//   header [kHeaderWords], tokens for each rank [R], routes to each expert [expert_words], the token and the experts of
+//   each row for the receiving rank [row_words]
 struct Messages {
-    static constexpr int kAgreedWords = 19;                               // compared by exchange.py and by agree.cuh
-    static constexpr int kLowest = kAgreedWords, kHighest = kLowest + 1;  // expert index of this rank's batch
-    static constexpr int kHeaderWords = kAgreedWords + 2;
+    static constexpr int kAgreedWords = 19;  // compared by exchange.py and by agree.cuh
+    // The lowest and the highest expert index of this rank's batch, and the rows for which it has room.
+    static constexpr int kLowest = kAgreedWords, kHighest = kLowest + 1, kMaxRecv = kHighest + 1,
+                         kMaxRows = kMaxRecv + 1;
+    static constexpr int kHeaderWords = kMaxRows + 1;
 
     int64_t* data;
     int num_ranks;
@@ -51,8 +53,8 @@ struct Messages {
     __host__ __device__ int64_t& tokens(int rank, int destination) const {
         return of(rank)[kHeaderWords + destination];
     }
-    __host__ __device__ int64_t& routes(int rank, int local_expert) const {
-        return of(rank)[kHeaderWords + num_ranks + local_expert];
+    __host__ __device__ int64_t& routes(int rank, int expert) const {
+        return of(rank)[kHeaderWords + num_ranks + expert];
     }
     // Row i for or from the rank: the number of its token at the source, and K experts.
     __host__ __device__ int* row(int rank, int i, int topk) const {
@@ -72,6 +74,7 @@ struct CountArgs {
     const bool* given_membership;    // [T, R], used when K = 0
     const int* given_expert_counts;  // [E], used when K = 0
     int num_tokens, num_topk, num_experts;
+    int max_recv, max_rows;
     Header header;
     Messages messages;
     int* send_slot;  // [T, R] number of the token among those for the rank, or -1

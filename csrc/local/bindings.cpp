@@ -1,11 +1,6 @@
 // The kernels of one rank alone as Python sees them. Arguments go by name.
 #include "bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <algorithm>
-#include <array>
-
 #include "local/args.h"
 #include "runtime/domain.h"
 
@@ -14,14 +9,6 @@ namespace py = pybind11;
 namespace deepep_moe {
 
 namespace {
-
-using HeaderWords = std::array<int64_t, Messages::kAgreedWords>;
-
-Header header_of(const HeaderWords& words) {
-    Header header{};
-    std::copy(words.begin(), words.end(), header.words);
-    return header;
-}
 
 void bind_parts(py::module_& m) {
     m.attr("AGREED_WORDS") = Messages::kAgreedWords;
@@ -59,7 +46,8 @@ void bind_plan(py::module_& m) {
     m.def(
         "count",
         [](Address topk_idx, Address given_membership, Address given_expert_counts, int num_tokens, int num_topk,
-           int num_experts, const HeaderWords& header, const Messages& messages, Address send_slot, Address stream) {
+           int num_experts, int max_recv, int max_rows, const HeaderWords& header, const Messages& messages,
+           Address send_slot, Address stream) {
             CountArgs args{};
             args.topk_idx = at<int64_t>(topk_idx);
             args.given_membership = at<bool>(given_membership);
@@ -67,14 +55,16 @@ void bind_plan(py::module_& m) {
             args.num_tokens = num_tokens;
             args.num_topk = num_topk;
             args.num_experts = num_experts;
+            args.max_recv = max_recv;
+            args.max_rows = max_rows;
             args.header = header_of(header);
             args.messages = messages;
             args.send_slot = at<int>(send_slot);
             check(launch_count(args, as_stream(stream)), "count");
         },
         py::kw_only(), py::arg("topk_idx"), py::arg("given_membership"), py::arg("given_expert_counts"),
-        py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_experts"), py::arg("header"), py::arg("messages"),
-        py::arg("send_slot"), py::arg("stream"));
+        py::arg("num_tokens"), py::arg("num_topk"), py::arg("num_experts"), py::arg("max_recv"), py::arg("max_rows"),
+        py::arg("header"), py::arg("messages"), py::arg("send_slot"), py::arg("stream"));
     m.def(
         "announce",
         [](const HeaderWords& header, int num_ranks, Address out, Address stream) {

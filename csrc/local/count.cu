@@ -18,10 +18,11 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
     const Messages& messages = args.messages;
     const int ranks = messages.num_ranks, local_experts = args.num_experts / ranks, topk = args.num_topk;
     const int first_expert = rank * local_experts;
-    const bool counted = local_experts <= messages.expert_words;
+    const bool counted = args.num_experts <= messages.expert_words;
+    int64_t* routes = &messages.routes(rank, first_expert);  // to its experts, first in the message for itself
     const int max_rows = messages.max_rows(topk);
     for (int e = threadIdx.x; counted && e < local_experts; e += kThreads)
-        messages.routes(rank, e) = topk > 0 ? 0 : args.given_expert_counts[first_expert + e];
+        routes[e] = topk > 0 ? 0 : args.given_expert_counts[first_expert + e];
     __syncthreads();
     int before = 0;  // tokens for this rank, of earlier iterations
     for (int base = 0; base < args.num_tokens; base += kThreads) {
@@ -39,10 +40,7 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
                 for (int u = 0; u < kLoads; ++u) {
                     if (expert[u] < 0 || expert[u] >= local_experts) continue;
                     goes = true;
-                    if (counted)
-                        atomicAdd(
-                            reinterpret_cast<unsigned long long*>(&messages.routes(rank, static_cast<int>(expert[u]))),
-                            1ull);
+                    if (counted) atomicAdd(reinterpret_cast<unsigned long long*>(&routes[expert[u]]), 1ull);
                 }
             }
         }
@@ -58,6 +56,11 @@ __device__ __forceinline__ void count_for_rank(const CountArgs& args, int rank) 
         before += all;
     }
     for (int r = threadIdx.x; r < ranks; r += kThreads) messages.tokens(r, rank) = before;
+    __syncthreads();
+    for (int i = threadIdx.x; counted && i < ranks * local_experts; i += kThreads) {
+        const int to = i / local_experts, e = i % local_experts;
+        if (to != rank) messages.routes(to, first_expert + e) = routes[e];
+    }
 }
 
 // The header, and between which expert indices the batch lies.
@@ -91,6 +94,8 @@ __device__ __forceinline__ void write_headers(const CountArgs& args) {
         const int rank = i / Messages::kHeaderWords, word = i % Messages::kHeaderWords;
         args.messages.of(rank)[word] = word == Messages::kLowest    ? (any ? lowest : -1)
                                        : word == Messages::kHighest ? (any ? highest : -1)
+                                       : word == Messages::kMaxRecv ? args.max_recv
+                                       : word == Messages::kMaxRows ? args.max_rows
                                                                     : args.header.words[word];
     }
 }

@@ -43,7 +43,8 @@ __device__ __forceinline__ const int* received_row(const PlaceArgs& args, const 
 // Rows of a local expert, and rounded up to the alignment.
 __device__ __forceinline__ int routes_to(const PlaceArgs& args, int expert) {
     int routes = 0;
-    for (int r = 0; r < args.messages.num_ranks; ++r) routes += static_cast<int>(args.messages.routes(r, expert));
+    const int global = args.rank * args.local_experts + expert;
+    for (int r = 0; r < args.messages.num_ranks; ++r) routes += static_cast<int>(args.messages.routes(r, global));
     return routes;
 }
 

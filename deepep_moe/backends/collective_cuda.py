@@ -20,7 +20,7 @@ the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -48,9 +48,10 @@ from deepep_moe.backends.exchange import (
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import CapacityError, InputError, PeerError, UnsupportedError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError, PeerError, UnsupportedError
 
-_FIRST_COUNT = HEADER_WORDS + 2  # after the header come the lowest and the highest expert index of the sender's batch
+_FIRST_COUNT = HEADER_WORDS + 4  # after the lowest and highest expert index of the sender's batch, and its two limits
+_NO_LIMIT = 2**31 - 1
 
 
 class Crossing(NamedTuple):
@@ -113,14 +114,13 @@ class CollectiveOnGPU(CollectiveBackend):
 
     def destinations(self, topk_idx: Tensor, num_experts: int) -> Destinations:
         check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
-        ranks, local_experts = self.world_size, num_experts // self.world_size
-        room = Room(local_experts, row_words=0)
-        messages, send_slot = self._count([0] * HEADER_WORDS, topk_idx, num_experts, None, None, room)
-        counts = messages[:, _FIRST_COUNT:].to(torch.int32)
+        ranks, room, limits = self.world_size, Room(num_experts, row_words=0), (None, None)
+        messages, send_slot = self._count([0] * HEADER_WORDS, topk_idx, num_experts, None, None, limits, room)
+        counts = messages[0, _FIRST_COUNT:].to(torch.int32)
         return Destinations(
-            num_tokens_per_rank=counts[0, :ranks],
+            num_tokens_per_rank=counts[:ranks],
             num_tokens_per_node=None,
-            num_tokens_per_expert=counts[:, ranks:].reshape(-1),
+            num_tokens_per_expert=counts[ranks:],
             is_token_in_rank=send_slot >= 0,
         )
 
@@ -160,12 +160,12 @@ class CollectiveOnGPU(CollectiveBackend):
             "fixed sizes": fixed,
         }
         header = exchange.header("plan", facts)
-        ranks, local_experts = self.world_size, num_experts // self.world_size
+        ranks, local_experts, limits = self.world_size, num_experts // self.world_size, (max_recv, max_rows)
         while True:
             room = exchange.room
             with exchange.moving("plan"):
                 sent, send_slot = self._count(
-                    header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, room
+                    header, topk_idx, num_experts, is_token_in_rank, num_tokens_per_expert, limits, room
                 )
                 starts = self._starts(sent, room)
                 with self._announcements.waiting("plan", facts, header):
@@ -175,17 +175,19 @@ class CollectiveOnGPU(CollectiveBackend):
             self._check_messages(facts, host, num_experts)
             counts = host[:, _FIRST_COUNT:]
             row_words = -(-int(counts[:, :ranks].max()) * (1 + topk_idx.shape[1]) // 2)
-            if local_experts <= room.expert_words and row_words <= room.row_words:
+            if num_experts <= room.expert_words and row_words <= room.row_words:
                 break
             # The same on all ranks. Loads vary from batch to batch, hence the margin.
-            exchange.room = Room(max(room.expert_words, local_experts), max(room.row_words, row_words + row_words // 4))
+            exchange.room = Room(max(room.expert_words, num_experts), max(room.row_words, row_words + row_words // 4))
         crossing = Crossing.of(counts[:, :ranks], self.rank)
-        per_expert = counts[:, ranks : ranks + local_experts].sum(0)
-        num_rows = int(((per_expert + alignment - 1) // alignment).sum()) * alignment if topk_idx.shape[1] else 0
-        # Only sizes that were fixed beforehand can be too small.
-        with exchange.agreement("plan") if fixed else exchange.moving("plan"):
-            num_recv = self._room(crossing.num_received, "received tokens", "max_recv", max_recv)
-            num_rows = self._room(num_rows, "expert rows", "max_rows", max_rows if topk_idx.shape[1] else None)
+        per_expert = counts[:, ranks : ranks + num_experts].sum(0).view(ranks, local_experts)
+        rows = (per_expert + alignment - 1).div(alignment, rounding_mode="floor").sum(1) * alignment
+        if not topk_idx.shape[1]:
+            rows = torch.zeros_like(rows)
+        if fixed:  # only sizes that were fixed beforehand can be too small
+            self._raise_overflow(host, counts[:, :ranks].sum(0), rows)
+        num_recv = crossing.num_received if max_recv is None else max_recv
+        num_rows = int(rows[self.rank]) if max_rows is None or not topk_idx.shape[1] else max_rows
         with exchange.moving("plan"):
             counted, received, row_recv = self._place_rows(
                 messages, room, topk_idx.shape[1], local_experts, alignment, crossing.num_received, num_recv, num_rows
@@ -199,7 +201,7 @@ class CollectiveOnGPU(CollectiveBackend):
             counted=counted,
             received=received,
             row_recv=row_recv,
-            expert_counts_host=None if fixed else per_expert,
+            expert_counts_host=None if fixed else per_expert[self.rank].clone(),
             crossing=crossing,
             starts=starts,
         )
@@ -211,15 +213,17 @@ class CollectiveOnGPU(CollectiveBackend):
         num_experts: int,
         is_token_in_rank: Tensor | None,
         num_tokens_per_expert: Tensor | None,
+        limits: tuple[int | None, int | None],
         room: Room,
     ) -> tuple[Tensor, Tensor]:
         """A message for each rank, [R, words] int64, and ``Plan.send_slot``. What ``room`` does not suffice for is left
-        out of the messages."""
+        out of the messages. ``limits``: ``max_recv`` and ``max_rows`` of the plan."""
         topk_idx = topk_idx.to(torch.int64).contiguous()
         is_token_in_rank, num_tokens_per_expert = (
             None if t is None else t.contiguous() for t in (is_token_in_rank, num_tokens_per_expert)
         )
         (tokens, topk), ranks = topk_idx.shape, self.world_size
+        max_recv, max_rows = (_NO_LIMIT if limit is None else limit for limit in limits)
         messages = torch.empty((ranks, self._message_words(room)), dtype=torch.int64, device=self.device)
         send_slot = torch.empty((tokens, ranks), dtype=torch.int32, device=self.device)
         extension._C.count(
@@ -229,6 +233,8 @@ class CollectiveOnGPU(CollectiveBackend):
             num_tokens=tokens,
             num_topk=topk,
             num_experts=num_experts,
+            max_recv=max_recv,
+            max_rows=max_rows,
             header=header,
             messages=self._messages(messages, room),
             send_slot=send_slot.data_ptr(),
@@ -259,7 +265,7 @@ class CollectiveOnGPU(CollectiveBackend):
         self._announcements.check()
         exchange.check_usable("plan")
         exchange.compare_headers("plan", facts, host, None)
-        ranges = host[:, HEADER_WORDS:_FIRST_COUNT].tolist()
+        ranges = host[:, HEADER_WORDS : HEADER_WORDS + 2].tolist()
         wrong = {
             rank: InputError(
                 "topk_idx",
@@ -269,16 +275,26 @@ class CollectiveOnGPU(CollectiveBackend):
             for rank, (lowest, highest) in enumerate(ranges)
             if lowest < -1 or highest >= num_experts
         }
+        self._raise(wrong)
+
+    def _raise_overflow(self, host: Tensor, received: Tensor, rows: Tensor) -> None:
+        """Raise an error if any rank has too little room for ``received [R]`` tokens or ``rows [R]`` expert rows."""
+        limits = host[:, _FIRST_COUNT - 2 : _FIRST_COUNT]
+        wrong = {}
+        for rank in (torch.stack([received, rows], dim=1) > limits).any(1).nonzero()[:, 0].tolist():
+            needed, room, what = int(received[rank]), int(limits[rank, 0]), ("received tokens", "max_recv")
+            if needed <= room:
+                needed, room, what = int(rows[rank]), int(limits[rank, 1]), ("expert rows", "max_rows")
+            text = overflow_text(self.config, rank, needed, *what, room)
+            wrong[rank] = CapacityError(text, needed=needed, room=room)
+        self._raise(wrong)
+
+    def _raise(self, wrong: Mapping[int, DeepEPMoEError]) -> None:
+        """Raise the error of this rank, or what the other ranks are told of theirs."""
         if self.rank in wrong:
             raise wrong[self.rank]
         if wrong:
             raise refused_by({rank: reason_of(error) for rank, error in wrong.items()}, "plan")
-
-    def _room(self, needed: int, what: str, setting: str, limit: int | None) -> int:
-        if limit is not None and needed > limit:
-            text = overflow_text(self.config, self.rank, needed, what, setting, limit)
-            raise CapacityError(text, needed=needed, room=limit)
-        return needed if limit is None else limit
 
     def _place_rows(
         self,

@@ -126,10 +126,37 @@ def the_host_waits_once_in_a_plan_and_never_later(group: dist.ProcessGroup) -> N
         monkeypatch.setattr(
             Exchange, "to_host", lambda self, phase, tensor: waits.append(phase) or to_host(self, phase, tensor)
         )
-        plan = gpu.plan(torch.tensor([[0, 1], [1, 2]]), 4)
-        sent = gpu.dispatch(plan, torch.ones(2, 8), layout=Layout.BY_EXPERT, weights=torch.ones(2, 2))
-        gpu.combine(plan, sent.x, layout=Layout.BY_EXPERT)
-    assert waits == ["plan"]
+        for limits in ({}, {"max_recv": 5, "max_rows": 9}):
+            plan = gpu.plan(torch.tensor([[0, 1], [1, 2]]), 4, **limits)
+            sent = gpu.dispatch(plan, torch.ones(2, 8), layout=Layout.BY_EXPERT, weights=torch.ones(2, 2))
+            gpu.combine(plan, sent.x, layout=Layout.BY_EXPERT)
+    assert waits == ["plan"] * 2
+
+
+@case(ranks=(2, 3))
+def a_lack_of_room_on_one_rank_is_an_error_on_all_without_another_exchange(group: dist.ProcessGroup) -> None:
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    last, topk_idx = ranks - 1, torch.tensor([[0, 2 * dist.get_world_size(group) - 1]] * 3)
+    with backends(group) as (gpu, reference), pytest.MonkeyPatch.context() as monkeypatch:
+        transfers: list[str] = []
+        transfer = Exchange.transfer
+        monkeypatch.setattr(
+            Exchange, "transfer", lambda self, phase, moved: transfers.append(phase) or transfer(self, phase, moved)
+        )
+        padded = -(-3 * ranks // 4) * 4
+        for max_recv, max_rows, said in (
+            (3 * ranks - 1, padded, f"{3 * ranks} received tokens, but .* room for {3 * ranks - 1}"),
+            (3 * ranks, padded - 1, f"{padded} expert rows, but .* room for {padded - 1}"),
+        ):
+            limits = (max_recv, max_rows) if rank == last else (100, 100)
+            with pytest.raises(CapacityError, match=f"rank {last} needs room for {said}") as caught:
+                gpu.plan(topk_idx, 2 * ranks, alignment=4, max_recv=limits[0], max_rows=limits[1])
+            assert caught.value.needed == caught.value.room + 1
+        assert transfers == ["plan"] * 2
+        fits = {"alignment": 4, "max_recv": 3 * ranks, "max_rows": padded}
+        assert_same(
+            gpu.plan(topk_idx, 2 * ranks, **fits), reference.plan(topk_idx, 2 * ranks, **fits), PLAN_TENSORS, "fits"
+        )
 
 
 @case(ranks=(2, 3))
@@ -147,7 +174,7 @@ def messages_grow_with_the_batch_of_any_rank_and_stay_as_large(group: dist.Proce
             (4, 2, 1, 1),
             (2500, 2, 1, 2),
             (2600, 2, 1, 1),
-            (2, 70, 3, 2),
+            (2, 200, 3, 2),
             (2, 2, 3, 1),
         ):
             topk_idx = torch.full((tokens if last else 1, topk), (ranks - 1) * local)

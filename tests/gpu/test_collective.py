@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -241,25 +242,27 @@ def test_the_host_waits_once_in_a_plan_and_never_later(
 ) -> None:
     group = ranks.group
     config = DispatcherConfig(backend="collective", timeout_seconds=TIMEOUT_SECONDS)
-    dispatcher = TokenDispatcher(group, 4 * ranks.size, config, device=ranks.device)
-    assert isinstance(dispatcher.backend, CollectiveOnGPU)
+    fixed = replace(config, capacity_factor=4.0)
     topk_idx = torch.rand((64, 4 * ranks.size), device=ranks.device).topk(3, dim=1).indices
     x = torch.randn((64, 256), dtype=torch.bfloat16, device=ranks.device, requires_grad=True)
     weights = torch.rand((64, 3), device=ranks.device, requires_grad=True)
 
-    def step() -> None:
-        sent = dispatcher.dispatch(x, topk_idx, weights)
-        dispatcher.combine(sent.rows * 2, sent, weights=sent.weights).sum().backward()
+    for dispatcher in (TokenDispatcher(group, 4 * ranks.size, one, device=ranks.device) for one in (config, fixed)):
+        assert isinstance(dispatcher.backend, CollectiveOnGPU)
 
-    step()
-    torch.cuda.synchronize()
-    waits.clear()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+        def step(dispatcher: TokenDispatcher = dispatcher) -> None:
+            sent = dispatcher.dispatch(x, topk_idx, weights)
+            dispatcher.combine(sent.rows * 2, sent, weights=sent.weights).sum().backward()
+
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert waits == ["plan"]
+        torch.cuda.synchronize()
+        waits.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert waits == ["plan"]
 
 
 def test_an_operation_is_few_kernels(ranks: Ranks, collective: CollectiveOnGPU) -> None:
