@@ -211,6 +211,11 @@ cudaError_t launch_parts(const PartsArgs& args, cudaStream_t stream) {
     const int batch = args.map.num_nodes * args.room, tokens = args.num_tokens * args.map.num_nodes;
     const int rows = batch > args.num_recv ? batch : args.num_recv, entries = rows > tokens ? rows : tokens;
     const auto blocks = [](int threads) { return (threads + kRowThreads - 1) / kRowThreads; };
+    const auto set = [&](int* from, const int* to, int value) {
+        return cudaMemsetAsync(from, value, (to - from) * sizeof(int), stream);
+    };
+    if (const cudaError_t error = set(args.batch_counts, args.chunk_slots, 0); error != cudaSuccess) return error;
+    if (const cudaError_t error = set(args.chunk_slots, args.own_slots, -1); error != cudaSuccess) return error;
     count_parts<<<blocks(rows), kRowThreads, 0, stream>>>(args);
     number_parts<<<1, kThreads, 0, stream>>>(args);
     write_parts<<<blocks(entries), kRowThreads, 0, stream>>>(args);

@@ -2,6 +2,7 @@
 // place the rows that the node's plan delivers.
 #include "device/block.cuh"
 #include "nodes/args.h"
+#include "throughput/args.h"
 
 namespace deepep_moe {
 
@@ -9,46 +10,61 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kRowThreads = 256;
-constexpr int kHistogramBlocks = 16;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// 1. Count. A block for each rank, one for each rank of the rail, and some for routes to experts.
-
-__device__ __forceinline__ int owner_of(const SummarizeArgs& args, int64_t route) {
-    const int64_t expert = args.topk_idx[route];
-    return expert < 0 || expert >= args.num_experts
-               ? -1
-               : static_cast<int>(expert) / (args.num_experts / args.map.num_ranks);
+__device__ __forceinline__ void add(int64_t* to, int64_t value) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
 }
 
+// 1. Count. A block for each rank, one for each rank of the rail, and one for what concerns the whole batch.
+
+// Number the tokens for a rank, and count the routes to its experts.
 __device__ __forceinline__ void count_for_rank(const SummarizeArgs& args, int rank, int* warp_sums) {
-    int before = 0;
-    for (int base = 0; base < args.num_tokens; base += kThreads) {
-        const int token = base + threadIdx.x;
-        bool goes = false;
-        for (int k = 0; token < args.num_tokens && k < args.num_topk; ++k)
-            goes |= owner_of(args, static_cast<int64_t>(token) * args.num_topk + k) == rank;
-        int all;
-        const int slot = before + block_exclusive_sum(goes, warp_sums, all);
-        if (token < args.num_tokens)
-            args.send_slot[static_cast<int64_t>(token) * args.map.num_ranks + rank] = goes ? slot : -1;
-        before += all;
-    }
-    if (threadIdx.x == 0) args.out.to_rank(0, rank) = before;
-}
-
-__device__ __forceinline__ void count_for_node(const SummarizeArgs& args, int rail_rank, int* warp_sums) {
-    __shared__ int shares[kShares];
-    if (threadIdx.x < kShares) shares[threadIdx.x] = 0;
+    __shared__ int routes[kMaxExperts];
+    const NodeMessages& messages = args.messages;
+    const int ranks = args.map.num_ranks, local = args.num_experts / ranks, first = rank * local;
+    for (int e = threadIdx.x; e < local; e += kThreads) routes[e] = 0;
     __syncthreads();
-    const int node = static_cast<int>(args.map.rail_nodes[rail_rank]);
     int before = 0;
     for (int base = 0; base < args.num_tokens; base += kThreads) {
         const int token = base + threadIdx.x;
         bool goes = false;
         for (int k = 0; token < args.num_tokens && k < args.num_topk; ++k) {
-            const int owner = owner_of(args, static_cast<int64_t>(token) * args.num_topk + k);
-            goes |= owner >= 0 && args.map.node_of[owner] == node;
+            const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * args.num_topk + k] - first;
+            if (expert < 0 || expert >= local) continue;
+            goes = true;
+            atomicAdd(&routes[expert], 1);
+        }
+        int all;
+        const int slot = before + block_exclusive_sum(goes, warp_sums, all);
+        if (token < args.num_tokens) args.send_slot[static_cast<int64_t>(token) * ranks + rank] = goes ? slot : -1;
+        before += all;
+    }
+    __syncthreads();
+    for (int to = threadIdx.x; to < ranks; to += kThreads) messages.to_rank(to, rank) = before;
+    if (messages.experts != args.num_experts) return;
+    for (int i = threadIdx.x; i < ranks * local; i += kThreads)
+        messages.to_expert(i / local, first + i % local) = routes[i % local];
+}
+
+// Number the tokens for a rank of the rail, count them by share, and write it the routes of all tokens.
+__device__ __forceinline__ void count_for_node(const SummarizeArgs& args, int rail_rank, int* warp_sums) {
+    __shared__ int shares[kShares];
+    if (threadIdx.x < kShares) shares[threadIdx.x] = 0;
+    __syncthreads();
+    const NodeMessages& messages = args.messages;
+    const int node = static_cast<int>(args.map.rail_nodes[rail_rank]), local = args.num_experts / args.map.num_ranks;
+    const bool fits = static_cast<int64_t>(args.num_tokens) * args.num_topk <= 2 * static_cast<int64_t>(messages.room);
+    int* told = messages.routes(static_cast<int>(args.map.rail_members[rail_rank]));
+    int before = 0;
+    for (int base = 0; base < args.num_tokens; base += kThreads) {
+        const int token = base + threadIdx.x;
+        bool goes = false;
+        for (int k = 0; token < args.num_tokens && k < args.num_topk; ++k) {
+            const int64_t route = static_cast<int64_t>(token) * args.num_topk + k, expert = args.topk_idx[route];
+            const bool exists = expert >= 0 && expert < args.num_experts;
+            goes |= exists && args.map.node_of[expert / local] == node;
+            if (fits) told[route] = exists ? static_cast<int>(expert) : -1;
         }
         int all;
         const int position = before + block_exclusive_sum(goes, warp_sums, all);
@@ -59,27 +75,33 @@ __device__ __forceinline__ void count_for_node(const SummarizeArgs& args, int ra
         before += all;
     }
     __syncthreads();
-    if (threadIdx.x < kShares) args.out.to_node(0, node, threadIdx.x) = shares[threadIdx.x];
-}
-
-__device__ __forceinline__ void add(int64_t* to, long long value) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+    for (int i = threadIdx.x; i < args.map.num_ranks * kShares; i += kThreads)
+        messages.to_node(i / kShares, node, i % kShares) = shares[i % kShares];
 }
 
 // Only indices that no expert has leave their trace in the lowest and the highest: 1 more than the index, else 0.
-__device__ __forceinline__ void count_routes(const SummarizeArgs& args, int block) {
+__device__ __forceinline__ void count_batch(const SummarizeArgs& args) {
+    __shared__ long long lowest, highest;
+    if (threadIdx.x == 0) lowest = highest = 0;
+    __syncthreads();
     const int64_t routes = static_cast<int64_t>(args.num_tokens) * args.num_topk;
-    for (int64_t i = block * kThreads + threadIdx.x; i < routes; i += kHistogramBlocks * kThreads) {
+    for (int64_t i = threadIdx.x; i < routes; i += kThreads) {
         const long long expert = args.topk_idx[i];
-        if (expert < -1) atomicMin(reinterpret_cast<long long*>(&args.out.head(0, Summary::kLowest)), expert + 1);
-        if (expert >= args.num_experts)
-            atomicMax(reinterpret_cast<long long*>(&args.out.head(0, Summary::kHighest)), expert + 1);
-        if (expert >= 0 && expert < args.num_experts) add(&args.out.to_expert(0, static_cast<int>(expert)), 1);
+        if (expert < -1) atomicMin(&lowest, expert + 1);
+        if (expert >= args.num_experts) atomicMax(&highest, expert + 1);
     }
-    if (block == 0 && threadIdx.x == 0) {
-        args.out.head(0, Summary::kTokens) = args.num_tokens;
-        args.out.head(0, Summary::kMaxRecv) = args.max_recv;
-        args.out.head(0, Summary::kMaxRows) = args.max_rows;
+    __syncthreads();
+    const NodeMessages& messages = args.messages;
+    for (int i = threadIdx.x; i < args.map.num_ranks * NodeMessages::kHeaderWords; i += kThreads) {
+        const int word = i % NodeMessages::kHeaderWords;
+        messages.of(i / NodeMessages::kHeaderWords)[word] = args.header.words[word];
+    }
+    for (int to = threadIdx.x; to < args.map.num_ranks; to += kThreads) {
+        messages.head(to, NodeMessages::kTokens) = args.num_tokens;
+        messages.head(to, NodeMessages::kLowest) = lowest;
+        messages.head(to, NodeMessages::kHighest) = highest;
+        messages.head(to, NodeMessages::kMaxRecv) = args.max_recv;
+        messages.head(to, NodeMessages::kMaxRows) = args.max_rows;
     }
 }
 
@@ -91,21 +113,51 @@ __global__ void __launch_bounds__(kThreads) summarize_kernel(const __grid_consta
     else if (block < ranks + nodes)
         count_for_node(args, block - ranks, warp_sums);
     else
-        count_routes(args, block - ranks - nodes);
+        count_batch(args);
 }
 
 // 2. Digest. One block.
 
-__global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant__ DigestArgs args) {
-    __shared__ int warp_sums[kWarps];
+// What the host reads about each rank; returns in every thread whether headers differ.
+__device__ __forceinline__ bool describe_ranks(const DigestArgs& args) {
+    const NodeMessages& messages = args.messages;
+    const int ranks = args.map.num_ranks, local = args.num_experts / ranks;
+    constexpr int kCopied = NodeMessages::kHeaderWords + NodeMessages::kNumHead;
+    bool differ = false;
+    for (int i = threadIdx.x; i < ranks * kCopied; i += kThreads) {
+        const int rank = i / kCopied, word = i % kCopied;
+        const int64_t value = messages.of(rank)[word];
+        args.about(rank)[word] = value;
+        differ |= word < NodeMessages::kHeaderWords && value != messages.of(0)[word];
+        differ |= word == 0 && value != 0;  // the rank refuses
+    }
+    for (int rank = threadIdx.x; rank < ranks; rank += kThreads) {
+        int64_t rows = 0;
+        for (int source = 0; source < ranks; ++source) rows += messages.to_rank(source, rank);
+        args.about(rank)[DigestArgs::kReceived] = rows;
+        args.about(rank)[DigestArgs::kRows] = 0;
+    }
+    differ = __syncthreads_or(differ);
+    for (int expert = threadIdx.x; expert < args.num_experts; expert += kThreads) {
+        int64_t rows = 0;
+        for (int source = 0; source < ranks; ++source) rows += messages.to_expert(source, expert);
+        add(&args.about(expert / local)[DigestArgs::kRows],
+            (rows + args.alignment - 1) / args.alignment * args.alignment);
+    }
+    __syncthreads();
+    return differ;
+}
+
+// `Plan.counted`, and the rows of this rank's experts for the host.
+__device__ __forceinline__ void add_up(const DigestArgs& args, int* warp_sums) {
     const NodeMap& map = args.map;
-    const Summary& table = args.table;
+    const NodeMessages& messages = args.messages;
     const int ranks = map.num_ranks, local = args.num_experts / ranks, thread = threadIdx.x;
     for (int destination = thread; destination < ranks; destination += kThreads) {
         int64_t rows = 0;
         for (int source = 0; source < ranks; ++source)
             args.counted[static_cast<int64_t>(source) * ranks + destination] = rows +=
-                table.to_rank(source, destination);
+                messages.to_rank(source, destination);
     }
     int first = 0;  // of the padded group
     int64_t* expert_rows = args.counted + static_cast<int64_t>(ranks) * ranks;
@@ -113,22 +165,28 @@ __global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant_
         const int expert = base + thread;
         int64_t rows = 0;
         for (int source = 0; expert < local && source < ranks; ++source)
-            rows += table.to_expert(source, map.rank * local + expert);
+            rows += messages.to_expert(source, map.rank * local + expert);
         const int padded = static_cast<int>((rows + args.alignment - 1) / args.alignment * args.alignment);
         int all;
         const int offset = first + block_exclusive_sum(expert < local ? padded : 0, warp_sums, all);
         if (expert < local) {
-            expert_rows[expert] = rows;
+            expert_rows[expert] = args.expert_rows()[expert] = rows;
             expert_rows[local + expert] = offset;
         }
         first += all;
     }
     if (thread == 0) expert_rows[2 * local] = first;
-    const int columns = 1 + local;
+}
+
+__device__ __forceinline__ void find_moves(const DigestArgs& args) {
+    const NodeMap& map = args.map;
+    const NodeMessages& messages = args.messages;
+    const int ranks = map.num_ranks, local = args.num_experts / ranks, columns = 1 + local;
     const auto rows_of = [&](int source, int column) {
-        return column == 0 ? table.to_rank(source, map.rank) : table.to_expert(source, map.rank * local + column - 1);
+        return column == 0 ? messages.to_rank(source, map.rank)
+                           : messages.to_expert(source, map.rank * local + column - 1);
     };
-    for (int column = thread; column < columns; column += kThreads) {
+    for (int column = threadIdx.x; column < columns; column += kThreads) {
         int64_t before = 0;
         for (int source = 0; source < ranks; ++source) {
             args.moved[static_cast<int64_t>(source) * columns + column] = before;
@@ -141,14 +199,71 @@ __global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant_
             before += rows_of(source, column);
         }
     }
-    for (int i = thread; i < map.num_nodes * kShares; i += kThreads) {
+}
+
+// What crosses this rank's rail, and the most that crosses any.
+__device__ __forceinline__ void find_crossing(const DigestArgs& args, int* most, int* most_of_share,
+                                              int* most_received) {
+    const NodeMap& map = args.map;
+    const NodeMessages& messages = args.messages;
+    const int nodes = map.num_nodes, thread = threadIdx.x;
+    for (int i = thread; i < nodes * kShares; i += kThreads) {
         const int rail_rank = i / kShares, share = i % kShares;
         const bool own = rail_rank == map.rail_rank;
-        args.sent[i] = own ? 0 : table.to_node(map.rank, static_cast<int>(map.rail_nodes[rail_rank]), share);
-        args.received[i] = own ? 0 : table.to_node(static_cast<int>(map.rail_members[rail_rank]), map.node, share);
+        args.sent()[i] = own ? 0 : messages.to_node(map.rank, static_cast<int>(map.rail_nodes[rail_rank]), share);
+        args.received()[i] = own ? 0 : messages.to_node(static_cast<int>(map.rail_members[rail_rank]), map.node, share);
     }
-    for (int i = thread; i < map.num_nodes; i += kThreads)
-        args.rail_tokens[i] = table.head(static_cast<int>(map.rail_members[i]), Summary::kTokens);
+    for (int i = thread; i < nodes; i += kThreads)
+        args.rail_tokens[i] = messages.head(static_cast<int>(map.rail_members[i]), NodeMessages::kTokens);
+    for (int rank = thread; rank < map.num_ranks; rank += kThreads) {
+        int rows = 0;
+        for (int i = 0; i < nodes * kShares; ++i) {
+            if (i / kShares == map.node_of[rank]) continue;
+            const int of_share = static_cast<int>(messages.to_node(rank, i / kShares, i % kShares));
+            atomicMax(most_of_share, of_share);
+            rows += of_share;
+        }
+        atomicMax(most, rows);
+    }
+    for (int i = thread; i < map.node_size * nodes * kShares; i += kThreads) {
+        const int place = i / (nodes * kShares), node = i / kShares % nodes, share = i % kShares;
+        int rows = 0;
+        for (int run = place * nodes; run < (place + 1) * nodes; ++run) {
+            const int source = static_cast<int>(map.runs[run]);
+            if (map.node_of[source] != node) rows += static_cast<int>(messages.to_node(source, node, share));
+        }
+        atomicMax(most_received, rows);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) digest_kernel(const __grid_constant__ DigestArgs args) {
+    __shared__ int warp_sums[kWarps];
+    __shared__ int num_bad, most_tokens, most, most_of_share, most_received;
+    if (threadIdx.x == 0) num_bad = most_tokens = most = most_of_share = most_received = 0;
+    const bool differ = describe_ranks(args);
+    add_up(args, warp_sums);
+    find_moves(args);
+    find_crossing(args, &most, &most_of_share, &most_received);
+    for (int rank = threadIdx.x; rank < args.map.num_ranks; rank += kThreads) {
+        const int64_t *about = args.about(rank), *head = about + NodeMessages::kHeaderWords;
+        atomicMax(&most_tokens, static_cast<int>(head[NodeMessages::kTokens]));
+        if (head[NodeMessages::kTokens] > args.most_tokens || head[NodeMessages::kLowest] != 0 ||
+            head[NodeMessages::kHighest] != 0 || about[DigestArgs::kReceived] > head[NodeMessages::kMaxRecv] ||
+            about[DigestArgs::kRows] > head[NodeMessages::kMaxRows])
+            atomicAdd(&num_bad, 1);
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    const int64_t* mine = args.about(args.map.rank);
+    args.found[DigestArgs::kDiffer] = differ;
+    args.found[DigestArgs::kNumBad] = num_bad;
+    args.found[DigestArgs::kMostTokens] = most_tokens;
+    args.found[DigestArgs::kNumRecv] = mine[DigestArgs::kReceived];
+    args.found[DigestArgs::kNumRows] = mine[DigestArgs::kRows];
+    args.found[DigestArgs::kMost] = most;
+    args.found[DigestArgs::kMostOfShare] = most_of_share;
+    args.found[DigestArgs::kMostReceived] = most_received;
+    *args.bad = differ || num_bad > 0;
 }
 
 // 3. The batch of the node. A block for each rank of the rail.
@@ -157,16 +272,18 @@ __global__ void __launch_bounds__(kThreads) batch_kernel(const __grid_constant__
     __shared__ int warp_sums[kWarps];
     const NodeMap& map = args.map;
     const int rail_rank = blockIdx.x, topk = args.num_topk, local = args.num_experts / map.num_ranks;
-    const bool dropped = args.bad != nullptr && args.bad[0] != 0;
+    const int member = static_cast<int>(map.rail_members[rail_rank]);
+    const int tokens = *args.bad != 0 ? 0 : static_cast<int>(args.messages.head(member, NodeMessages::kTokens));
+    const int* told = args.messages.routes(member);
     int before = 0;
     for (int base = 0; base < args.room; base += kThreads) {
         const int token = base + threadIdx.x;
         const int64_t row = static_cast<int64_t>(rail_rank) * args.room + token;
         bool here = false;
         for (int k = 0; token < args.room && k < topk; ++k) {
-            const int expert = args.told[row * topk + k];
+            const int expert = token < tokens ? told[static_cast<int64_t>(token) * topk + k] : -1;
             int64_t in_node = -1;
-            if (!dropped && expert >= 0 && expert < args.num_experts && map.node_of[expert / local] == map.node)
+            if (expert >= 0 && map.node_of[expert / local] == map.node)
                 in_node = map.place_of[expert / local] * local + expert % local;
             args.routes[row * topk + k] = in_node;
             here |= in_node >= 0;
@@ -202,7 +319,8 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(const __grid_constan
     int* to = args.received + static_cast<int64_t>(position) * words;
     to[0] = token;
     about[PlaceNodesArgs::kRun] = run;
-    about[PlaceNodesArgs::kShare] = share_of(token, static_cast<int>(args.table.head(source, Summary::kTokens)));
+    about[PlaceNodesArgs::kShare] =
+        share_of(token, static_cast<int>(args.messages.head(source, NodeMessages::kTokens)));
     about[PlaceNodesArgs::kPosition] = position;
     about[PlaceNodesArgs::kBatchIndex] = batch_index;
     for (int k = 0; k < topk; ++k) {
@@ -218,7 +336,7 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(const __grid_constan
 }  // namespace
 
 cudaError_t launch_summarize(const SummarizeArgs& args, cudaStream_t stream) {
-    const int blocks = args.map.num_ranks + args.map.num_nodes + kHistogramBlocks;
+    const int blocks = args.map.num_ranks + args.map.num_nodes + 1;
     summarize_kernel<<<blocks, kThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }
@@ -234,6 +352,8 @@ cudaError_t launch_batch(const BatchArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t launch_place_nodes(const PlaceNodesArgs& args, cudaStream_t stream) {
+    const cudaError_t error = cudaMemsetAsync(args.row_recv, -1, args.num_rows * sizeof(int), stream);
+    if (error != cudaSuccess) return error;
     if (args.num_recv == 0) return cudaSuccess;
     place_kernel<<<(args.num_recv + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream>>>(args);
     return cudaGetLastError();

@@ -50,8 +50,8 @@ _NO_PEER_TAG = 2**20  # of a message that is never sent
 class Room(NamedTuple):
     """Room in the messages of a plan (collective_cuda.py), in words of 8 bytes. Equal on all ranks; it only grows."""
 
-    expert_words: int = 64
-    """For the counts of the receiving rank's experts."""
+    expert_words: int = 256
+    """For the counts of all experts."""
     row_words: int = 2048
     """For the routes of the rows that the receiving rank gets."""
 
@@ -99,12 +99,10 @@ class Agreement:
 
     facts: dict[str, Fact] = field(default_factory=dict)
     """Values that must be equal on all ranks, by the names that users know."""
-    private: Sequence[int] | Tensor = ()
-    """Values sent to all ranks: at most R numbers, or [words] int64 on the device if the agreement has ``words``."""
+    private: Sequence[int] = ()
+    """Values sent to all ranks, at most R."""
     shared: Tensor | None = None
-    """[R, R or words] int64 on the CPU, set by the agreement: row r is ``private`` of rank r, zero-padded."""
-    on_device: Tensor | None = None
-    """The same on the device."""
+    """[R, R] int64 on the CPU, set by the agreement: row r is ``private`` of rank r, zero-padded."""
     headers: Tensor | None = None
     """[R, HEADER_WORDS] int64 on the device, if the host does not wait for the agreement (announcements.py)."""
 
@@ -139,6 +137,7 @@ class Exchange:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._state = _states.setdefault(group, {}).setdefault(device.type, _State())
         self._names = _names.get(group)
+        self._options = {own_stream: self._all_to_all_options(own_stream) for own_stream in (False, True)}
         self.waited: dict[str, float] = dict.fromkeys(("plan", "dispatch", "combine"), 0.0)
         """Seconds that the host waited for peers, by phase; others appear when they have been waited for."""
 
@@ -172,10 +171,8 @@ class Exchange:
     # -- agreement -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def agreement(self, phase: Phase, *, compared: bool = True, words: int = 0) -> Iterator[Agreement]:
+    def agreement(self, phase: Phase, *, compared: bool = True) -> Iterator[Agreement]:
         """Agree on entering ``phase``. The body checks this rank's input and fills in the :class:`Agreement`.
-
-        ``words``: the size of what ranks give as ``private``, the same on all ranks; 0: at most R numbers.
 
         If the body raises, all ranks raise: this one its own error, the others an error with its text. Without
         ``compared`` nothing is exchanged, and a rank that raises ends the group (:meth:`moving`).
@@ -195,27 +192,21 @@ class Exchange:
             yield mine
         except Exception as error:
             with suppress(PeerError):  # this rank raises its own error
-                self._exchange_headers(phase, Agreement(), error, words)
+                self._exchange_headers(phase, Agreement(), error)
             raise
-        self._exchange_headers(phase, mine, None, words)
+        self._exchange_headers(phase, mine, None)
 
-    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None, words: int) -> None:
+    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None) -> None:
         """Send ``problem`` to the others, or compare facts with them and set ``mine.shared``."""
-        private, width = mine.private, words or self.world_size
-        if not isinstance(private, Tensor):
-            private = torch.tensor([*private, *[0] * (width - len(private))], dtype=torch.int64, device="cpu")
-            private = to_device(private, self.device)
-        assert private.shape[0] == width
+        private = [*mine.private, *[0] * (self.world_size - len(mine.private))]
         if self.world_size == 1:
-            mine.on_device = private.unsqueeze(0)
-            mine.shared = self.to_host(phase, mine.on_device)
+            mine.shared = torch.tensor([private], dtype=torch.int64, device="cpu")
             return
-        numbers = self.header(phase, mine.facts, refused=problem is not None)
-        header = to_device(torch.tensor(numbers, dtype=torch.int64, device="cpu"), self.device)
-        on_device = self._to_all(phase, torch.cat([header, private]).unsqueeze(0))
-        headers = self.to_host(phase, on_device)
+        numbers = [*self.header(phase, mine.facts, refused=problem is not None), *private]
+        row = to_device(torch.tensor([numbers], dtype=torch.int64, device="cpu"), self.device)
+        headers = self.to_host(phase, self._to_all(phase, row))
         self.compare_headers(phase, mine.facts, headers, problem)
-        mine.shared, mine.on_device = headers[:, HEADER_WORDS:], on_device[:, HEADER_WORDS:]
+        mine.shared = headers[:, HEADER_WORDS:]
 
     def header(self, phase: Phase, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
         """The header that this rank sends in an agreement."""
@@ -298,12 +289,16 @@ class Exchange:
 
     def _enqueue(self, transfer: Transfer, *, own_stream: bool = True) -> dist.Work:
         """``own_stream``: NCCL uses a stream of its own instead of the current one."""
+        rows, send_counts, recv_counts, out = transfer
+        options = self._options[own_stream]
+        return self.group.alltoall_base(as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options)
+
+    def _all_to_all_options(self, own_stream: bool) -> dist.AllToAllOptions:
         options = dist.AllToAllOptions()
         options.asyncOp = own_stream
         if self.device.type == "cpu":  # NCCL does not read it: its own limit is that of the group
             options.timeout = timedelta(seconds=self.timeout_seconds)
-        rows, send_counts, recv_counts, out = transfer
-        return self.group.alltoall_base(as_bytes(out), as_bytes(rows), list(recv_counts), list(send_counts), options)
+        return options
 
     def _wait(self, work: dist.Work) -> None:
         """On a GPU this orders the current stream; the host waits, bounded, where it reads (:meth:`to_host`)."""
@@ -347,10 +342,6 @@ class Exchange:
         sent = text.reshape(-1, 1).repeat(self.world_size, 1)
         received = self.to_host(phase, self.all_to_all(phase, sent, [text.shape[1]] * self.world_size, sizes))
         return [json.loads(bytes(part.flatten().tolist())) for part in received.split(sizes)]
-
-    def tell_all(self, phase: str, row: Tensor) -> Tensor:
-        """``row [n]`` of every rank, ``[R, n]``, without waiting for the host or comparing anything."""
-        return row.unsqueeze(0) if self.world_size == 1 else self._to_all(phase, row.unsqueeze(0))
 
     def _to_all(self, phase: str, row: Tensor) -> Tensor:
         """``row [1, n]`` of every rank, ``[R, n]``."""
@@ -404,7 +395,9 @@ class Exchange:
                 self._state.raised = False
                 return
             self._state.given_up = (RankMismatchError, f"{phase}: {mismatch}")
-            roll_call(self.group, self.device.type, Note(phase, waited, False, str(mismatch)), grace_seconds=0)
+            roll_call(
+                self.group, self.device.type, Note(phase, waited, False, str(mismatch), mismatch=True), grace_seconds=0
+            )
             self._abort()
 
     def break_off(self, phase: Phase, reason: str) -> None:
@@ -519,6 +512,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def as_bytes(rows: Tensor) -> Tensor:
     """``[n, width]`` of any dtype and strides -> ``[n, width in bytes]`` uint8, dense."""
+    if rows.dtype == torch.uint8 and rows.is_contiguous():  # bytes have no gradient
+        return rows
     rows = rows.detach().contiguous()
     if rows.dtype == torch.uint8:
         return rows

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
 
@@ -46,7 +46,7 @@ from deepep_moe.backends.base import (
 from deepep_moe.backends.checks import check_combine, check_dispatch, check_topk_idx
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, given_up
-from deepep_moe.backends.hierarchical_counts import SHARES, Geometry
+from deepep_moe.backends.hierarchical_geometry import SHARES, Geometry
 from deepep_moe.backends.hierarchical_parts import Parts
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way
 from deepep_moe.backends.hierarchical_planner import Moving, Planner, Request
@@ -101,12 +101,14 @@ class HierarchicalBackend(Shared):
         """Moves rows inside the node. Another one plans: it holds places for the batch of a node, which is larger than
         what moves at once, and so it never needs memory for rows."""
         self._plan_engine: Backend = engine(groups.node, device, inside)
-        self._known: set[tuple[Phase, str]] = set()
+        self._formats: dict[tuple[object, ...], bytes] = {}
+        """Phase and facts of calls, and the same as text."""
+        self._known: set[tuple[object, ...]] = set()
+        """Those that all ranks have compared."""
         self._history = 0
         self._moving = Moving(self._exchange, self.rail, self._node)
         self._planner = Planner(
             self._geometry,
-            Geometry(self.nodes, groups, torch.device("cpu")),
             self._exchange,
             self.rail,
             self._plan_engine,
@@ -192,7 +194,7 @@ class HierarchicalBackend(Shared):
         if phase == "plan":
             self._open().count_plan()
         try:
-            with self._agreed(phase) if phase == "plan" else self._agreement(phase):
+            with self._planner.agreement(phase) if phase == "plan" else self._agreement(phase):
                 raise error
         finally:
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
@@ -387,12 +389,9 @@ class HierarchicalBackend(Shared):
             )
 
     def barrier(self) -> None:
-        with self._agreed("barrier"):
+        self._open()
+        with self._planner.agreement("barrier"):
             pass
-
-    def _agreed(self, phase: Phase) -> AbstractContextManager[Agreement]:
-        """As large as a plan's: ranks that are in different calls find out that they are."""
-        return self._open().agreement(phase, words=self._planner.words)
 
     @contextmanager
     def _agreement(self, phase: Phase) -> Iterator[Agreement]:
@@ -403,7 +402,7 @@ class HierarchicalBackend(Shared):
         """
         exchange = self._open()
         if self.device.type == "cpu":
-            with self._agreed(phase) as agreement:
+            with self._planner.agreement(phase) as agreement:
                 yield agreement
             return
         mine = Agreement()
@@ -411,14 +410,17 @@ class HierarchicalBackend(Shared):
             yield mine
         except Exception:
             agreed_before = any(known[0] == phase for known in self._known)
-            with exchange.moving(phase) if agreed_before else self._agreed(phase):
+            with exchange.moving(phase) if agreed_before else self._planner.agreement(phase):
                 raise
-        formats = (phase, str({name: value for name, value in mine.facts.items() if name != "plan"}))
-        if self.config.check_agreement and formats not in self._known:
-            with self._agreed(phase) as agreement:
+        form = (phase, *(value for name, value in mine.facts.items() if name != "plan"))
+        text = self._formats.get(form)
+        if text is None:
+            text = self._formats[form] = str(form).encode()
+        if self.config.check_agreement and form not in self._known:
+            with self._planner.agreement(phase) as agreement:
                 agreement.facts = mine.facts
-            self._known.add(formats)
-        self._history = zlib.crc32(f"{formats}{mine.facts['plan']}".encode(), self._history)
+            self._known.add(form)
+        self._history = zlib.crc32(text + str(mine.facts["plan"]).encode(), self._history)
 
 
 def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:

@@ -6,6 +6,7 @@ part is a plan for the backend of the node, and all parts write into the same ou
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends.base import Layout
-from deepep_moe.backends.hierarchical_counts import SHARES, share_of
+from deepep_moe.backends.hierarchical_geometry import SHARES, share_of
 from deepep_moe.backends.hierarchical_plan import (
     BATCH_INDEX,
     FIRST_ROUTE,
@@ -59,7 +60,6 @@ class Parts:
         self.recv = [Blocks(*blocks) for blocks in zip(recv_sizes, recv_used)]
 
         row_recv = plan.row_recv if by_expert else plan.recv_src_idx.contiguous()
-        no_padding = torch.zeros_like(row_recv)  # the first part zeroes padding
         ranks, topk = geometry.node_size, (tables.placed.shape[2] - 1) // 2
         no_routes = torch.zeros((), dtype=torch.int64, device=self._device)
         rows = [plan.num_tokens, *chunk_rows]
@@ -73,7 +73,7 @@ class Parts:
                 send_slot=slots[part],
                 counted=tables.counted[part],
                 received=tables.placed[part],
-                row_recv=no_padding if part else row_recv,
+                row_recv=tables.no_padding if part else row_recv,  # the first part zeroes padding
                 expert_counts_host=None,
             )
             for part in range(1 + chunks)
@@ -113,6 +113,8 @@ class Tables(NamedTuple):
     """[T, G] int32: ``send_slot`` of the first part."""
     chunk_slots: Tensor
     """[rows of the receive buffer, G] int32: of the others, one after the other."""
+    no_padding: Tensor
+    """[rows of the output] int32 zeros: ``row_recv`` of all parts but the first."""
     placed: Tensor
     """[P, M, 1 + 2 * K] int32: ``received`` of each part. In rank layout every rank has one expert, so to speak, and
     rows are placed among its rows (K = 1): the backend of a node knows no other way to be told the order."""
@@ -181,32 +183,40 @@ def tables_by_operators(plan: HierarchicalPlan, by_expert: bool, chunks: int, re
         counted=torch.cat([prefix, way.node_counted[ranks * ranks :].expand(parts, -1)], dim=1),
         own_slots=slots[me * tokens : me * tokens + plan.num_tokens],
         chunk_slots=chunk_slots[:-1],
+        no_padding=torch.zeros(plan.num_rows if by_expert else plan.num_recv, dtype=torch.int32, device=device),
         placed=placed[:, :-1],
     )
 
 
 def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> Tables:
-    """The same in three kernels (csrc/nodes/parts.cu)."""
+    """The same in three kernels (csrc/nodes/parts.cu), in one piece of memory."""
     way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
     ranks, nodes, parts, topk = geometry.node_size, geometry.num_nodes, 1 + chunks, plan.num_topk
     tokens, counted_size = plan.num_tokens, way.node_counted.shape[0]
-
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=geometry.device)
-
-    tables = Tables(
-        send_used=ints(chunks, nodes),
-        recv_used=ints(chunks, nodes),
-        send_rows=ints(tokens, nodes),
-        home_rows=ints(tokens, nodes),
-        counted=torch.empty((parts, counted_size), dtype=torch.int64, device=geometry.device),
-        own_slots=ints(tokens, ranks),
-        chunk_slots=ints(recv_rows, ranks).fill_(-1),
-        placed=ints(parts, plan.num_recv, 1 + 2 * topk if by_expert else 3).fill_(-1),
-    )
-    counts = torch.zeros((nodes * parts * ranks * 2,), dtype=torch.int32, device=geometry.device)
-    batch_counts, arrived_counts = counts.chunk(2)
-    send_moves, recv_moves, recv_starts = ints(chunks, nodes), ints(chunks, nodes), ints(chunks)
+    shapes: dict[str, tuple[int, ...]] = {
+        "counted": (parts, 2 * counted_size),  # int64; the others are int32
+        # Zero beforehand.
+        "batch_counts": (nodes * parts * ranks,),
+        "arrived_counts": (nodes * parts * ranks,),
+        "no_padding": (plan.num_rows if by_expert else plan.num_recv,),
+        # -1 beforehand.
+        "chunk_slots": (recv_rows, ranks),
+        "placed": (parts, plan.num_recv, 1 + 2 * topk if by_expert else 3),
+        "own_slots": (tokens, ranks),
+        "send_rows": (tokens, nodes),
+        "home_rows": (tokens, nodes),
+        "send_used": (chunks, nodes),
+        "recv_used": (chunks, nodes),
+        "send_moves": (chunks, nodes),
+        "recv_moves": (chunks, nodes),
+        "recv_starts": (chunks,),
+    }
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    memory = torch.empty(sum(sizes), dtype=torch.int32, device=geometry.device)
+    base, addresses = memory.data_ptr(), {}
+    for name, size in zip(shapes, sizes):
+        addresses[name] = base
+        base += memory.element_size() * size
     assert geometry.kernels is not None
     geometry.kernels.parts(
         num_tokens=tokens,
@@ -225,15 +235,12 @@ def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv
         },
         experts=way.experts.data_ptr(),
         arrived=way.arrived.data_ptr(),
-        batch_counts=batch_counts.data_ptr(),
-        arrived_counts=arrived_counts.data_ptr(),
-        send_moves=send_moves.data_ptr(),
-        recv_moves=recv_moves.data_ptr(),
-        recv_starts=recv_starts.data_ptr(),
-        **{name: tensor.data_ptr() for name, tensor in tables._asdict().items()},
+        **addresses,
         stream=extension.current_stream(geometry.device),
     )
-    return tables
+    made = {name: part.view(shapes[name]) for name, part in zip(shapes, memory.split(sizes)) if name in Tables._fields}
+    made["counted"] = made["counted"].view(torch.int64)
+    return Tables(**made)
 
 
 class _Rows:

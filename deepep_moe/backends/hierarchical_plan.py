@@ -20,7 +20,8 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Plan
 from deepep_moe.backends.exchange import to_device
-from deepep_moe.backends.hierarchical_counts import SHARES, Counts, Crossing, Geometry, share_of
+from deepep_moe.backends.hierarchical_counts import Arrived, Digest
+from deepep_moe.backends.hierarchical_geometry import SHARES, Crossing, Geometry, share_of
 from deepep_moe.backends.tensor_plan import TensorPlan
 
 # Columns of what is known about each row that reached this rank, before those of its routes' expert rows.
@@ -141,7 +142,7 @@ class HierarchicalPlan(TensorPlan):
     """
 
     def __init__(self, plan: TensorPlan, way: Way, engine: int) -> None:
-        super().__init__(**{field.name: getattr(plan, field.name) for field in fields(TensorPlan)})
+        super().__init__(**{field.name: getattr(plan, field.name) for field in fields(TensorPlan) if field.init})
         self.way, self.engine = way, engine
         self.kept_parts: dict[object, object] = {}
 
@@ -158,34 +159,32 @@ class Placed:
     arrived: Tensor
 
 
-def place(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
+def place(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, tokens: int) -> Placed:
     """The final places of the rows that reach this rank.
 
     Args:
-        counts: on the device.
         node_plan: of as many rows as the plan has.
         tokens: C.
     """
-    if counts.geometry.kernels is None or not node_plan.num_topk:
-        return _place_by_operators(counts, node_plan, tokens)
-    geometry, topk = counts.geometry, node_plan.num_topk
+    if geometry.kernels is None or not node_plan.num_topk:
+        return _place_by_operators(geometry, messages, made, node_plan, tokens)
+    topk = node_plan.num_topk
     placed = Placed(
         torch.empty((node_plan.num_recv, 1 + 2 * topk), dtype=torch.int32, device=geometry.device),
-        torch.full((node_plan.num_rows,), -1, dtype=torch.int32, device=geometry.device),
+        torch.empty(node_plan.num_rows, dtype=torch.int32, device=geometry.device),
         torch.empty((node_plan.num_recv, FIRST_ROUTE + topk), dtype=torch.int32, device=geometry.device),
     )
-    assert geometry.kernels is not None
     geometry.kernels.place(
-        table=counts.table.data_ptr(),
-        stride=counts.table.stride(0),
+        messages=messages.words.data_ptr(),
+        experts=messages.room.experts,
+        message_room=messages.room.route_words,
         node_received=node_plan.received.data_ptr(),
         node_counted=node_plan.counted.data_ptr(),
-        moved=counts.digest.moved.data_ptr(),
+        moved=made.moved.data_ptr(),
         num_recv=node_plan.num_recv,
         num_rows=node_plan.num_rows,
         room=tokens,
         num_topk=topk,
-        local_experts=counts.num_experts // geometry.num_ranks,
         received=placed.received.data_ptr(),
         row_recv=placed.row_recv.data_ptr(),
         arrived=placed.arrived.data_ptr(),
@@ -194,10 +193,9 @@ def place(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
     return placed
 
 
-def _place_by_operators(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
-    geometry, device = counts.geometry, counts.geometry.device
+def _place_by_operators(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, tokens: int) -> Placed:
+    device, moved = geometry.device, made.moved
     num_recv, num_rows, topk = node_plan.num_recv, node_plan.num_rows, node_plan.num_topk
-    moved = counts.digest.moved
     batch_index = node_plan.recv_src_idx.long()
     used, number = batch_index >= 0, torch.arange(num_recv, dtype=torch.int64, device=device)
     handed_on = node_plan.rank_prefix[:, geometry.nodes.place].contiguous()
@@ -215,7 +213,7 @@ def _place_by_operators(counts: Counts, node_plan: Plan, tokens: int) -> Placed:
     received[num_recv].fill_(-1)
     row_recv = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=device)
     row_recv[torch.where(rows >= 0, rows, num_rows)] = position.to(torch.int32).unsqueeze(1).expand(-1, topk)
-    share = torch.where(used, share_of(token, counts.tokens[source]), 0)
+    share = torch.where(used, share_of(token, messages.tokens(geometry)[source]), 0)
     about = [torch.where(used, run, -1), share, torch.where(used, position, -1), batch_index]
     arrived = torch.cat([torch.stack(about, dim=1), rows], dim=1).to(torch.int32)
     return Placed(received[:-1], row_recv[:-1], arrived)

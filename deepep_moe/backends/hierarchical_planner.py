@@ -1,14 +1,15 @@
 """Making plans of several nodes: what ranks tell each other, and when the host waits for it.
 
-The host waits once in a plan, for the summaries of all ranks, and knows all sizes then. With sizes that are fixed
-beforehand it waits on GPUs only for the first plan of a kind. Later ones compute everything on the device and can be
-captured in a CUDA graph. What the device finds wrong with such a plan, the next plan of every rank raises.
+Ranks exchange messages once per plan, counts and routes together. The host waits for what follows from them and knows
+all sizes then. With sizes that are fixed beforehand it waits on GPUs only for the first plan of a kind. Later ones
+compute everything on the device and can be captured in a CUDA graph. What the device finds wrong with such a plan, the
+next plan of every rank raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -17,17 +18,22 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Backend, Phase, Plan
 from deepep_moe.backends.checks import check_limits, check_plan_inputs
-from deepep_moe.backends.exchange import Exchange, Fact
+from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact
 from deepep_moe.backends.hierarchical_counts import (
-    SHARES,
+    NO_LIMIT,
+    Arrived,
+    Batch,
     Counted,
     Counts,
-    Crossing,
-    Geometry,
+    Digest,
+    Findings,
     count,
+    digest,
+    no_batch,
     positions,
     too_many_tokens,
 )
+from deepep_moe.backends.hierarchical_geometry import SHARES, Crossing, Geometry, Room
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way, place
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Rail
@@ -73,23 +79,16 @@ class Request:
         if isinstance(engine, NVLinkBackend):
             engine._check_limits(self.num_experts // geometry.num_nodes, self.kind[1])
 
-    def count(self, geometry: Geometry) -> tuple[Tensor, Counted]:
-        """``[T, K]`` int64, the plan's own, and what this rank counts."""
+    def batch(self, device: torch.device) -> Batch:
+        """The routes in memory of the plan's own."""
+        in_rank = None
         if self.topk_idx is not None:
-            topk_idx, in_rank = self.topk_idx.to(torch.int64, copy=True).contiguous(), None
+            topk_idx = self.topk_idx.to(torch.int64, copy=True).contiguous()
         else:
             assert self.is_token_in_rank is not None
             in_rank = self.is_token_in_rank
-            topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=geometry.device)
-        return topk_idx, count(
-            geometry,
-            topk_idx,
-            self.num_experts,
-            in_rank,
-            self.num_tokens_per_expert,
-            self.max_recv,
-            self.max_rows,
-        )
+            topk_idx = torch.empty((in_rank.shape[0], 0), dtype=torch.int64, device=device)
+        return Batch(topk_idx, self.num_experts, in_rank, self.num_tokens_per_expert, self.max_recv, self.max_rows)
 
 
 class Moving:
@@ -127,7 +126,6 @@ class Planner:
     """
 
     geometry: Geometry
-    host_geometry: Geometry
     exchange: Exchange
     rail: Rail
     engine: Backend
@@ -137,70 +135,117 @@ class Planner:
     moving: Moving
     defers: bool
     """Whether plans of fixed size make no host wait."""
-    _experts: int = 0  # of the last plan: all ranks send summaries of so many words
+    _room: Room = field(default_factory=Room)  # in the messages of all ranks
     _most_tokens: int = 0  # of any rank in the plans so far: fixed sizes are made for it
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # kinds of plans of fixed size
-    _deferred: dict[tuple[int, ...], Deferred] = field(default_factory=dict)  # by size of the summaries
+    _deferred: dict[int, Deferred] = field(default_factory=dict)  # by the size of what the host reads
 
     def __post_init__(self) -> None:
         self._most_tokens = self.config.max_tokens_per_rank
-
-    @property
-    def words(self) -> int:
-        """Of a summary."""
-        return self.geometry.summary_words(self._experts)
 
     def plan(self, request: Request, history: int) -> Plan:
         """See :meth:`Backend.plan`. ``history``: of the calls before, which ranks compare."""
         exchange, geometry = self.exchange, self.geometry
         self.raise_deferred()
+        exchange.check_usable("plan")
         exchange.count_plan()
+        columns = request.kind[1] or geometry.num_ranks  # numbers that ranks of a rail tell each other about a token
         without_wait = self.defers and request.max_recv is not None
         known = without_wait and request.kind in self._known
-        words = self.words
+        known = known and self._room.serves(self._room.experts, self._most_tokens, columns)
         if extension.is_capturing(geometry.device) and not known:
             raise UnsupportedError(
                 "a CUDA graph captures only plans of fixed size of a kind (experts, top-k, alignment) that was planned "
                 "before: set capacity_factor (num_worst_tokens of Buffer) and max_tokens_per_rank, and run once before"
             )
-        with exchange.agreement("plan", compared=not known, words=words) as agreement:
-            request.check(geometry, self.engine)
-            topk_idx, counted = request.count(geometry)
-            if known and topk_idx.shape[0] > self._most_tokens:
-                raise CapacityError(too_many_tokens(geometry.nodes.rank, topk_idx.shape[0], self._most_tokens))
-            summary = counted.summary
-            # Until all ranks are known to have as many experts, their summaries differ in size.
-            agreement.private = summary if request.num_experts == self._experts else summary.new_zeros(words)
-            agreement.facts = self._facts(request, history)
         if known:
+            with exchange.moving("plan"):
+                request.check(geometry, self.engine)
+                batch = request.batch(geometry.device)
+                if batch.topk_idx.shape[0] > self._most_tokens:
+                    text = too_many_tokens(geometry.nodes.rank, batch.topk_idx.shape[0], self._most_tokens)
+                    raise CapacityError(text)
             with self.moving("plan"):
-                return self._plan_without_wait(request, topk_idx, counted)
-        if request.num_experts != self._experts:
-            self._experts = request.num_experts
-            with exchange.agreement("plan", words=self.words) as agreement:
-                agreement.private = summary
-        assert agreement.shared is not None and agreement.on_device is not None
-        counts = Counts(self.host_geometry, agreement.shared, *request.kind)
-        most_tokens = max(1, int(counts.tokens.max()))
-        counts.raise_problems(self.config, most_tokens)
+                return self._plan_without_wait(request, batch, self._facts(request, history))
+        with self._refused_by_all("plan"):
+            request.check(geometry, self.engine)
+            batch = request.batch(geometry.device)
+            facts = self._facts(request, history)
+        if request.num_experts != self._room.experts:  # messages differ in size until ranks are known to agree on it
+            self._compare("plan", facts, None)
+            self._room = self._room._replace(experts=request.num_experts)
+        while True:
+            with exchange.moving("plan"):
+                counted, arrived, made = self._exchange_counts(request, batch, facts, NO_LIMIT)
+                findings = Findings(geometry, exchange.to_host("plan", made.found))
+            if findings.differ:
+                exchange.compare_headers("plan", facts, findings.headers, None)
+            most_tokens = max(1, findings.most_tokens)
+            room_for = max(most_tokens, self._most_tokens) if without_wait else most_tokens
+            if self._room.serves(request.num_experts, room_for, columns):
+                break
+            self._room = self._room.grown(request.num_experts, room_for, columns)
+        findings.raise_problems(self.config, NO_LIMIT, request.num_experts)
         self._most_tokens = max(self._most_tokens, most_tokens)
         with self.moving("plan"):
             if without_wait:
                 self._known.add(request.kind)
-                size = tuple(agreement.on_device.shape)
+                size = made.found.shape[0]
                 if size not in self._deferred:  # now: a capture cannot allocate pinned memory
-                    self._deferred[size] = Deferred(agreement.on_device)
+                    self._deferred[size] = Deferred(made.found)
                 crossing = self._most_crossing()
             else:
-                crossing = counts.sizes(most_tokens, exact=self.rail.moves_unused_rows)
-            me = geometry.nodes.rank
-            num_recv = int(counts.received[me]) if request.max_recv is None else request.max_recv
-            num_rows = int(counts.rows[me]) if request.max_rows is None else request.max_rows
-            on_device = Counts(geometry, agreement.on_device, *request.kind)
-            plan = self._make(crossing, on_device, request, topk_idx, counted, num_recv, num_rows, None)
+                crossing = findings.crossing(most_tokens, exact=self.rail.moves_unused_rows)
+            num_recv = findings.num_recv if request.max_recv is None else request.max_recv
+            num_rows = findings.num_rows if request.max_rows is None else request.max_rows
+            plan = self._make(crossing, arrived, made, request, batch, counted, num_recv, num_rows, None)
             if not request.fixed:
-                plan.expert_counts_host = counts.routes.view_as(counts.padded)[me].clone()
+                plan.expert_counts_host = findings.expert_rows.clone()
             return plan
+
+    @contextmanager
+    def agreement(self, phase: Phase) -> Iterator[Agreement]:
+        """As :meth:`Exchange.agreement`, by messages as large as those of plans: ranks that are in different calls find
+        out that they are."""
+        self.exchange.check_usable(phase)
+        mine = Agreement()
+        with self._refused_by_all(phase):
+            yield mine
+        self._compare(phase, mine.facts, None)
+
+    @contextmanager
+    def _refused_by_all(self, phase: Phase) -> Iterator[None]:
+        """If the body raises, the other ranks, which exchange messages in ``phase``, raise too."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(PeerError):  # this rank raises its own error
+                self._compare(phase, {}, error)
+            raise
+
+    def _compare(self, phase: Phase, facts: dict[str, Fact], problem: Exception | None) -> None:
+        """Tell all ranks ``facts``, or that this rank has a ``problem``, and raise what is wrong."""
+        exchange, geometry = self.exchange, self.geometry
+        if exchange.world_size == 1:
+            return
+        header = exchange.header(phase, facts, refused=problem is not None)
+        arrived = self._swap(phase, no_batch(geometry, header, self._room))
+        headers = exchange.to_host(phase, arrived.summaries(geometry)[:, :HEADER_WORDS].contiguous())
+        exchange.compare_headers(phase, facts, headers, problem)
+
+    def _swap(self, phase: Phase, messages: Tensor) -> Arrived:
+        swap = self.geometry.swap(messages, self._room)
+        self.exchange.transfer(phase, [swap])
+        return Arrived(swap.out, self._room)
+
+    def _exchange_counts(
+        self, request: Request, batch: Batch, facts: dict[str, Fact], most_tokens: int
+    ) -> tuple[Counted, Arrived, Digest]:
+        geometry, (_, topk, alignment) = self.geometry, request.kind
+        counted = count(geometry, batch, self.exchange.header("plan", facts), self._room)
+        arrived = self._swap("plan", counted.messages)
+        made = digest(geometry, arrived, has_routes=topk > 0, alignment=alignment, most_tokens=most_tokens)
+        return counted, arrived, made
 
     def _facts(self, request: Request, history: int) -> dict[str, Fact]:
         num_experts, topk, alignment = request.kind
@@ -213,16 +258,15 @@ class Planner:
             "fixed sizes": request.fixed,
         }
 
-    def _plan_without_wait(self, request: Request, topk_idx: Tensor, counted: Counted) -> Plan:
+    def _plan_without_wait(self, request: Request, batch: Batch, facts: dict[str, Fact]) -> Plan:
         """A plan of fixed size, of a kind that all ranks have made before. Where the device finds that it is an error,
         it drops all tokens and makes the sums NaN, until the next plan raises the error."""
-        counts = Counts(self.geometry, self.exchange.tell_all("plan", counted.summary), *request.kind)
-        bad = counts.bad(self._most_tokens).any().to(torch.int32).view(1)
-        self._deferred[tuple(counts.table.shape)].put(counts.table, request.kind)
+        self._room = self._room._replace(experts=request.num_experts)
+        counted, arrived, made = self._exchange_counts(request, batch, facts, self._most_tokens)
+        self._deferred[made.found.shape[0]].put(made.found, facts, request.num_experts)
         assert request.max_recv is not None
-        return self._make(
-            self._most_crossing(), counts, request, topk_idx, counted, request.max_recv, request.max_rows or 0, bad
-        )
+        sizes = request.max_recv, request.max_rows or 0
+        return self._make(self._most_crossing(), arrived, made, request, batch, counted, *sizes, made.bad)
 
     def _most_crossing(self) -> Crossing:
         """What crosses at most by a plan of fixed size."""
@@ -236,39 +280,34 @@ class Planner:
             return
         for deferred in self._deferred.values():
             if deferred.pending:
-                counts = Counts(self.host_geometry, deferred.take(self.exchange), *deferred.kind)
-                counts.raise_problems(self.config, self._most_tokens)
+                findings = Findings(self.geometry, deferred.take(self.exchange))
+                if findings.differ:
+                    self.exchange.compare_headers("plan", deferred.facts, findings.headers, None)
+                findings.raise_problems(self.config, self._most_tokens, deferred.num_experts)
 
     def _make(
         self,
         crossing: Crossing,
-        counts: Counts,
+        arrived: Arrived,
+        made: Digest,
         request: Request,
-        topk_idx: Tensor,
+        batch: Batch,
         counted: Counted,
         num_recv: int,
         num_rows: int,
         bad: Tensor | None,
     ) -> HierarchicalPlan:
         """A plan of sizes that the host knows. Makes no host wait. Where ``bad [1]`` is not 0 nothing moves."""
-        geometry, room, topk = self.geometry, crossing.tokens, topk_idx.shape[1]
-        # Over the rail: the routes of all tokens or, without routes, the ranks that want them.
-        told = topk_idx
-        if not topk:
-            assert request.is_token_in_rank is not None
-            told = request.is_token_in_rank[:, geometry.by_node]
-        block = torch.full((room, told.shape[1]), -1 if topk else 0, dtype=torch.int32, device=geometry.device)
-        block[: told.shape[0]] = told
-        batch = self.rail.gather("plan", block).view(geometry.num_nodes * room, told.shape[1])
-        node_plan, recv_position = self._plan_node(batch, counts, topk, num_recv, num_rows, bad)
-        placed, digest = place(counts, node_plan, room), counts.digest
+        geometry, alignment = self.geometry, request.alignment
+        node_plan, recv_position = self._plan_node(arrived, made, batch, alignment, crossing.tokens, num_recv, num_rows)
+        placed = place(geometry, arrived, made, node_plan, crossing.tokens)
         plan = TensorPlan(
-            num_experts=counts.num_experts,
-            alignment=counts.alignment,
+            num_experts=batch.num_experts,
+            alignment=alignment,
             identity=(self.number, self.exchange.plans),
-            topk_idx=topk_idx,
+            topk_idx=batch.topk_idx,
             send_slot=counted.send_slot,
-            counted=digest.counted,
+            counted=made.counted,
             received=placed.received,
             row_recv=placed.row_recv,
             expert_counts_host=None,
@@ -276,9 +315,9 @@ class Planner:
         way = Way(
             geometry=geometry,
             crossing=crossing,
-            sent=digest.sent,
-            received=digest.received,
-            rail_tokens=digest.rail_tokens,
+            sent=made.sent,
+            received=made.received,
+            rail_tokens=made.rail_tokens,
             send_position=counted.send_position,
             recv_position=recv_position,
             slots=node_plan.send_slot,
@@ -290,54 +329,72 @@ class Planner:
         return HierarchicalPlan(plan, way, self.mover)
 
     def _plan_node(
-        self, batch: Tensor, counts: Counts, topk: int, num_recv: int, num_rows: int, bad: Tensor | None
+        self,
+        arrived: Arrived,
+        made: Digest,
+        batch: Batch,
+        alignment: int,
+        room: int,
+        num_recv: int,
+        num_rows: int,
     ) -> tuple[Plan, Tensor]:
-        """The node's plan of ``batch [N * C, K or R]``, and ``[N, C]`` int32: the number of each of its tokens among
-        those of one rank that cross to this rank, or -1."""
-        geometry, engine, room = self.geometry, self.engine, batch.shape[0] // self.geometry.num_nodes
-        experts = counts.num_experts // geometry.num_nodes
+        """The node's plan of ``room`` tokens of each rank of the rail, and ``[N, room]`` int32: the number of each of
+        them among those of one rank that cross to this rank, or -1."""
+        geometry, engine, topk = self.geometry, self.engine, batch.topk_idx.shape[1]
+        experts = batch.num_experts // geometry.num_nodes
         if isinstance(engine, NVLinkBackend):
-            engine.reserve(batch.shape[0], topk)
+            engine.reserve(geometry.num_nodes * room, topk)
         if topk:
-            routes, position = self._routes_in_node(batch, counts.num_experts, room, bad)
-            plan = engine.plan(routes, experts, alignment=counts.alignment, max_recv=num_recv, max_rows=num_rows)
+            routes, position = self._routes_in_node(arrived, made, batch, room)
+            plan = engine.plan(routes, experts, alignment=alignment, max_recv=num_recv, max_rows=num_rows)
             return plan, position
         first = geometry.nodes.node * geometry.node_size
         mine = slice(first, first + geometry.node_size)
-        in_rank = batch[:, mine] > (0 if bad is None else bad)
+        in_rank = self._told(arrived, made, geometry.num_ranks, room, 0)[:, mine] > 0
+        counts = Counts(geometry, arrived.summaries(geometry), batch.num_experts, False, alignment)
         of_rail = counts.to_expert[geometry.rail_members].sum(0).view(geometry.num_ranks, -1)
+        per_expert = of_rail[geometry.by_node[mine]].reshape(-1).to(torch.int32)
         plan = engine.plan(
             None,
             experts,
-            alignment=counts.alignment,
+            alignment=alignment,
             is_token_in_rank=in_rank,
-            num_tokens_per_expert=of_rail[geometry.by_node[mine]].reshape(-1).to(torch.int32),
+            num_tokens_per_expert=per_expert,
             max_recv=num_recv,
             max_rows=num_rows,
         )
         return plan, self._positions(in_rank.any(1), room)
 
-    def _routes_in_node(self, batch: Tensor, num_experts: int, room: int, bad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _routes_in_node(self, arrived: Arrived, made: Digest, batch: Batch, room: int) -> tuple[Tensor, Tensor]:
         """``[N * C, K]`` int64 experts of the node, and the numbers of the tokens."""
-        geometry = self.geometry
+        geometry, topk = self.geometry, batch.topk_idx.shape[1]
         if geometry.kernels is None:
-            routes = geometry.expert_in_node(batch.long(), num_experts)
-            if bad is not None:
-                routes = torch.where(bad > 0, -1, routes)
+            told = self._told(arrived, made, topk, room, -1)
+            routes = geometry.expert_in_node(told.long(), batch.num_experts)
             return routes, self._positions((routes >= 0).any(1), room)
-        routes = torch.empty(batch.shape, dtype=torch.int64, device=geometry.device)
+        routes = torch.empty((geometry.num_nodes * room, topk), dtype=torch.int64, device=geometry.device)
         position = torch.empty((geometry.num_nodes, room), dtype=torch.int32, device=geometry.device)
         geometry.kernels.batch(
-            told=batch.data_ptr(),
-            bad=extension.address(bad),
+            messages=arrived.words.data_ptr(),
+            experts=arrived.room.experts,
+            message_room=arrived.room.route_words,
+            bad=made.bad.data_ptr(),
             room=room,
-            num_topk=batch.shape[1],
-            num_experts=num_experts,
+            num_topk=topk,
             routes=routes.data_ptr(),
             recv_position=position.data_ptr(),
             stream=extension.current_stream(geometry.device),
         )
         return routes, position
+
+    def _told(self, arrived: Arrived, made: Digest, columns: int, room: int, nothing: int) -> Tensor:
+        """``[N * room, columns]`` int32 that the ranks of the rail told each other, by operators; ``nothing`` where
+        there is no token."""
+        geometry = self.geometry
+        told = arrived.told(geometry, columns)[:, :room]
+        token = torch.arange(room, dtype=torch.int64, device=geometry.device)
+        there = (token < made.rail_tokens.unsqueeze(1)) & (made.bad == 0)
+        return torch.where(there.unsqueeze(2), told, nothing).view(geometry.num_nodes * room, columns)
 
     def _positions(self, here: Tensor, room: int) -> Tensor:
         here = here.view(self.geometry.num_nodes, room)
@@ -346,31 +403,32 @@ class Planner:
 
 
 class Deferred:
-    """The summaries of the last plan that made no host wait, on their way to the host. A captured graph writes them
+    """What the host reads of the last plan that made no host wait, on its way to the host. A captured graph writes it
     again whenever it is replayed."""
 
-    def __init__(self, table: Tensor) -> None:
-        on_gpu = table.device.type == "cuda"
-        self._table = torch.zeros(table.shape, dtype=table.dtype, device="cpu", pin_memory=on_gpu)
+    def __init__(self, found: Tensor) -> None:
+        on_gpu = found.device.type == "cuda"
+        self._found = torch.zeros(found.shape, dtype=found.dtype, device="cpu", pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._captured = False
         self.pending = False
-        self.kind = (0, 0, 0)
+        self.facts: dict[str, Fact] = {}
+        self.num_experts = 0
 
-    def put(self, table: Tensor, kind: tuple[int, int, int]) -> None:
-        """``kind``: see :attr:`Request.kind`."""
-        self._table.copy_(table, non_blocking=True)
-        self.kind, self.pending = kind, True
-        if extension.is_capturing(table.device):
+    def put(self, found: Tensor, facts: dict[str, Fact], num_experts: int) -> None:
+        """``found``: see :attr:`Digest.found`."""
+        self._found.copy_(found, non_blocking=True)
+        self.facts, self.num_experts, self.pending = facts, num_experts, True
+        if extension.is_capturing(found.device):
             self._captured = True
         elif self._copied is not None:
             self._copied.record()
 
     def take(self, exchange: Exchange) -> Tensor:
-        """Wait for them. The device has usually made that plan long before the host makes the next one."""
+        """Wait for it. The device has usually made that plan long before the host makes the next one."""
         if self._copied is not None:
             exchange.wait_for("plan", self._copied)
         self.pending = self._captured
-        table = self._table.clone()
-        self._table.zero_()  # an error is raised once
-        return table
+        found = self._found.clone()
+        self._found.zero_()  # an error is raised once
+        return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan
-from deepep_moe.backends.tensor_plan import PlanBase
+from deepep_moe.backends.tensor_plan import PlanBase, TensorPlan
 from deepep_moe.errors import HandleError
 from deepep_moe.extension import _C
 
@@ -169,9 +169,15 @@ def route_of(plan: Plan, layout: Layout, stream: int) -> _C.Route:
     """The plan as a kernel argument, for a kernel that runs on ``stream``, which must be current."""
     if isinstance(plan, DevicePlan):
         return plan.route(layout, stream)
+    kept = plan.routes.get(layout) if isinstance(plan, TensorPlan) else None
+    if isinstance(kept, _C.Route):
+        return kept
     parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
     assert all(part.is_contiguous() for part in parts)  # kernels take addresses, not strides
-    return _route(plan, layout, tuple(part.data_ptr() for part in parts))
+    route = _route(plan, layout, tuple(part.data_ptr() for part in parts))
+    if isinstance(plan, TensorPlan):
+        plan.routes[layout] = route
+    return route
 
 
 def _route(plan: Plan, layout: Layout, addresses: tuple[int, ...]) -> _C.Route:

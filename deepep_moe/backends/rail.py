@@ -58,10 +58,6 @@ class Rail(Protocol):
         """False once an operation failed."""
         ...
 
-    def gather(self, phase: Phase, block: Tensor) -> Tensor:
-        """``block [n, k]`` int32 of every rail rank, of equal shape on all: ``[N, n, k]`` in rail order."""
-        ...
-
     def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
         """Begin an operation: memory for the rows that it sends and for those that it receives.
 
@@ -126,12 +122,6 @@ class TorchRail:
     @property
     def usable(self) -> bool:
         return self._exchange.usable
-
-    def gather(self, phase: Phase, block: Tensor) -> Tensor:
-        ranks, rows = self._exchange.world_size, block.shape[0]
-        sizes = [rows] * ranks
-        sent = block.expand(ranks, *block.shape).reshape(ranks * rows, *block.shape[1:])
-        return self._exchange.all_to_all(phase, sent, sizes, sizes).view(ranks, *block.shape)
 
     def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
         device = self._exchange.device

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.base import Plan
+from deepep_moe.backends.base import Layout, Plan
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -82,6 +82,8 @@ class TensorPlan(PlanBase):
     row_recv: Tensor
     expert_counts_host: Tensor | None
     extra: Tensor | None = None
+    routes: dict[Layout, object] = field(default_factory=dict, init=False)
+    """The plan as an argument of kernels, by layout; made when it is needed."""
 
     @classmethod
     def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> TensorPlan:
