@@ -31,7 +31,7 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
-from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, UnsupportedError
+from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
@@ -490,6 +490,11 @@ def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int)
 
     ``nvshmem_bytes``: symmetric memory for the ranks of other nodes; 0: use NVSHMEM only with ``rail=nvshmem``.
     """
+    if is_capturing(backend.device):
+        raise CapacityError(
+            "the first low-latency call of a Buffer or decoder allocates memory that ranks share, which a CUDA graph "
+            "cannot capture: make one such call before capturing"
+        )
     domain = getattr(backend, "domain", None)
     if domain is not None:
         return CudaEngine(domain, num_sms, masks)

@@ -15,7 +15,8 @@ from torch import Tensor
 from deepep_moe.backends import Backend
 from deepep_moe.backends.base import Phase
 from deepep_moe.backends.exchange import Exchange, Fact
-from deepep_moe.errors import DeepEPMoEError, InputError
+from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
+from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK, E4M3_MAX
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
 
@@ -57,11 +58,20 @@ class ReferenceEngine:
     # -- dispatch ------------------------------------------------------------------------------------------------
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
+        self._refuse_capture()
         if half & Half.SEND:
             call.state = self._send(call)
             call.sent = True
         if half & Half.RECEIVE:
             self._deliver(call, call.state)
+
+    def _refuse_capture(self) -> None:
+        if is_capturing(self.device):
+            raise UnsupportedError(
+                "low-latency calls run on the reference here, whose host waits cannot be captured in a CUDA graph. "
+                "`deepep-moe doctor` says what their kernels lack; over several nodes they need rail=nvshmem or "
+                "num_rdma_bytes"
+            )
 
     def _facts(self, call: DispatchCall) -> dict[str, Fact]:
         return {
@@ -124,6 +134,7 @@ class ReferenceEngine:
     # -- combine -------------------------------------------------------------------------------------------------
 
     def combine(self, call: CombineCall, half: Half) -> None:
+        self._refuse_capture()
         if half & Half.SEND:
             call.state = self._send_back(call)
             call.sent = True

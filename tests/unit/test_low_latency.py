@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepep_moe import low_latency, low_latency_cuda
-from deepep_moe.errors import HandleError, InputError
+from deepep_moe import low_latency, low_latency_cuda, low_latency_reference
+from deepep_moe.errors import CapacityError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency
 from deepep_moe.low_latency_cuda import CudaEngine
@@ -274,3 +274,18 @@ def test_the_bound_on_sums_allows_two_units_and_no_more() -> None:
     expected = torch.tensor([-5.8125, -5.8125, -5.8125, 0.0], dtype=torch.bfloat16, device="cpu")
     got = torch.tensor([-5.8125 - 2 * ulp, -5.8125 - 4 * ulp, torch.nan, torch.nan], dtype=torch.bfloat16, device="cpu")
     assert differs(got, expected).tolist() == [False, True, True, True]
+
+
+def test_what_a_graph_cannot_capture_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host of the reference waits, and the first call allocates on all ranks."""
+    engine = object.__new__(low_latency_reference.ReferenceEngine)
+    engine.device = torch.device("cuda")
+    call: Any = SimpleNamespace(sent=False)
+    monkeypatch.setattr(low_latency_reference, "is_capturing", lambda device: device.type == "cuda")
+    for run in (engine.dispatch, engine.combine):
+        with pytest.raises(UnsupportedError, match=r"cannot be captured in a CUDA graph.*rail=nvshmem"):
+            run(call, Half.BOTH)
+    assert not call.sent
+    monkeypatch.setattr(low_latency, "is_capturing", lambda device: True)
+    with pytest.raises(CapacityError, match="make one such call before capturing"):
+        low_latency.make_engine(cast(Any, SimpleNamespace(device=torch.device("cuda"))), 0, False, 0)
