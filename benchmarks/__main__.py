@@ -204,8 +204,9 @@ def latency(options: Namespace) -> None:
         shape, counts = bench_latency.Layer.parse(options.layer), parse_counts("--tokens", options.tokens, 1)
         shape.check(run.world.size)
         done = run.steps(len(counts))
+        config = bench_latency.config_for(shape, counts, run.world.size)
         for count in counts:
-            run.report.add(bench_latency.measure_case(run.world, shape, count, run.repeats, done))
+            run.report.add(bench_latency.measure_case(run.world, config, shape, count, run.repeats, done))
             if options.plot and run.world.rank == 0:
                 bench_latency.draw(run.report.tables, run.report.caption(), options.plot)
 

@@ -10,6 +10,7 @@ them to get the time of the kernel alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from deepep_moe.events import StreamRunner
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
 from deepep_moe.low_latency_engine import DispatchCall
+from deepep_moe.low_latency_nodes import symmetric_bytes
 from deepep_moe.tools.world import World
 
 GRAPH_CALLS = 20
@@ -102,9 +104,18 @@ class Case:
         return Traffic(torch.tensor(self.world.gather(counts), dtype=torch.int64, device="cpu"))
 
 
-def measure_case(world: World, layer: Layer, tokens: int, repeats: int, done: Callable[[str], None]) -> Table:
+def config_for(layer: Layer, counts: list[int], ranks: int) -> DispatcherConfig:
+    """The configuration, with symmetric memory for calls of all ``counts`` of tokens over nodes of one rank."""
+    config = DispatcherConfig.load()
+    needed = sum(symmetric_bytes(tokens, layer.hidden, ranks) for tokens in counts)
+    return replace(config, nvshmem_bytes=max(config.nvshmem_bytes, needed))
+
+
+def measure_case(
+    world: World, config: DispatcherConfig, layer: Layer, tokens: int, repeats: int, done: Callable[[str], None]
+) -> Table:
     """The table of one number of tokens. Collective."""
-    backend = get_backend(dist.group.WORLD, world.device, DispatcherConfig.load())
+    backend = get_backend(dist.group.WORLD, world.device, config)
     case = Case(world, backend, layer, tokens)
     shape = Shape(tokens, *layer)
     title = f"Low latency: {shape}, {world.size} ranks, engine {case.calls.engine}"

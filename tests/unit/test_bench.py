@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import ops, peers, timing
+from benchmarks import latency, ops, peers, timing
 from benchmarks.__main__ import parse_budgets
 from benchmarks.candidates import Candidate, measure, with_settings
 from benchmarks.dispatcher import CAPACITY_FACTOR, capacity_factor
@@ -329,3 +329,13 @@ def test_the_command_is_shown_without_where_results_go(monkeypatch: pytest.Monke
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     assert command_line(["ops"]) == "torchrun --nnodes 2 --nproc-per-node 8 -m benchmarks ops"
+
+
+def test_low_latency_cases_ask_for_the_symmetric_memory_of_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPEP_MOE_NVSHMEM_BYTES", str(1 << 20))
+    layer, counts = latency.Layer(7168, 8, 288), [1, 128, 512]
+    rows = 2 * 2 * 2 * 7168 * sum(counts)  # of dispatch and combine, in both halves, from one rank
+    asked = latency.config_for(layer, counts, 32).nvshmem_bytes
+    assert 32 * rows < asked < 2.2 * 32 * rows
+    monkeypatch.setenv("DEEPEP_MOE_NVSHMEM_BYTES", str(1 << 35))
+    assert latency.config_for(layer, counts, 32).nvshmem_bytes == 1 << 35
