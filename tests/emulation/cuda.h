@@ -1,6 +1,8 @@
-// CUDA for tests without a GPU: kernels of csrc/latency and csrc/nvshmem run on the CPU. A block is a thread of the
-// operating system, a thread of a block is a fiber, and all blocks of a grid are resident. Fibers are switched in warp
-// and block collectives and in loads that wait for other ranks.
+// CUDA for tests without a GPU: kernels of csrc/latency and csrc/nvshmem run on the CPU, in one thread of the operating
+// system. Programs of the ranks, blocks and links of the network are tasks, threads of a block are fibers of its task,
+// and all blocks of a grid are resident. Fibers are switched in loads and stores of memory that ranks share, in atomic
+// operations, fences and collectives. A generator of pseudo-random numbers chooses which fiber runs next, so a seed
+// always gives the same order, and any order may occur that is sequentially consistent.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,20 +11,15 @@
 #include <emmintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <ctime>
 #include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace emulation {
-
-struct Fiber {
-    void* stack;
-    bool done;
-};
 
 struct Warp {
     int arrived = 0;
@@ -30,26 +27,55 @@ struct Warp {
     uint64_t values[2][32];  // what the lanes brought to a collective, in alternate phases
 };
 
-struct Block {
-    std::vector<Fiber> fibers;
+// A block, or a program or link with one fiber.
+struct Task {
+    int rank;
+    std::function<void()> body;
+    std::vector<void*> stacks;  // [fiber] its stack pointer
+    std::vector<int> ready;     // fibers that can run
+    size_t place;               // in the list of tasks that can run
+    char* memory;
+    int current = 0, alive;
+    // of a block
+    Task* launcher = nullptr;
+    unsigned number = 0, grid = 0;
     std::vector<Warp> warps;
-    unsigned number, grid;
-    int current = 0, alive = 0, arrived = 0;
+    std::vector<std::pair<const void*, std::unique_ptr<char, void (*)(void*)>>> shared;
+    int arrived = 0;
     unsigned phase = 0;
     int any[2] = {0, 0};
-    void* caller;
-    const std::function<void()>* body;
+    // of a program
+    int running = 0;  // blocks of the kernel that it waits for
 };
 
-extern thread_local Block* block;  // that this thread executes
-extern thread_local int rank;      // whose kernel this is
+extern Task* task;  // that runs
+extern int rank;    // whose task this is
 
-void yield();
+uint64_t random();
+uint64_t now();             // grows by one whenever a fiber yields
+void yield();               // other fibers may run
+void park();                // until wake() or the end of a collective
+void wake(Task* of);        // a program or link
+void sleep(uint64_t time);  // of a program or link
+inline void disturb() {
+    if (random() % 4 == 0) yield();
+}
+// A fiber that is not part of a kernel. run_programs() returns when all those have ended that `ends` is true of.
+Task* start_program(int rank, const std::function<void()>& body, bool ends);
+void run_programs(unsigned seed);
+
 uint64_t* meet_warp(uint64_t value);  // the values of all lanes
 int meet_block(bool value);           // whether it was true in any thread
-void launch(int blocks, int threads, std::function<void()> body);
+void launch(int blocks, int threads, const std::function<void()>& body);
 
-inline unsigned lane() { return block->current % 32; }
+void* shared_memory(const void* key, size_t bytes);
+// Shared memory of the current block.
+template <typename T>
+T& shared(const void* key) {
+    return *static_cast<T*>(shared_memory(key, sizeof(T)));
+}
+
+inline unsigned lane() { return task->current % 32; }
 struct Index {
     unsigned x;
 };
@@ -65,12 +91,10 @@ T shuffle(T value, unsigned from) {
 
 }  // namespace emulation
 
-#define threadIdx (emulation::Index{static_cast<unsigned>(emulation::block->current)})
-#define blockIdx (emulation::Index{emulation::block->number})
-#define gridDim (emulation::Index{emulation::block->grid})
-#define blockDim (emulation::Index{static_cast<unsigned>(emulation::block->fibers.size())})
-#undef __shared__
-#define __shared__ static thread_local
+#define threadIdx (emulation::Index{static_cast<unsigned>(emulation::task->current)})
+#define blockIdx (emulation::Index{emulation::task->number})
+#define gridDim (emulation::Index{emulation::task->grid})
+#define blockDim (emulation::Index{static_cast<unsigned>(emulation::task->stacks.size())})
 #undef __forceinline__
 #define __forceinline__ inline
 #undef __grid_constant__
@@ -116,28 +140,32 @@ inline float __int_as_float(int bits) {
     std::memcpy(&value, &bits, sizeof(value));
     return value;
 }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __threadfence_system() { __threadfence(); }
+inline void __threadfence() { emulation::disturb(); }
+inline void __threadfence_system() { emulation::disturb(); }
+// What `change` returns is stored; returns the value before.
+template <typename T, typename Change>
+T atomically(T* p, const Change& change) {
+    emulation::disturb();
+    volatile T* at = p;
+    const T before = *at;
+    *at = change(before);
+    return before;
+}
 inline int atomicCAS(int* p, int expected, int value) {
-    __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-    return expected;
+    return atomically(p, [=](int before) { return before == expected ? value : before; });
 }
 template <typename T>
 T atomicExch(T* p, T value) {
-    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);
+    return atomically(p, [=](T) { return value; });
 }
 template <typename T, typename V>
 T atomicAdd(T* p, V value) {
-    return __atomic_fetch_add(p, static_cast<T>(value), __ATOMIC_SEQ_CST);
+    return atomically(p, [=](T before) { return before + static_cast<T>(value); });
 }
 inline unsigned long long atomicMax(unsigned long long* p, unsigned long long value) {
-    unsigned long long before = *p;
-    while (before < value &&
-           !__atomic_compare_exchange_n(p, &before, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-    }
-    return before;
+    return atomically(p, [=](unsigned long long before) { return std::max(before, value); });
 }
 template <typename T>
 T atomicOr(T* p, T value) {
-    return __atomic_fetch_or(p, value, __ATOMIC_SEQ_CST);
+    return atomically(p, [=](T before) { return before | value; });
 }

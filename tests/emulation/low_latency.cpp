@@ -1,11 +1,9 @@
-// Low-latency calls of several ranks, each a thread, over several nodes and on one domain. All results are compared with
-// a reference, bit for bit. Arguments: ranks, ranks per node, seed.
-#include <barrier>
+// Low-latency calls of several ranks over several nodes and on one domain. All results are compared with a reference,
+// bit for bit. Arguments: ranks, ranks per node, seed.
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <random>
-#include <thread>
 
 #include "latency/engine.h"
 #include "nvshmem.h"
@@ -27,12 +25,12 @@ namespace {
         }                                                                                          \
     } while (false)
 
-#define CHECK_EQUAL(what)                                                                            \
-    do {                                                                                             \
-        if (what != expected.what) {                                                                 \
-            std::fprintf(stderr, "rank %d, %s: wrong %s\n", emulation::rank, engine, #what);         \
-            std::_Exit(1);                                                                           \
-        }                                                                                            \
+#define CHECK_EQUAL(what)                                                                    \
+    do {                                                                                     \
+        if (what != expected.what) {                                                         \
+            std::fprintf(stderr, "rank %d, %s: wrong %s\n", emulation::rank, engine, #what); \
+            std::_Exit(1);                                                                   \
+        }                                                                                    \
     } while (false)
 
 int num_ranks;
@@ -253,15 +251,24 @@ void end_masks(Rank& rank) {
 
 // -- what the ranks do -----------------------------------------------------------------------------------------------
 
+// A barrier of the programs of all ranks.
+struct Barrier {
+    int arrived = 0, phase = 0;
+    void wait() {
+        const int before = phase;
+        if (++arrived % num_ranks == 0) ++phase;
+        while (phase == before) emulation::yield();
+    }
+};
+
 struct Program {
     Group &nodes, &domain;
-    std::barrier<>& all;
+    Barrier& all;
     int self;
     unsigned seed;
-    std::mt19937 skew;
 
     void pause() {
-        if (skew() % 3 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(skew() % 10));
+        if (emulation::random() % 3 == 0) emulation::sleep(emulation::random() % 20000);
     }
     Batch batch(unsigned number) const {
         return {seed * 1000 + number, num_ranks, nodes.ranks[0].arena.max_tokens, nodes.ranks[0].arena.hidden};
@@ -337,9 +344,9 @@ struct Program {
                 CHECK(announce_refusal(rank) == kAllocating);
             else
                 announce(rank, facts, false);
-            all.arrive_and_wait();
+            all.wait();
             announce(rank, Facts{}, true);
-            all.arrive_and_wait();
+            all.wait();
         }
     }
 
@@ -352,7 +359,7 @@ struct Program {
         sides.back() = 1;
         calls(first, 2, false, sides);
         for (Group* group : groups) {
-            all.arrive_and_wait();
+            all.wait();
             end_masks(group->ranks[self]);
             int masked[kMaxRanks];
             group->ranks[self].engine->query_mask(reinterpret_cast<Address>(masked), 0);
@@ -361,7 +368,6 @@ struct Program {
     }
 
     void run() {
-        emulation::rank = self;
         calls(0, 3, false, together);
         calls(10, 3, true, together);
         in_flight(20);
@@ -374,21 +380,21 @@ struct Program {
 
 // The last rank does not come: the others report it.
 void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsigned seed) {
-    Group group(network, "nodes", begin, per_node, 5, 128, false, 2.0);
+    Group group(network, "nodes", begin, per_node, 5, 128, false, 20.0);
     const Batch batch(seed, num_ranks, 5, 128);
-    std::vector<std::thread> threads;
-    std::atomic<int> named{0};
-    for (int self = 0; self < num_ranks - 1; ++self)
-        threads.emplace_back([&, self] {
-            emulation::rank = self;
+    int named = 0;
+    for (int self = 0; self < num_ranks - 1; ++self) {
+        const auto program = [&, self] {
             Call call(group, self, batch);
             call.dispatch(kBoth);
             call.combine(kBoth);
             const auto failure = group.ranks[self].domain->failure();
             CHECK(failure && (failure->failure == kTimeout || failure->failure == kPeerFailed));
             named += failure->failure == kTimeout && failure->peer == num_ranks - 1;
-        });
-    for (std::thread& thread : threads) thread.join();
+        };
+        emulation::start_program(self, program, true);
+    }
+    emulation::run_programs(seed);
     CHECK(named > 0);
 }
 
@@ -400,14 +406,13 @@ int main(int, char** arguments) {
     const unsigned seed = std::atoi(arguments[3]);
     std::mt19937 random(seed);
     const int max_tokens = 5 + random() % 8, hidden = 128 * (1 + random() % 6);
-    emulation::Network network(num_ranks, 32 << 20, seed);
+    emulation::Network network(num_ranks, 32 << 20);
     Group nodes(network, "nodes", 0, per_node, max_tokens, hidden, true, 300.0);
     Group domain(network, "one domain", nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
-    std::barrier<> all(num_ranks);
-    std::vector<std::thread> threads;
+    Barrier all;
     for (int self = 0; self < num_ranks; ++self)
-        threads.emplace_back([&, self] { Program{nodes, domain, all, self, seed, std::mt19937(seed + self)}.run(); });
-    for (std::thread& thread : threads) thread.join();
+        emulation::start_program(self, [&, self] { Program{nodes, domain, all, self, seed}.run(); }, true);
+    emulation::run_programs(seed);
     lose_a_rank(network, domain.used, per_node, seed);
     std::printf("%d ranks, %d on a node, seed %u: M = %d, H = %d\n", num_ranks, per_node, seed, max_tokens, hidden);
     return 0;

@@ -1,13 +1,6 @@
-#include <sched.h>
-
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <list>
-#include <memory>
-#include <mutex>
-#include <random>
-#include <thread>
 
 #include "nvshmem.h"
 
@@ -26,18 +19,18 @@ struct Put {
     long fences;  // that its PE had made before it
 };
 
+// From one PE to another. Puts are delivered one after the other, word by word.
 struct Link {
-    std::mutex mutex;
     std::list<Put> puts;
+    Task* task = nullptr;
+    bool waits = false;  // for a put
 };
 
 struct State {
     size_t heap_bytes;
     std::vector<char*> heaps;
     std::vector<std::vector<Link>> links;  // [from][to]
-    std::unique_ptr<std::atomic<long>[]> fences;
-    std::vector<std::thread> threads;
-    std::atomic<bool> ends{false};
+    std::vector<long> fences;              // [PE]
 };
 State* state = nullptr;
 
@@ -54,67 +47,64 @@ T* at_pe(T* own, int pe) {
 }
 
 void add(Put put, int pe) {
+    disturb();
     put.fences = state->fences[rank];
     Link& link = state->links[rank][pe];
-    const std::lock_guard<std::mutex> lock(link.mutex);
     link.puts.push_back(std::move(put));
+    if (link.waits) wake(link.task);
+    link.waits = false;
 }
 
-void deliver(const Put& put, std::mt19937& random) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(put.copy.empty() ? put.from : put.copy.data());
-    const size_t words = put.bytes / sizeof(uint32_t), first = words ? random() % words : 0;
-    for (size_t i = 0; i < words; ++i) {
-        const size_t word = (first + i) % words;
-        __atomic_store_n(reinterpret_cast<uint32_t*>(put.to) + word, from[word], __ATOMIC_SEQ_CST);
-        if (random() % 512 == 0) sched_yield();
-    }
-    if (put.signal) __atomic_store_n(put.signal, put.value, __ATOMIC_SEQ_CST);
-}
-
-// Deliver any of the puts before the first fence that still separates puts.
-bool deliver_one(Link& link, std::mt19937& random) {
-    const std::lock_guard<std::mutex> lock(link.mutex);
-    if (link.puts.empty()) return false;
+// Take out any of the puts before the first fence that still separates puts.
+Put take(Link& link) {
     long first = link.puts.front().fences;
     for (const Put& put : link.puts) first = std::min(first, put.fences);
     std::vector<std::list<Put>::iterator> candidates;
     for (auto put = link.puts.begin(); put != link.puts.end(); ++put)
         if (put->fences == first) candidates.push_back(put);
     const auto chosen = candidates[random() % candidates.size()];
-    if (random() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 30));
-    deliver(*chosen, random);
+    Put put = std::move(*chosen);
     link.puts.erase(chosen);
-    return true;
+    return put;
+}
+
+void deliver(const Put& put) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(put.copy.empty() ? put.from : put.copy.data());
+    const size_t words = put.bytes / sizeof(uint32_t), first = words ? random() % words : 0;
+    for (size_t i = 0; i < words; ++i) {
+        const size_t word = (first + i) % words;
+        std::memcpy(put.to + word * sizeof(uint32_t), from + word, sizeof(uint32_t));
+        if (random() % 64 == 0) yield();
+    }
+    disturb();
+    if (put.signal) *put.signal = put.value;
+}
+
+void serve(Link& link) {
+    while (true) {
+        if (link.puts.empty()) {
+            link.waits = true;
+            park();
+        }
+        if (random() % 4 == 0) sleep(random() % 5000);
+        deliver(take(link));
+        yield();
+    }
 }
 
 }  // namespace
 
-Network::Network(int pes, size_t heap_bytes, unsigned seed) {
+Network::Network(int pes, size_t heap_bytes) {
     state = new State;
     state->heap_bytes = (heap_bytes + 4095) / 4096 * 4096;
-    state->fences.reset(new std::atomic<long>[pes]());
+    state->fences.resize(pes);
     for (int pe = 0; pe < pes; ++pe) {
         state->heaps.push_back(static_cast<char*>(std::aligned_alloc(4096, state->heap_bytes)));
         std::memset(state->heaps[pe], 0, state->heap_bytes);
         state->links.emplace_back(pes);
     }
     for (int pe = 0; pe < pes; ++pe)
-        state->threads.emplace_back([pe, pes, seed] {
-            std::mt19937 random(seed * 131 + pe);
-            while (!state->ends) {
-                bool any = false;
-                for (int i = 0; i < pes; ++i) any = deliver_one(state->links[pe][random() % pes], random) || any;
-                if (!any) std::this_thread::sleep_for(std::chrono::microseconds(20));
-            }
-        });
-}
-
-Network::~Network() {
-    state->ends = true;
-    for (std::thread& thread : state->threads) thread.join();
-    for (char* heap : state->heaps) std::free(heap);
-    delete state;
-    state = nullptr;
+        for (Link& link : state->links[pe]) link.task = start_program(pe, [&link] { serve(link); }, false);
 }
 
 char* Network::heap(int pe) const { return state->heaps[pe]; }

@@ -16,11 +16,10 @@ inline int nvshmem_uint64_test(uint64_t*, int, uint64_t) { return 1; }
 
 namespace emulation {
 
-// Symmetric memory of `pes` PEs, zeroed, and a thread for each that delivers what it puts. Ends with the object.
+// Symmetric memory of `pes` PEs, zeroed, and a task for each link between two of them. There is one for a process.
 class Network {
   public:
-    Network(int pes, size_t heap_bytes, unsigned seed);
-    ~Network();
+    Network(int pes, size_t heap_bytes);
     char* heap(int pe) const;
 };
 

@@ -135,15 +135,14 @@ struct Expected {
         return from_bf16(to_bf16(sum));
     }
 
-    // For a message: the wrong channels of a token, and what each rank adds to the first of them.
+    // For a message: the first wrong channel, and what each rank adds to it.
     void explain(const std::vector<uint16_t>& got) const {
         const size_t at = std::mismatch(out.begin(), out.end(), got.begin()).first - out.begin();
         const int token = static_cast<int>(at) / batch.hidden, channel = static_cast<int>(at) % batch.hidden;
-        std::fprintf(stderr, "batch %u, top-%d of %d experts: out[%d] is wrong in channels", batch.number, batch.topk,
-                     batch.experts, token);
-        for (int c = channel; c < batch.hidden; ++c)
-            if (got[at - channel + c] != out[at - channel + c]) std::fprintf(stderr, " %d", c);
-        std::fprintf(stderr, "\nchannel %d is %g, not", channel, from_bf16(got[at]));
+        int wrong = 0;
+        for (int c = channel; c < batch.hidden; ++c) wrong += got[at - channel + c] != out[at - channel + c];
+        std::fprintf(stderr, "batch %u, top-%d of %d experts: %d channels of out[%d] are wrong; channel %d is %g, not",
+                     batch.number, batch.topk, batch.experts, wrong, token, channel, from_bf16(got[at]));
         for (int rank = 0; rank < batch.ranks; ++rank) std::fprintf(stderr, " + %g", sum_of(rank, token, channel));
         std::fprintf(stderr, "\n");
     }
