@@ -71,8 +71,9 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def current_stream(device: torch.device) -> int:
-    """The current CUDA stream of ``device``, as the extension takes it."""
-    return torch.cuda.current_stream(device).cuda_stream
+    """The current CUDA stream of ``device``, which has an index, as the extension takes it."""
+    address: int = torch._C._cuda_getCurrentRawStream(device.index)  # without making an object of it
+    return address
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:

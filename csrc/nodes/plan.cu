@@ -11,6 +11,20 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kRowThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kLoads = 8;  // experts of a token that a thread loads at once
+
+// Call `use(k, expert)` for the `topk` experts at `experts`.
+template <typename T, typename Use>
+__device__ __forceinline__ void for_each_expert(const T* experts, int topk, Use use) {
+    for (int first = 0; first < topk; first += kLoads) {
+        T loaded[kLoads];
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) loaded[u] = first + u < topk ? experts[first + u] : T{-1};
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u)
+            if (first + u < topk) use(first + u, loaded[u]);
+    }
+}
 
 __device__ __forceinline__ void add(int64_t* to, int64_t value) {
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
@@ -29,12 +43,12 @@ __device__ __forceinline__ void count_for_rank(const SummarizeArgs& args, int ra
     for (int base = 0; base < args.num_tokens; base += kThreads) {
         const int token = base + threadIdx.x;
         bool goes = false;
-        for (int k = 0; token < args.num_tokens && k < args.num_topk; ++k) {
-            const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * args.num_topk + k] - first;
-            if (expert < 0 || expert >= local) continue;
+        const int topk = token < args.num_tokens ? args.num_topk : 0;
+        for_each_expert(args.topk_idx + static_cast<int64_t>(token) * args.num_topk, topk, [&](int, int64_t expert) {
+            if (expert < first || expert >= first + local) return;
             goes = true;
-            atomicAdd(&routes[expert], 1);
-        }
+            atomicAdd(&routes[expert - first], 1);
+        });
         int all;
         const int slot = before + block_exclusive_sum(goes, warp_sums, all);
         if (token < args.num_tokens) args.send_slot[static_cast<int64_t>(token) * ranks + rank] = goes ? slot : -1;
@@ -60,12 +74,13 @@ __device__ __forceinline__ void count_for_node(const SummarizeArgs& args, int ra
     for (int base = 0; base < args.num_tokens; base += kThreads) {
         const int token = base + threadIdx.x;
         bool goes = false;
-        for (int k = 0; token < args.num_tokens && k < args.num_topk; ++k) {
-            const int64_t route = static_cast<int64_t>(token) * args.num_topk + k, expert = args.topk_idx[route];
+        const int topk = token < args.num_tokens ? args.num_topk : 0;
+        const int64_t first = static_cast<int64_t>(token) * args.num_topk;
+        for_each_expert(args.topk_idx + first, topk, [&](int k, int64_t expert) {
             const bool exists = expert >= 0 && expert < args.num_experts;
-            goes |= exists && args.map.node_of[expert / local] == node;
-            if (fits) told[route] = exists ? static_cast<int>(expert) : -1;
-        }
+            goes |= exists && args.map.node_of[static_cast<int>(expert) / local] == node;
+            if (fits) told[first + k] = exists ? static_cast<int>(expert) : -1;
+        });
         int all;
         const int position = before + block_exclusive_sum(goes, warp_sums, all);
         if (token < args.num_tokens)
@@ -273,20 +288,25 @@ __global__ void __launch_bounds__(kThreads) batch_kernel(const __grid_constant__
     const NodeMap& map = args.map;
     const int rail_rank = blockIdx.x, topk = args.num_topk, local = args.num_experts / map.num_ranks;
     const int member = static_cast<int>(map.rail_members[rail_rank]);
-    const int tokens = *args.bad != 0 ? 0 : static_cast<int>(args.messages.head(member, NodeMessages::kTokens));
+    const int64_t told_tokens = args.messages.head(member, NodeMessages::kTokens);
+    const int tokens = *args.bad != 0 ? 0 : static_cast<int>(told_tokens < args.room ? told_tokens : args.room);
     const int* told = args.messages.routes(member);
     int before = 0;
     for (int base = 0; base < args.room; base += kThreads) {
         const int token = base + threadIdx.x;
         const int64_t row = static_cast<int64_t>(rail_rank) * args.room + token;
         bool here = false;
-        for (int k = 0; token < args.room && k < topk; ++k) {
-            const int expert = token < tokens ? told[static_cast<int64_t>(token) * topk + k] : -1;
+        const auto write = [&](int k, int expert) {
             int64_t in_node = -1;
             if (expert >= 0 && map.node_of[expert / local] == map.node)
                 in_node = map.place_of[expert / local] * local + expert % local;
             args.routes[row * topk + k] = in_node;
             here |= in_node >= 0;
+        };
+        if (token < tokens) {
+            for_each_expert(told + static_cast<int64_t>(token) * topk, topk, write);
+        } else if (token < args.room) {
+            for (int k = 0; k < topk; ++k) write(k, -1);
         }
         int all;
         const int position = before + block_exclusive_sum(here, warp_sums, all);

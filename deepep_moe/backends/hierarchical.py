@@ -475,4 +475,4 @@ def _total(blocks: list[Blocks]) -> int:
 
 
 def _chunks(rows: Tensor, blocks: list[Blocks]) -> tuple[Tensor, ...]:
-    return rows.split([sum(block.sizes) for block in blocks])
+    return (rows,) if len(blocks) == 1 else rows.split([sum(block.sizes) for block in blocks])

@@ -91,11 +91,14 @@ class Parts:
 
     def use_on_current_stream(self) -> None:
         """They may have been made on another stream."""
+        self._streams.use_on_current(self._tensors)
+
+    def _tensors(self) -> list[Tensor]:
         used = [blocks.used for blocks in (*self.send, *self.recv) if blocks.used is not None]
         tensors = [self.send_rows, self.home_rows, *used]
         for part in (self.own, *self.crossing):
             tensors += [part.send_slot, part.counted, part.received, part.row_recv]
-        self._streams.use_on_current(tensors)
+        return tensors
 
 
 class Tables(NamedTuple):

@@ -11,8 +11,8 @@ Nothing here waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,21 +29,29 @@ RUN, SHARE, POSITION, BATCH_INDEX, FIRST_ROUTE = range(5)
 
 
 class Streams:
-    """The streams that use the tensors of one object."""
+    """The streams that use the tensors of one object, which the current stream makes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._known: set[int] = set()
+        self._index = device.index if device.type == "cuda" else None
+        self._known = {self._current()}
 
-    def use_on_current(self, tensors: Iterable[Tensor]) -> None:
-        """When ``tensors`` are freed, their memory is kept until the current stream has done what it has then."""
-        if self._device.type != "cuda":
+    def _current(self) -> int:
+        address: int = 0 if self._index is None else torch._C._cuda_getCurrentRawStream(self._index)
+        return address
+
+    def made_elsewhere(self) -> None:
+        """The tensors are those of any stream."""
+        self._known.clear()
+
+    def use_on_current(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """When ``tensors()`` are freed, their memory is kept until the current stream has done what it has then."""
+        current = self._current()
+        if current in self._known:
             return
-        stream = torch.cuda.current_stream(self._device)
-        if stream.cuda_stream not in self._known:
-            self._known.add(stream.cuda_stream)
-            for tensor in tensors:
-                tensor.record_stream(stream)
+        self._known.add(current)
+        stream = torch.cuda.current_stream(self._index)
+        for tensor in tensors():
+            tensor.record_stream(stream)
 
 
 @dataclass(eq=False)
@@ -83,7 +91,7 @@ class Way:
 
     def use_on_current_stream(self) -> None:
         """The plan may have been made on another stream."""
-        self._streams.use_on_current([getattr(self, name) for name in _WAY_TENSORS])
+        self._streams.use_on_current(lambda: [getattr(self, name) for name in _WAY_TENSORS])
 
     def pack(self) -> Tensor:
         """All of it in one int32 tensor, so that it can go through operators with the tensors of the plan."""
@@ -116,7 +124,9 @@ class Way:
             size = rest.shape[0] if shape == (-1,) else torch.Size(shape).numel()
             tensors[name], rest = rest[:size].view(shape), rest[size:]
         sent, received = (tensors[name].tolist() if exact else None for name in ("sent", "received"))
-        return cls(geometry, Crossing(tokens, most, most_of_share, most_received, sent, received), **tensors)
+        way = cls(geometry, Crossing(tokens, most, most_of_share, most_received, sent, received), **tensors)
+        way._streams.made_elsewhere()
+        return way
 
 
 _WAY_TENSORS = (
@@ -142,7 +152,7 @@ class HierarchicalPlan(TensorPlan):
     """
 
     def __init__(self, plan: TensorPlan, way: Way, engine: int) -> None:
-        super().__init__(**{field.name: getattr(plan, field.name) for field in fields(TensorPlan) if field.init})
+        self.__dict__.update(plan.__dict__)
         self.way, self.engine = way, engine
         self.kept_parts: dict[object, object] = {}
 
