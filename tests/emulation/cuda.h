@@ -117,6 +117,13 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulation::shuffle(value, emulation::lane() ^ mask);
 }
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned distance) {
+    return emulation::shuffle(value, emulation::lane() < distance ? emulation::lane() : emulation::lane() - distance);
+}
+// As if every thread came alone.
+inline unsigned __activemask() { return 1u << emulation::lane(); }
+inline unsigned __match_any_sync(unsigned, int) { return 1u << emulation::lane(); }
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
     const uint64_t* values = emulation::meet_warp(value);
     unsigned all = 0;
@@ -162,8 +169,13 @@ template <typename T, typename V>
 T atomicAdd(T* p, V value) {
     return atomically(p, [=](T before) { return before + static_cast<T>(value); });
 }
-inline unsigned long long atomicMax(unsigned long long* p, unsigned long long value) {
-    return atomically(p, [=](unsigned long long before) { return std::max(before, value); });
+template <typename T>
+T atomicMax(T* p, T value) {
+    return atomically(p, [=](T before) { return std::max(before, value); });
+}
+template <typename T>
+T atomicMin(T* p, T value) {
+    return atomically(p, [=](T before) { return std::min(before, value); });
 }
 template <typename T>
 T atomicOr(T* p, T value) {
