@@ -46,7 +46,7 @@ class Streams:
     def use_on_current(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """When ``tensors()`` are freed, their memory is kept until the current stream has done what it has then."""
         current = self._current()
-        if current in self._known:
+        if self._index is None or current in self._known:
             return
         self._known.add(current)
         stream = torch.cuda.current_stream(self._index)
