@@ -379,6 +379,42 @@ def a_plan_waits_for_the_host_once(group: dist.ProcessGroup) -> None:
         assert len(waits) == 1
 
 
+@case(ranks=(3, 4))
+def messages_grow_with_the_batch_of_any_rank_and_stay_as_large(group: dist.ProcessGroup) -> None:
+    """Exchanges of a plan: another one where experts change, and where routes need more room."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    reference, nodes = both(group, 1 if ranks == 3 else 2)
+    for tokens, local, topk, exchanges in (
+        (4, 2, 1, 2),
+        (4, 2, 1, 1),
+        (2500, 2, 1, 2),
+        (2600, 2, 1, 1),
+        (900, 2, 3, 1),
+        (4, 3, 1, 2),
+        (2, 2, 1, 2),
+    ):
+        topk_idx = torch.full((tokens if rank == ranks - 1 else 1, topk), (ranks - 1) * local)
+        wanted = reference.plan(topk_idx, ranks * local)
+        with mock.patch.object(Exchange, "transfer", autospec=True, side_effect=Exchange.transfer) as transfer:
+            plan = nodes.plan(topk_idx, ranks * local)
+        assert_same_plan(plan, wanted)
+        of_all = [call for call in transfer.call_args_list if call.args[0].group is group]
+        assert len(of_all) == exchanges, (tokens, local, topk, len(of_all))
+
+
+@case(ranks=(4,))
+def a_call_that_differs_from_a_plan_without_a_host_wait_is_named_by_the_next_plan(group: dist.ProcessGroup) -> None:
+    nodes = both(group, 2, max_tokens_per_rank=4)[1]
+    nodes._planner.defers = True
+    good, limits = torch.arange(8, dtype=torch.int64).view(4, 2), {"max_recv": 16, "max_rows": 64}
+    nodes.plan(good, 8, **limits)
+    other = nodes.rank == 3
+    with raises(RankMismatchError, "calls before the plan differs between the ranks", "7 on rank 3"):
+        nodes._history = 7 * other
+        nodes.plan(good, 8, **limits)
+        nodes.plan(good, 8, **limits)
+
+
 @case(ranks=(4,))
 def what_a_plan_without_a_host_wait_finds_out_is_raised_by_the_next(group: dist.ProcessGroup) -> None:
     nodes = both(group, 2, max_tokens_per_rank=16)[1]
