@@ -44,8 +44,8 @@ __device__ __forceinline__ int4 weights_packet(const CombineArgs& args, int peer
         const int64_t expert = k < args.num_topk ? args.topk_idx.at(at) : -1;
         const bool valid = expert >= 0 && expert < args.num_experts;
         if (!valid && expert != -1)
-            report_notice(domain,
-                          {kBadExpert, kLowLatencyCombine, domain.rank, 0, args.num_experts, static_cast<int>(expert)});
+            report_notice(domain, kBadExpert, kLowLatencyCombine, domain.rank, args.num_experts,
+                          static_cast<int>(expert));
         const bool there = valid && static_cast<int>(expert) / local_experts == peer;
         weights[n] = there ? __float_as_int(args.weights[at]) : 0;
         experts[n] = there ? static_cast<int>(expert) - peer * local_experts : kNoExpert;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void send_piece(const CombineArgs& args, const Waitin
     if (!__any_sync(kFullMask, wanted)) return;
     const bool found = wanted && piece.row >= 0 && piece.row / static_cast<int>(arena.slots()) == expert;
     if (wanted && !found)
-        report_notice(args.runtime.domain, {kChangedRoute, kLowLatencyCombine, piece.home, 0, piece.token, lane});
+        report_notice(args.runtime.domain, kChangedRoute, kLowLatencyCombine, piece.home, piece.token, lane);
 
     Bf16x8 sum[kSendVectors];
 #pragma unroll

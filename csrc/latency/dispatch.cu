@@ -169,21 +169,26 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
     };
     if (threadIdx.x / kWarpSize == kWarps - 1)
         shared.ranks.read(waiting, facts_of(args), report ? args.wait_stats : nullptr);
+#pragma unroll 1
     for (int i = threadIdx.x; i < args.num_experts; i += kThreads) read_count(i, waiting.is_masked(i / local_experts));
     __syncthreads();
     if (rt.masks) {
-        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
+#pragma unroll 1
+    for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
             if (shared.first[i] < 0) shared.ranks.lost[i / local_experts] = 1;
         __syncthreads();
         if (threadIdx.x < ranks) shared.ranks.agree_on_lost(waiting, facts_of(args), threadIdx.x);
         __syncthreads();
-        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
+#pragma unroll 1
+    for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
             if (shared.first[i] < 0 && !shared.ranks.lost[i / local_experts]) read_count(i, false);
         __syncthreads();
     }
     if (report && threadIdx.x < ranks) args.places.tokens(threadIdx.x) = shared.ranks.tokens[threadIdx.x];
+#pragma unroll 1
     for (int l = threadIdx.x; l < local_experts; l += kThreads) {
         int first = 0;
+#pragma unroll 1
         for (int s = 0; s < ranks; ++s) {
             const int count = shared.ranks.lost[s] ? 0 : max(0, shared.first[s * local_experts + l]);
             shared.first[s * local_experts + l] = first;

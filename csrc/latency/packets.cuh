@@ -21,11 +21,42 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
 
 // -- waits ---------------------------------------------------------------------------------------------------
 
+// The slow paths below are not inlined, and loops contain one copy of what they wait for: a kernel of a few microseconds
+// executes most of its instructions once, so fetching them is part of its time.
+
+inline __device__ __noinline__ void report_notice(const Domain& domain, Failure kind, int phase, int peer,
+                                                  int expected, int seen) {
+    deepep_moe::report_notice(domain, {kind, phase, peer, 0, expected, seen});
+}
+
+inline __device__ __noinline__ void report_mismatch(const Domain& domain, int phase, int peer, int field, int own,
+                                                    int theirs) {
+    report_failure(domain, {kMismatch, phase, peer, field, own, theirs});
+}
+
+// Whether to stop waiting for `peer` in call `epoch`, since `start`.
+inline __device__ __noinline__ bool give_up(const Runtime& rt, int phase, int epoch, int peer, int seen,
+                                            uint64_t start) {
+    const Domain& domain = rt.domain;
+    const bool late = global_nanoseconds() - start > domain.timeout_nanoseconds;
+    if (rt.masks) {
+        volatile int* masked = &rt.local->masked[peer];
+        const bool failed = load_relaxed_system(&domain.mailbox[domain.rank]->failed[peer]) != kNoFailure;
+        if (late || failed) *masked = 1;
+        return late || failed || *masked != 0;
+    }
+    if (any_rank_failed(domain, phase, epoch)) return true;
+    if (late) report_failure(domain, {kTimeout, phase, peer, 0, epoch, seen});
+    return late;
+}
+
 struct Waiting {
     const Runtime& runtime;
     Kind kind;
     int epoch;
     bool crowded = false;  // so many warps wait for rows that polling by all lanes would saturate the L2 cache
+
+    static constexpr unsigned kTries = 64;  // between two looks at the clock
 
     __device__ __forceinline__ bool is_masked(int rank) const {
         return runtime.masks && *static_cast<const volatile int*>(&runtime.local->masked[rank]) != 0;
@@ -35,49 +66,35 @@ struct Waiting {
         return kind == kDispatch ? kLowLatencyDispatch : kLowLatencyCombine;
     }
 
-    // The slow path of a wait. True: stop waiting for `peer`.
-    __device__ __forceinline__ bool give_up(int peer, int seen, uint64_t start) const {
-        const Domain& domain = runtime.domain;
-        const bool late = global_nanoseconds() - start > domain.timeout_nanoseconds;
-        if (runtime.masks) {
-            const bool failed = load_relaxed_system(&domain.mailbox[domain.rank]->failed[peer]) != kNoFailure;
-            if (late || failed) *static_cast<volatile int*>(&runtime.local->masked[peer]) = 1;
-            return late || failed || is_masked(peer);
-        }
-        if (any_rank_failed(domain, phase(), epoch)) return true;
-        if (late) report_failure(domain, {kTimeout, phase(), peer, 0, epoch, seen});
-        return late;
-    }
-
     // One thread waits until arrived(). `seen` goes into the report of a timeout.
     template <typename Arrived>
     __device__ __forceinline__ bool thread(int peer, const Arrived& arrived, const int& seen) const {
-        if (arrived()) return true;
-        const uint64_t start = global_nanoseconds();
-        while (true) {
+        uint64_t start = 0;
 #pragma unroll 1
-            for (int spin = 0; spin < 64; ++spin)
-                if (arrived()) return true;
-            if (give_up(peer, seen, start)) return false;
+        for (unsigned tries = 0;; ++tries) {
+            if (arrived()) return true;
+            if (tries == 0) start = global_nanoseconds();
+            else if (tries % kTries == 0 && give_up(runtime, phase(), epoch, peer, seen, start)) return false;
         }
     }
 
     // A warp waits until arrived() in all lanes; disturbed(), evaluated by the first lane, ends the wait as well.
     template <typename Arrived, typename Disturbed>
     __device__ __forceinline__ bool warp(int peer, const Arrived& arrived, const Disturbed& disturbed) const {
-        if (__all_sync(kFullMask, arrived())) return true;
-        const uint64_t start = global_nanoseconds();
-        while (true) {
+        const int lane = threadIdx.x % kWarpSize;
+        uint64_t start = 0;
+        bool all_look = true;  // else only the last lane does
 #pragma unroll 1
-            for (int spin = 0; spin < 64; ++spin) {
-                if (crowded) {  // one lane looks first
-                    const bool looks = threadIdx.x % kWarpSize == kWarpSize - 1;
-                    if (!__all_sync(kFullMask, !looks || arrived())) continue;
-                }
-                if (__all_sync(kFullMask, arrived())) return true;
+        for (unsigned tries = 0;; ++tries) {
+            const bool all = __all_sync(kFullMask, (!all_look && lane != kWarpSize - 1) || arrived());
+            if (all && all_look) return true;
+            all_look = !crowded || all;
+            if (tries == 0) {
+                start = global_nanoseconds();
+            } else if (tries % kTries == 0) {
+                const bool end = lane == 0 && (disturbed() || give_up(runtime, phase(), epoch, peer, 0, start));
+                if (__any_sync(kFullMask, end)) return false;
             }
-            const bool end = threadIdx.x % kWarpSize == 0 && (disturbed() || give_up(peer, 0, start));
-            if (__any_sync(kFullMask, end)) return false;
         }
     }
     template <typename Arrived>
@@ -251,11 +268,13 @@ __device__ __forceinline__ bool read_facts(const Waiting& waiting, int peer, Fac
 __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Facts& own, const Facts& theirs) {
     constexpr int kFields[] = {kMaxTokens, kHidden, kNumTopk, kNumExperts, kRowFormat, kHandle};
     const int word = first_difference(own, theirs);
+    if (word >= 0) {
+        int field = 0, mine = 0, other = 0;
 #pragma unroll
-    for (int i = 0; i < Facts::kNumAgreed; ++i)
-        if (i == word)
-            report_failure(waiting.runtime.domain,
-                           {kMismatch, waiting.phase(), peer, kFields[i], own.word[i], theirs.word[i]});
+        for (int i = 0; i < Facts::kNumAgreed; ++i)
+            if (i == word) field = kFields[i], mine = own.word[i], other = theirs.word[i];
+        report_mismatch(waiting.runtime.domain, waiting.phase(), peer, field, mine, other);
+    }
     return word < 0;
 }
 
@@ -295,7 +314,7 @@ struct Ranks {
             return !theirs.word[Facts::kFactRefused] && first_difference(own, theirs) >= 0;
         });
         refused[r] = came && facts.word[Facts::kFactRefused];
-        if (refused[r]) report_notice(domain, {kBadPeerInput, waiting.phase(), r, 0, 0, 0});
+        if (refused[r]) report_notice(domain, kBadPeerInput, waiting.phase(), r, 0, 0);
         lost[r] = !came || (!refused[r] && !agree(waiting, r, own, facts));
         tokens[r] = lost[r] || refused[r] ? 0 : facts.word[Facts::kFactTokens];
     }

@@ -36,13 +36,13 @@ __device__ __forceinline__ int tile_of(const DispatchArgs& args, int first, int 
 }
 
 // Whether the token chose the same expert earlier in its top-k. Only checked if a bit of Tables::chosen was set twice.
-__device__ __forceinline__ bool is_repeated(const DispatchArgs& args, int64_t token, int k) {
+inline __device__ __noinline__ bool is_repeated(const DispatchArgs& args, int64_t token, int k) {
     const int64_t expert = args.topk_idx.at(token * args.num_topk + k);
 #pragma unroll 1
     for (int earlier = 0; earlier < k; ++earlier) {
         if (args.topk_idx.at(token * args.num_topk + earlier) != expert) continue;
-        report_notice(args.runtime.domain, {kRepeatedExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                            static_cast<int>(token), static_cast<int>(expert)});
+        report_notice(args.runtime.domain, kRepeatedExpert, kLowLatencyDispatch, args.runtime.domain.rank,
+                      static_cast<int>(token), static_cast<int>(expert));
         return true;
     }
     return false;
@@ -74,8 +74,8 @@ __device__ __forceinline__ PacketRoutes read_tile(const DispatchArgs& args, Tabl
     for (int n = 0; n < kRoutesPerPacket; ++n) {
         const bool valid = expert[n] >= 0 && expert[n] < args.num_experts;
         if (!valid && expert[n] != -1)
-            report_notice(args.runtime.domain, {kBadExpert, kLowLatencyDispatch, args.runtime.domain.rank, 0,
-                                                args.num_experts, static_cast<int>(expert[n])});
+            report_notice(args.runtime.domain, kBadExpert, kLowLatencyDispatch, args.runtime.domain.rank,
+                          args.num_experts, static_cast<int>(expert[n]));
         const int local = static_cast<int>(expert[n]) - peer * local_experts;
         routes.expert[n] = valid && local >= 0 && local < local_experts ? local : -1;
         if (routes.expert[n] < 0) continue;
