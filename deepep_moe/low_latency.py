@@ -35,7 +35,14 @@ from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputE
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
-from deepep_moe.low_latency_checks import check_contiguous, check_distinct, check_modes, check_wait_stats, signature_of
+from deepep_moe.low_latency_checks import (
+    NOT_USABLE,
+    check_contiguous,
+    check_distinct,
+    check_modes,
+    check_wait_stats,
+    signature_of,
+)
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
 from deepep_moe.low_latency_in_flight import CALLS_IN_FLIGHT, InFlight
@@ -51,7 +58,8 @@ MAX_EXPERTS = 1024
 _ROW_BYTES = 16  # rows are moved in units of this
 _MAX_SHAPES = 4096  # of calls that are remembered as checked
 _DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
-_Key = tuple[tuple[object, ...] | None, Any, Any, object]
+_SEND, _BOTH = Half.SEND, Half.BOTH  # reading a member of an enumeration takes as long as a call
+_Key = tuple[object, object, object, object, Any, Any, Any]  # signatures of four arguments, M, experts, switches
 
 
 class LowLatencyHandle(Sequence[Any]):
@@ -134,74 +142,87 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
-        key = signature_of(x, topk_idx), max_tokens, num_experts, switches
-        shape = self._find_shape(key)
+        device = self.device
+        key = (
+            signature_of(x, device),
+            signature_of(topk_idx, device),
+            signature_of(stats, device),
+            signature_of(wait_stats, device),
+            max_tokens,
+            num_experts,
+            switches,
+        )
         try:
-            if shape is None or stats is not None or wait_stats is not None or (async_finish and return_recv_hook):
-                check_modes(async_finish, return_recv_hook)
+            shape = self._shapes.get(key) if max_tokens.__class__ is num_experts.__class__ is int else None
+        except TypeError:  # a switch that cannot be hashed
+            shape = None
+        if shape is None or self._dispatches.waiting or (async_finish and return_recv_hook):
+            shape = self._admit_dispatch(key, shape, x, topk_idx, stats, wait_stats, async_finish, return_recv_hook)
+        if async_finish:
+            call, event = self._dispatch_beside(shape, x, topk_idx, stats, wait_stats)
+            return call, LowLatencyHandle(call, self._identity), event, None
+        call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
+        handle = LowLatencyHandle(call, self._identity)
+        if return_recv_hook:
+            self._send_dispatch(call, _SEND)
+            return call, handle, _DONE, self._hook(self._dispatches, partial(self._receive_dispatch, call))
+        self._send_dispatch(call, _BOTH)
+        return call, handle, _DONE, None
+
+    def _admit_dispatch(
+        self,
+        key: _Key,
+        shape: DispatchShape | None,
+        x: Tensor,
+        topk_idx: Tensor,
+        stats: Tensor | None,
+        wait_stats: Tensor | None,
+        async_finish: bool,
+        return_recv_hook: bool,
+    ) -> DispatchShape:
+        """``shape`` or a new one, after the checks that its ``key`` does not spare."""
+        *_, max_tokens, num_experts, switches = key
+        try:
+            check_modes(async_finish, return_recv_hook)
+            if shape is None:
                 format = Format.of(*switches)
                 self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
-                if shape is None:
-                    shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
-                    self._keep_shape(key, shape)
-            if self._dispatches.waiting:
-                self._dispatches.check()
+                shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
+                self._keep_shape(key, shape)
+            self._dispatches.check()
+            return shape
         except DeepEPMoEError as problem:
             hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
             refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
             self._refuse(self._dispatches, problem, refuse)
             raise
-        if async_finish:
-            known = shape
 
-            def run() -> DispatchCall:
-                # allocated on the stream that fills them
-                return self._dispatch(known, x, topk_idx, stats, wait_stats)
-
-            call, event = self._runner.run(
-                run, async_finish=True, reads=(x, topk_idx, stats, wait_stats), made=_made_by_dispatch
-            )
-            return call, LowLatencyHandle(call, self._identity), event, None
-        if not return_recv_hook:
-            call = self._dispatch(shape, x, topk_idx, stats, wait_stats)
-            return call, LowLatencyHandle(call, self._identity), _DONE, None
-        sent = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
-        self._send_dispatch(sent, Half.SEND)
-
-        def receive() -> None:
-            self._engine.dispatch(sent, Half.RECEIVE)
-            sent.received = True
-
-        return sent, LowLatencyHandle(sent, self._identity), _DONE, self._hook(self._dispatches, receive)
-
-    def _dispatch(
+    def _dispatch_beside(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
-    ) -> DispatchCall:
-        """Both halves at once."""
-        call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
-        self._send_dispatch(call, Half.BOTH)
-        call.received = True
-        return call
+    ) -> tuple[DispatchCall, EventOverlap]:
+        """Both halves on the communication stream. Outputs are allocated on the stream that fills them."""
+
+        def run() -> DispatchCall:
+            call = self._new_dispatch(shape, x, topk_idx, stats, wait_stats)
+            self._send_dispatch(call, _BOTH)
+            return call
+
+        return self._runner.run(run, async_finish=True, reads=(x, topk_idx, stats, wait_stats), made=_made_by_dispatch)
+
+    def _receive_dispatch(self, call: DispatchCall) -> None:
+        call.received = True  # also if this raises what kernels have reported
+        self._engine.dispatch(call, Half.RECEIVE)
 
     def _send_dispatch(self, call: DispatchCall, half: Half) -> None:
+        call.received = half is _BOTH
         try:
             self._engine.dispatch(call, half)
         finally:
             self._dispatches.made += call.sent
 
-    def _find_shape(self, key: _Key) -> DispatchShape | None:
-        """The shape of an earlier dispatch with the same key, whose arguments passed all checks."""
-        signature, max_tokens, num_experts, _ = key
-        if signature is None or max_tokens.__class__ is not int or num_experts.__class__ is not int:
-            return None
-        try:
-            return self._shapes.get(key)
-        except TypeError:  # a switch that cannot be hashed
-            return None
-
     def _keep_shape(self, key: _Key, shape: DispatchShape) -> None:
         # On a CPU the values of the indices are checked, and those differ from call to call.
-        if key[0] is None or self.device.type == "cpu":
+        if NOT_USABLE in key or self.device.type == "cpu":
             return
         if len(self._shapes) >= _MAX_SHAPES:
             self._shapes.clear()
@@ -305,47 +326,94 @@ class LowLatency:
         wait_stats: Tensor | None,
     ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_combine`."""
+        if (
+            zero_copy
+            or self._combines.waiting
+            or (async_finish and return_recv_hook)
+            or handle.__class__ is not LowLatencyHandle
+            or handle.owner is not self._identity
+            or not (dispatched := handle.call).received
+            or self._combine_key(x, topk_idx, topk_weights, out, wait_stats) not in dispatched.shape.combines
+        ):
+            dispatched, x = self._admit_combine(
+                x, topk_idx, topk_weights, handle, zero_copy, async_finish, return_recv_hook, out, wait_stats
+            )
+        if async_finish:
+            return *self._combine_beside(dispatched, x, topk_idx, topk_weights, out, wait_stats), None
+        call = self._new_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+        if return_recv_hook:
+            self._send_combine(call, _SEND)
+            return call.out, _DONE, self._hook(self._combines, partial(self._engine.combine, call, Half.RECEIVE))
+        self._send_combine(call, _BOTH)
+        return call.out, _DONE, None
+
+    def _combine_key(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor | None, wait_stats: Tensor | None
+    ) -> tuple[object, ...]:
+        device = self.device
+        return (
+            signature_of(x, device),
+            signature_of(topk_idx, device),
+            signature_of(topk_weights, device),
+            signature_of(out, device),
+            signature_of(wait_stats, device),
+        )
+
+    def _admit_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any,
+        zero_copy: bool,
+        async_finish: bool,
+        return_recv_hook: bool,
+        out: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> tuple[DispatchCall, Tensor]:
+        """The dispatch of ``handle`` and the rows to combine, after all checks of this call."""
         dispatched: DispatchCall | None = None
         try:
             dispatched = self._call_of(handle)
             if zero_copy:
                 x = self._lent_to(dispatched)
-            key = signature_of(x, topk_idx), signature_of(topk_weights, out)
-            known = dispatched.shape.combines
-            if key not in known or wait_stats is not None or (async_finish and return_recv_hook):
-                check_modes(async_finish, return_recv_hook)
+            check_modes(async_finish, return_recv_hook)
+            key, known = self._combine_key(x, topk_idx, topk_weights, out, wait_stats), dispatched.shape.combines
+            if key not in known:
                 self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
-                if None not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
+                if NOT_USABLE not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
                     known.add(key)
-            if self._combines.waiting:
-                self._combines.check()
+            self._combines.check()
         except DeepEPMoEError as problem:
             self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
             raise
         if zero_copy:
             self._lent = [entry for entry in self._lent if entry[0] is not dispatched]
-        if async_finish:
-            of = dispatched
+        return dispatched, x
 
-            def run() -> CombineCall:
-                call = self._new_combine(of, x, topk_idx, topk_weights, out, wait_stats)
-                self._send_combine(call, Half.BOTH)
-                return call
+    def _combine_beside(
+        self,
+        dispatched: DispatchCall,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        out: Tensor | None,
+        wait_stats: Tensor | None,
+    ) -> tuple[Tensor, EventOverlap]:
+        """Both halves on the communication stream."""
 
-            call, event = self._runner.run(
-                run,
-                async_finish=True,
-                reads=(x, topk_idx, topk_weights, dispatched.memory, wait_stats, out),
-                made=lambda call: (call.out,),
-            )
-            return call.out, event, None
-        call = self._new_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
-        if not return_recv_hook:
-            self._send_combine(call, Half.BOTH)
-            return call.out, _DONE, None
-        self._send_combine(call, Half.SEND)
-        hook = self._hook(self._combines, lambda: self._engine.combine(call, Half.RECEIVE))
-        return call.out, _DONE, hook
+        def run() -> CombineCall:
+            call = self._new_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+            self._send_combine(call, _BOTH)
+            return call
+
+        call, event = self._runner.run(
+            run,
+            async_finish=True,
+            reads=(x, topk_idx, topk_weights, dispatched.memory, wait_stats, out),
+            made=lambda call: (call.out,),
+        )
+        return call.out, event
 
     def _send_combine(self, call: CombineCall, half: Half) -> None:
         try:

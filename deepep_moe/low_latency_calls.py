@@ -75,7 +75,8 @@ class LowLatencyCalls:
             RankMismatchError, PeerTimeoutError, PeerError: ranks differ, or one does not answer (then masked instead,
                 with ``enable_shrink``). On GPUs a kernel notices; the next call or ``low_latency_check`` raises.
         """
-        call, handle, event, hook = self._opened().dispatch(
+        calls = self._low_latency or self._opened()
+        call, handle, event, hook = calls.dispatch(
             x,
             topk_idx,
             num_max_dispatch_tokens_per_rank,
@@ -120,7 +121,8 @@ class LowLatencyCalls:
         Raises:
             As :meth:`low_latency_dispatch`.
         """
-        return self._opened().combine(
+        calls = self._low_latency or self._opened()
+        return calls.combine(
             x,
             topk_idx,
             topk_weights,

@@ -10,6 +10,9 @@ from torch import Tensor
 from deepep_moe.backends.checks import check_shape
 from deepep_moe.errors import InputError
 
+NOT_USABLE = object()
+"""Signature of an argument that is checked in every call, because it is wrong or no plain tensor."""
+
 
 def check_modes(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
@@ -37,26 +40,18 @@ def check_distinct(topk_idx: Tensor) -> None:
         raise InputError("topk_idx", f"expert {chosen} twice for token {token}", "experts of a token must differ")
 
 
-def signature_of(a: Any, b: Any) -> tuple[object, ...] | None:
-    """What the checks examine of a tensor and of a tensor or None, except values. None if one is not a plain tensor."""
-    try:
-        if a.__class__ is not Tensor:
-            return None
-        if b is None:
-            return a.shape, a.dtype, a.device, a.is_contiguous(), a.is_neg()
-        if b.__class__ is not Tensor:
-            return None
-        return (
-            a.shape,
-            a.dtype,
-            a.device,
-            a.is_contiguous(),  # False, or an error, where the layout is not strided
-            a.is_neg(),
-            b.shape,
-            b.dtype,
-            b.device,
-            b.is_contiguous(),
-            b.is_neg(),
-        )
-    except RuntimeError:  # a nested or sparse tensor
+def signature_of(tensor: Any, device: torch.device) -> object:
+    """What the checks examine of a tensor or None, except values. NOT_USABLE: no plain tensor on ``device``."""
+    if tensor is None:
         return None
+    try:
+        if (
+            tensor.__class__ is Tensor
+            and tensor.is_contiguous()  # False, or an error, where the layout is not strided
+            and tensor.device == device
+            and not tensor.is_neg()
+        ):
+            return tensor.shape, tensor.dtype
+    except RuntimeError:  # a nested or sparse tensor
+        pass
+    return NOT_USABLE

@@ -24,6 +24,8 @@ from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMism
 from deepep_moe.extension import _C, address
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
 
+_SEND, _RECEIVE = Half.SEND, Half.RECEIVE  # reading a member of an enumeration takes as long as a call
+
 
 class _Arena(NamedTuple):
     memory: SymmetricMemory
@@ -61,7 +63,7 @@ class CudaEngine:
         launch = shape.launch
         if launch is None:
             launch = shape.launch = self._prepare(shape)
-        if half is not Half.RECEIVE:
+        if half is not _RECEIVE:
             self._last = memory
         told = self._engine.dispatch(
             launch,
@@ -81,7 +83,7 @@ class CudaEngine:
 
     def combine(self, call: CombineCall, half: Half) -> None:
         dispatched, topk_idx = call.dispatched, call.topk_idx
-        if half is Half.SEND:
+        if half is _SEND:
             call.state = torch.empty_strided((1,), (1,), dtype=torch.int32, device=self.device)
         told = self._engine.combine(
             dispatched.shape.launch,

@@ -219,20 +219,23 @@ struct Sums {
     }
 };
 
-// Called by all threads of the block.
+// Of a row.
+__device__ __forceinline__ int receive_pieces(const CombineArgs& args) {
+    return ceil_div(args.arena.hidden / 8, kWarpSize);
+}
+
+// Called by all threads of the block. `sums`: the first of this warp, begun; it is item number `item`, and the next one
+// `step` further.
 template <int kHalf>
-__device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports) {
+__device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports, Sums& sums,
+                                        int item, int step) {
     __shared__ Ranks ranks;
     __shared__ RankMask sending;
     // Without a sending half the rows are usually there: they are loaded together with the facts.
     constexpr bool kEarly = kHalf == kReceive;
-    const int pieces = ceil_div(args.arena.hidden / 8, kWarpSize), warps = gridDim.x * kWarps;
-    const int items = args.num_tokens * pieces, warp = threadIdx.x / kWarpSize, block = static_cast<int>(blockIdx.x);
-    int item = kEarly ? warp * static_cast<int>(gridDim.x) + block : block * kWarps + warp;
-    Sums sums;
-    sums.begin(args, item, items, pieces);
+    const int pieces = receive_pieces(args), items = args.num_tokens * pieces;
     if (kEarly) sums.load(args, waiting.epoch);
-    if (warp == 0) {
+    if (threadIdx.x < kWarpSize) {
         const Facts own = facts_of(args);
         const int r = threadIdx.x;
         const bool exists = r < args.runtime.domain.num_ranks;
@@ -247,7 +250,7 @@ __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& 
     for (bool loaded = kEarly; item < items; loaded = false) {
         if (!loaded) sums.load(args, waiting.epoch);
         sums.finish(args, waiting, sending);
-        item += warps;
+        item += step;
         sums.begin(args, item, items, pieces);
     }
 }
@@ -267,7 +270,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     int items = 0, item = sends_tables ? 0 : (blockIdx.x - ranks) * kWarps + warp;
     int4 packet{};
     Piece piece;
+    Sums sums;
+    // A kernel that only receives: neighbouring items in different blocks, so that all SMs have equally many; none in
+    // the last block, which starts with something slow.
+    const int grid = static_cast<int>(gridDim.x), receivers = kHalf == kReceive ? grid - 1 : grid;
+    const int block = static_cast<int>(blockIdx.x), in_row = receive_pieces(args);
+    const int received = kHalf == kReceive ? warp * receivers + block : block * kWarps + warp;
     const auto load = [&] {  // what does not depend on the call's number
+        if constexpr (kHalf == kReceive) sums.begin(args, received, args.num_tokens * in_row, in_row);
         if constexpr (kSendsTables)
             if (static_cast<int>(threadIdx.x) < in_tables) packet = weights_packet(args, peer, threadIdx.x, packets);
         if constexpr (kSendsRows) {
@@ -305,7 +315,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
             if (item < items) piece.load(args, item, pieces);
         }
     }
-    if constexpr ((kHalf & kReceive) != 0) receive<kHalf>(args, waiting, reports);
+    if constexpr ((kHalf & kReceive) != 0) {
+        if (block >= receivers) return;
+        if constexpr (kHalf != kReceive) sums.begin(args, received, args.num_tokens * in_row, in_row);
+        receive<kHalf>(args, waiting, reports, sums, received, receivers * kWarps);
+    }
 }
 
 }  // namespace

@@ -174,13 +174,13 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
     __syncthreads();
     if (rt.masks) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
+        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)
             if (shared.first[i] < 0) shared.ranks.lost[i / local_experts] = 1;
         __syncthreads();
         if (threadIdx.x < ranks) shared.ranks.agree_on_lost(waiting, facts_of(args), threadIdx.x);
         __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
+        for (int i = threadIdx.x; i < args.num_experts; i += kThreads)  // the counts are there: another block saw them
             if (shared.first[i] < 0 && !shared.ranks.lost[i / local_experts]) read_count(i, false);
         __syncthreads();
     }
@@ -241,6 +241,9 @@ struct Arriving {
     int source, token, number;
     int4 v[kReceivePackets], scales, routes;  // of this lane: of the row; lane i: packet i of the scales, of the routes
 
+    static __device__ __forceinline__ int pieces_of_row(const DispatchArgs& args) {
+        return ceil_div(kFp8 ? args.arena.hidden : 2 * args.arena.hidden, kReceiveBytes);
+    }
     __device__ __forceinline__ int row_packets(const DispatchArgs& args) const {
         return kFp8 ? args.arena.hidden / 16 : args.arena.hidden / 8;
     }
@@ -279,11 +282,13 @@ struct Arriving {
         return routes.w == epoch;
     }
 
-    __device__ __forceinline__ void load(const DispatchArgs& args, int epoch, int item, int pieces) {
-        const int ranks = args.runtime.domain.num_ranks, row = item / pieces;
+    __device__ __forceinline__ void begin(const DispatchArgs& args, int item) {
+        const int ranks = args.runtime.domain.num_ranks, pieces = pieces_of_row(args), row = item / pieces;
         number = item % pieces;
         source = row % ranks;
         token = row / ranks;
+    }
+    __device__ __forceinline__ void load(const DispatchArgs& args, int epoch) {
         const bool exists = token < args.arena.max_tokens;
         const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
 #pragma unroll
@@ -386,15 +391,14 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
     if (piece.has_scales(args)) store_packet(staged + piece.scales_at(args), {0, 0, 0, 0});
 }
 
-// Called by all threads of the block. `item`: the first of this warp.
+// Called by all threads of the block. `piece`: the first of this warp, begun; it is item number `item`, and the next
+// one `step` further.
 template <bool kFp8, int kHalf>
 __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
-                                        int item) {
+                                        Arriving<kFp8>& piece, int item, int step) {
     const Runtime& rt = args.runtime;
-    const int ranks = rt.domain.num_ranks, row_bytes = kFp8 ? args.arena.hidden : 2 * args.arena.hidden;
-    const int pieces = ceil_div(row_bytes, kReceiveBytes), warps = gridDim.x * kWarps;
-    Arriving<kFp8> piece;
-    piece.load(args, waiting.epoch, item, pieces);
+    const int ranks = rt.domain.num_ranks;
+    piece.load(args, waiting.epoch);
     // A kernel that also sends reads only the counts that its routes need: those of other sources may arrive much
     // later. A kernel that only receives reads all of them together with the rows, before its stores delay loads. With
     // masks all blocks must treat a lost rank alike, so each of them reads all counts.
@@ -407,12 +411,14 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
     }
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, shared.ranks.tokens[s]);
-    const int items = ranks * most * pieces;
+    const int items = ranks * most * piece.pieces_of_row(args);
     waiting.crowded = items > kCrowd;
     while (item < items) {
         if (piece.token < shared.ranks.tokens[piece.source]) receive_piece(args, shared, counted, waiting, piece);
-        item += warps;
-        if (item < items) piece.load(args, waiting.epoch, item, pieces);
+        item += step;
+        if (item >= items) break;
+        piece.begin(args, item);
+        piece.load(args, waiting.epoch);
     }
 }
 
@@ -431,7 +437,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     int item = sends_tables || block >= ranks + send_blocks ? items : (block - ranks) * kWarps + warp;
     Piece piece;
     PacketRoutes routes;
+    Arriving<kFp8> arriving;
+    // A kernel that only receives: neighbouring items in different blocks, so that all SMs have equally many; none in
+    // the last block, which starts with something slow. Else: blocks without other work first.
+    const int grid = static_cast<int>(gridDim.x), receivers = kHalf == kReceive ? grid - 1 : grid;
+    const int busy = ranks + send_blocks, turn = block - busy + (block < busy ? grid : 0);
+    const int received = kHalf == kReceive ? warp * receivers + block : turn * kWarps + warp;
     const auto load = [&] {  // what does not depend on the call's number
+        if constexpr (kHalf == kReceive) arriving.begin(args, received);
         if constexpr ((kHalf & kSend) != 0) {
             if (sends_tables) routes = read_tile(args, shared.tables, peer, 0, packets);
             if (item < items) piece.load<kFp8>(args, item, pieces);
@@ -457,12 +470,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
             item += senders;
         }
     }
-    if constexpr (kHalf == kReceive) {
-        // neighbouring items in different blocks, so that all SMs have equally many
-        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, warp * static_cast<int>(gridDim.x) + block);
-    } else if constexpr ((kHalf & kReceive) != 0) {  // blocks without other work first
-        const int busy = ranks + send_blocks, turn = block - busy + (block < busy ? static_cast<int>(gridDim.x) : 0);
-        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, turn * kWarps + warp);
+    if constexpr ((kHalf & kReceive) != 0) {
+        if (block >= receivers) return;
+        if constexpr (kHalf != kReceive) arriving.begin(args, received);
+        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, arriving, received, receivers * kWarps);
     }
 }
 

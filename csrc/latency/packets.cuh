@@ -21,11 +21,11 @@ __device__ __forceinline__ int4 unseal(int4 packet) {
 
 // -- waits ---------------------------------------------------------------------------------------------------
 
-// The slow paths below are not inlined, and loops contain one copy of what they wait for: a kernel of a few microseconds
-// executes most of its instructions once, so fetching them is part of its time.
+// The slow paths below are not inlined, and loops contain one copy of what they wait for: a kernel of a few
+// microseconds executes most of its instructions once, so fetching them is part of its time.
 
-inline __device__ __noinline__ void report_notice(const Domain& domain, Failure kind, int phase, int peer,
-                                                  int expected, int seen) {
+inline __device__ __noinline__ void report_notice(const Domain& domain, Failure kind, int phase, int peer, int expected,
+                                                  int seen) {
     deepep_moe::report_notice(domain, {kind, phase, peer, 0, expected, seen});
 }
 
@@ -73,8 +73,10 @@ struct Waiting {
 #pragma unroll 1
         for (unsigned tries = 0;; ++tries) {
             if (arrived()) return true;
-            if (tries == 0) start = global_nanoseconds();
-            else if (tries % kTries == 0 && give_up(runtime, phase(), epoch, peer, seen, start)) return false;
+            if (tries == 0)
+                start = global_nanoseconds();
+            else if (tries % kTries == 0 && give_up(runtime, phase(), epoch, peer, seen, start))
+                return false;
         }
     }
 

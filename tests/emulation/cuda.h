@@ -97,6 +97,8 @@ T shuffle(T value, unsigned from) {
 #define blockDim (emulation::Index{static_cast<unsigned>(emulation::task->stacks.size())})
 #undef __forceinline__
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__
 #undef __grid_constant__
 #define __grid_constant__
 #undef __launch_bounds__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe import low_latency, low_latency_cuda, low_latency_reference
-from deepep_moe.errors import CapacityError, HandleError, InputError, UnsupportedError
+from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, UnsupportedError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency
 from deepep_moe.low_latency_cuda import CudaEngine
@@ -186,6 +186,47 @@ def test_calls_use_memory_in_turn_refused_or_not(calls: LowLatency, engine: Reco
     hook()
     dispatch(calls)
     assert len(engine.refused) == 2
+
+
+def test_a_hook_that_raises_has_received(calls: LowLatency, engine: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiving half raises what kernels reported about some call; the rows of its own call are there."""
+    *_, handle, _, hook = dispatch(calls, return_recv_hook=True)
+    with pytest.raises(HandleError, match="call the hook"):
+        combine(calls, handle)
+    assert hook is not None
+
+    def reports(call: DispatchCall, half: Half) -> None:
+        raise PeerError("rank 1 refused its input")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "dispatch", reports)
+        with pytest.raises(PeerError):
+            hook()
+    combine(calls, handle)
+    assert [half for _, half in engine.calls] == [Half.SEND, Half.BOTH] and len(engine.refused) == 1
+
+
+def test_arguments_that_are_counted_into_are_checked_once(
+    calls: LowLatency, engine: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = {
+        "stats": torch.empty(3, dtype=torch.int32, device=META),
+        "wait_stats": torch.empty(2, dtype=torch.int64, device=META),
+    }
+    _, handle, *_ = dispatch(calls, **counted)
+    combine(calls, handle, wait_stats=counted["wait_stats"])
+    with monkeypatch.context() as patch:
+        patch.setattr(LowLatency, "_check_dispatch", pytest.fail)
+        patch.setattr(LowLatency, "_check_combine", pytest.fail)
+        call, handle, *_ = dispatch(calls, **counted)
+        combine(calls, handle, wait_stats=counted["wait_stats"])
+    assert call.stats is counted["stats"] and call.wait_stats is counted["wait_stats"]
+    wrong = torch.empty(3, dtype=torch.int64, device=META)
+    for name, argument in (("stats", "cumulative_local_expert"), ("wait_stats", "dispatch_wait_recv")):
+        with pytest.raises(InputError, match=argument):
+            dispatch(calls, **{**counted, name: wrong})
+    with pytest.raises(InputError, match="combine_wait_recv"):
+        combine(calls, handle, wait_stats=wrong)
 
 
 def test_a_refused_combine_leaves_the_rows_that_were_written(calls: LowLatency, engine: Recorder) -> None:
