@@ -231,16 +231,9 @@ class Exchange:
             raise refused_by({rank: reason for rank, reason in enumerate(reasons) if reason is not None}, phase)
         compare_facts(facts, headers)
 
-    @contextmanager
-    def moving(self, phase: Phase) -> Iterator[None]:
+    def moving(self, phase: Phase) -> _Moving:
         """Context of the work after an agreement. If it fails on this rank alone, the peers are told why."""
-        try:
-            yield
-        except PeerError:
-            raise
-        except Exception as error:
-            self.break_off(phase, f"{type(error).__name__}: {error}")
-            raise
+        return _Moving(self, phase)
 
     # -- communication -------------------------------------------------------------------------------------------
 
@@ -432,6 +425,22 @@ class Exchange:
         if first:
             raise kind(f"{text}. {_NO_FURTHER_USE}")
         raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
+
+
+class _Moving:
+    """See :meth:`Exchange.moving`. (A class, because entering a generator takes more host time.)"""
+
+    __slots__ = ("_exchange", "_phase")
+
+    def __init__(self, exchange: Exchange, phase: Phase) -> None:
+        self._exchange, self._phase = exchange, phase
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PeerError):
+            self._exchange.break_off(self._phase, f"{type(error).__name__}: {error}")
 
 
 def agree(headers: Sequence[Sequence[int]]) -> bool:

@@ -22,8 +22,8 @@ Inside a node runs the nvlink backend, on a CPU the collective one: that composi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NoReturn
 
@@ -45,7 +45,7 @@ from deepep_moe.backends.base import (
 )
 from deepep_moe.backends.checks import check_combine, check_dispatch, check_topk_idx
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact, given_up
+from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, given_up
 from deepep_moe.backends.hierarchical_geometry import SHARES, Geometry
 from deepep_moe.backends.hierarchical_parts import Parts
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way
@@ -101,12 +101,16 @@ class HierarchicalBackend(Shared):
         """Moves rows inside the node. Another one plans: it holds places for the batch of a node, which is larger than
         what moves at once, and so it never needs memory for rows."""
         self._plan_engine: Backend = engine(groups.node, device, inside)
+        for one in (self.engine, self._plan_engine):
+            if isinstance(one, NVLinkBackend):
+                one.checks_arguments = False  # this backend does
         self._formats: dict[tuple[object, ...], bytes] = {}
         """Phase and facts of calls, and the same as text."""
         self._known: set[tuple[object, ...]] = set()
         """Those that all ranks have compared."""
         self._history = 0
-        self._moving = Moving(self._exchange, self.rail, self._node)
+        lines = (self._exchange, self.rail, self._node)
+        self._moving: dict[Phase, Moving] = {phase: Moving(phase, *lines) for phase in ("plan", "dispatch", "combine")}
         self._planner = Planner(
             self._geometry,
             self._exchange,
@@ -115,7 +119,7 @@ class HierarchicalBackend(Shared):
             self.engine.number,
             config,
             self.number,
-            self._moving,
+            self._moving["plan"],
             defers=device.type == "cuda",
         )
 
@@ -191,10 +195,11 @@ class HierarchicalBackend(Shared):
         return self._planner.plan(request, history)
 
     def refuse(self, phase: Phase, error: Exception) -> NoReturn:
+        exchange = self._open()
         if phase == "plan":
-            self._open().count_plan()
+            exchange.count_plan()
         try:
-            with self._planner.agreement(phase) if phase == "plan" else self._agreement(phase):
+            with self._refusing(phase):
                 raise error
         finally:
             del error  # its traceback holds this frame: together they would keep the caller's tensors alive
@@ -213,16 +218,18 @@ class HierarchicalBackend(Shared):
         backward: Backward = Backward.NONE,
         into: Rows | None = None,
     ) -> Rows:
-        with self._agreement("dispatch") as agreement:
+        def check() -> dict[str, Fact]:
             check_dispatch(self, plan, x, layout=layout, wire=wire, scales=scales, weights=weights)
             self._check_row("x", x, x.dtype if wire is Wire.AS_GIVEN else torch.float8_e4m3fn)
-            agreement.facts = {
+            return {
                 **_facts(plan, x, layout, weights, backward),
                 "wire": wire,
                 "scale columns": 0 if scales is None else scales.shape[1],
                 "dtype of scales": torch.float32 if scales is None else scales.dtype,
             }
-        with self._moving("dispatch"):
+
+        self._agree("dispatch", check)
+        with self._moving["dispatch"]:
             return self._dispatch(self._own(plan), x.detach(), layout, wire, scales, weights)
 
     def _dispatch(
@@ -237,18 +244,18 @@ class HierarchicalBackend(Shared):
         by_expert, quantize = layout is Layout.BY_EXPERT, wire is not Wire.AS_GIVEN
         format = RowFormat.of(x, scales, weights, quantize=quantize)
         parts = self._parts(plan, layout, format.pitch)
-        packed, arriving = self.rail.buffers(_total(parts.send), _total(parts.recv), format.pitch)
+        packed, arriving = self.rail.buffers(parts.num_sent, parts.num_received, format.pitch)
         pack_rows(x, parts.send_rows, packed, format, scales=scales, weights=weights)
         chunks = list(zip(_chunks(packed, parts.send), _chunks(arriving, parts.recv), parts.send, parts.recv))
         finish = [self.rail.start("dispatch", *move, number, len(chunks)) for number, move in enumerate(chunks)]
 
         def inside(part: Plan, rows: Rows, wire: Wire, made: Rows | None) -> Rows:
             x, scales, weights = rows
-            if by_expert:
-                return self.engine.dispatch(
-                    part, x, layout=layout, wire=wire, scales=scales, weights=weights, into=made
-                )
-            return self.engine.dispatch(part, x, layout=Layout.BY_EXPERT, scales=_beside(scales, weights), into=made)
+            if not by_expert:
+                scales, weights = _beside(scales, weights), None
+            return self.engine.dispatch(
+                part, x, layout=Layout.BY_EXPERT, wire=wire, scales=scales, weights=weights, into=made
+            )
 
         # BF16 that crosses as e4m3 is the same e4m3 again after it was BF16 in between: the node's backend gets BF16.
         through = by_expert and wire is Wire.E4M3_TO_BF16
@@ -281,11 +288,13 @@ class HierarchicalBackend(Shared):
         bias: tuple[Tensor, ...] = (),
         backward: Backward = Backward.NONE,
     ) -> Tokens:
-        with self._agreement("combine") as agreement:
+        def check() -> dict[str, Fact]:
             check_combine(self, plan, x, layout=layout, weights=weights, apply_weights=apply_weights, bias=bias)
             self._check_row("x", x, x.dtype)
-            agreement.facts = {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
-        with self._moving("combine"):
+            return {**_facts(plan, x, layout, weights, backward), "weights multiplied": apply_weights}
+
+        self._agree("combine", check)
+        with self._moving["combine"]:
             return self._combine(self._own(plan), x.detach(), layout, weights, apply_weights, bias)
 
     def _combine(
@@ -300,7 +309,7 @@ class HierarchicalBackend(Shared):
         carry = weights is not None and not apply_weights
         format = RowFormat(x.dtype, x.shape[1], num_weights=plan.num_topk if carry else 0)
         parts, home = self._parts(plan, layout, format.pitch), plan.way.crossing.tokens
-        packed, back = self.rail.buffers(_total(parts.recv), home + _total(parts.send), format.pitch)
+        packed, back = self.rail.buffers(parts.num_received, home + parts.num_sent, format.pitch)
         chunks = list(zip(_chunks(packed, parts.recv), _chunks(back[home:], parts.send), parts.recv, parts.send))
         finish = []
         for number, (part, move) in enumerate(zip(parts.crossing, chunks)):  # what must cross goes first
@@ -393,38 +402,41 @@ class HierarchicalBackend(Shared):
         with self._planner.agreement("barrier"):
             pass
 
-    @contextmanager
-    def _agreement(self, phase: Phase) -> Iterator[Agreement]:
-        """What ranks must share in a call.
+    def _agree(self, phase: Phase, check: Callable[[], dict[str, Fact]]) -> None:
+        """Compare what ranks must share in a call, and check this rank's input: ``check`` returns facts or raises.
 
-        On a GPU the host would have to wait for the answer, so it is asked for a format that this rank has not used
-        before; of the other calls all ranks compare a checksum when they make their next plan.
+        On a GPU the host would have to wait for the answer, so ranks compare formats only that they have not used
+        before; of the other calls they compare a checksum when they make their next plan.
         """
-        exchange = self._open()
+        self._open()
         if self.device.type == "cpu":
             with self._planner.agreement(phase) as agreement:
-                yield agreement
+                agreement.facts = check()
             return
-        mine = Agreement()
         try:
-            yield mine
+            facts = check()
         except Exception:
-            agreed_before = any(known[0] == phase for known in self._known)
-            with exchange.moving(phase) if agreed_before else self._planner.agreement(phase):
+            with self._refusing(phase):
                 raise
-        form = (phase, *(value for name, value in mine.facts.items() if name != "plan"))
+        number, *others = facts.values()
+        form = (phase, *others)
         text = self._formats.get(form)
         if text is None:
             text = self._formats[form] = str(form).encode()
         if self.config.check_agreement and form not in self._known:
             with self._planner.agreement(phase) as agreement:
-                agreement.facts = mine.facts
+                agreement.facts = facts
             self._known.add(form)
-        self._history = zlib.crc32(text + str(mine.facts["plan"]).encode(), self._history)
+        self._history = zlib.crc32(text + str(number).encode(), self._history)
+
+    def _refusing(self, phase: Phase) -> AbstractContextManager[object]:
+        """Context in which this rank raises the error of a call that the others make."""
+        compared_before = any(known[0] == phase for known in self._known)
+        return self._open().moving(phase) if compared_before else self._planner.agreement(phase)
 
 
 def _facts(plan: Plan, x: Tensor, layout: Layout, weights: Tensor | None, backward: Backward) -> dict[str, Fact]:
-    """What ranks must share in both directions, by the names that users know."""
+    """What ranks must share in both directions, by the names that users know. The number of the plan is the first."""
     return {
         "plan": plan.number,
         "hidden size": x.shape[1],
@@ -468,10 +480,6 @@ def _dequantized(packed: Tensor, format: RowFormat) -> Rows:
     rows = packed.shape[0]
     every = torch.zeros((rows, format.num_weights), dtype=torch.int32, device=packed.device)
     return expand_rows(packed, format, rows, rows, layout=Layout.BY_SOURCE, places=every, dequantize=True)
-
-
-def _total(blocks: list[Blocks]) -> int:
-    return sum(sum(block.sizes) for block in blocks)
 
 
 def _chunks(rows: Tensor, blocks: list[Blocks]) -> tuple[Tensor, ...]:

@@ -67,7 +67,10 @@ class Geometry:
         """[G * N] whether they are of other nodes."""
         self.rail_members = self.tensor(self.rail_ranks)
         """[N] ranks of the rail."""
+        self._message_sizes: dict[Room, list[int]] = {}
         self.none_bad = torch.zeros(1, dtype=torch.int32, device=device)
+        self.no_routes = torch.zeros((), dtype=torch.int64, device=device)
+        """Stands for the routes of plans whose routes nobody reads."""
         self.kernels: _C.NodeMap | None = None
         """The kernels of csrc/nodes on these nodes, where the extension serves the device."""
         if why_not_on(device) is None:
@@ -112,8 +115,12 @@ class Geometry:
 
     def message_sizes(self, room: Room) -> list[int]:
         """[R] words of the message for or from each rank."""
-        words = self.message_words(room)
-        return [words + in_rail * room.route_words for in_rail in self.to_rail]
+        sizes = self._message_sizes.get(room)
+        if sizes is None:
+            words = self.message_words(room)
+            sizes = [words + in_rail * room.route_words for in_rail in self.to_rail]
+            self._message_sizes[room] = sizes
+        return sizes
 
     def swap(self, messages: Tensor, room: Room) -> Transfer:
         """The exchange of the messages for all ranks with those from all ranks, ``[words of all, 1]`` int64."""

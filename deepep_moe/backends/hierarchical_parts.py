@@ -36,6 +36,7 @@ class Parts:
         own: the node's plan of this rank's own tokens.
         crossing: the node's plan of each chunk's rows, in the order of the receive buffer.
         send, recv: blocks of each chunk.
+        num_sent, num_received: rows of all of them.
         send_rows: [T, N] int32: the row of each token in the send buffer, which has the chunks one after the other, for
             each rank of the rail; -1 for none.
         home_rows: [T, N] int32: where the sum of each node is when a token is back at home: in the buffer of C rows of
@@ -44,15 +45,16 @@ class Parts:
 
     def __init__(self, plan: HierarchicalPlan, layout: Layout, chunks: int) -> None:
         way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
-        self._device, self._streams = geometry.device, Streams(geometry.device)
+        self._streams = Streams(geometry.device)
         send_sizes = crossing.block_sizes(crossing.sent, chunks, geometry)
         recv_sizes = crossing.block_sizes(crossing.received, chunks, geometry)
         chunk_rows = [sum(sizes) for sizes in recv_sizes]
+        self.num_sent, self.num_received = sum(map(sum, send_sizes)), sum(chunk_rows)
         by_expert = layout is Layout.BY_EXPERT
         if geometry.kernels is not None and plan.num_topk:
-            tables = tables_by_kernels(plan, by_expert, chunks, sum(chunk_rows))
+            tables = tables_by_kernels(plan, by_expert, chunks, self.num_received)
         else:
-            tables = tables_by_operators(plan, by_expert, chunks, sum(chunk_rows))
+            tables = tables_by_operators(plan, by_expert, chunks, self.num_received)
         self.send_rows, self.home_rows = tables.send_rows, tables.home_rows
         used = (tables.send_used, tables.recv_used)
         send_used, recv_used = ([None] * chunks if crossing.exact else list(rows.unbind(0)) for rows in used)
@@ -61,7 +63,6 @@ class Parts:
 
         row_recv = plan.row_recv if by_expert else plan.recv_src_idx.contiguous()
         ranks, topk = geometry.node_size, (tables.placed.shape[2] - 1) // 2
-        no_routes = torch.zeros((), dtype=torch.int64, device=self._device)
         rows = [plan.num_tokens, *chunk_rows]
         slots = [tables.own_slots, *tables.chunk_slots.split(chunk_rows)]
         self.own, *self.crossing = (
@@ -69,7 +70,7 @@ class Parts:
                 num_experts=(way.node_counted.shape[0] - ranks * ranks) // 2 * ranks,
                 alignment=plan.alignment,
                 identity=(plan.engine, plan.number),
-                topk_idx=no_routes.expand(rows[part], topk),
+                topk_idx=geometry.no_routes.expand(rows[part], topk),
                 send_slot=slots[part],
                 counted=tables.counted[part],
                 received=tables.placed[part],
@@ -217,9 +218,9 @@ def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv
     sizes = [math.prod(shape) for shape in shapes.values()]
     memory = torch.empty(sum(sizes), dtype=torch.int32, device=geometry.device)
     base, addresses = memory.data_ptr(), {}
-    for name, size in zip(shapes, sizes):
+    for name, size in zip(shapes, sizes):  # words of 4 bytes
         addresses[name] = base
-        base += memory.element_size() * size
+        base += 4 * size
     assert geometry.kernels is not None
     geometry.kernels.parts(
         num_tokens=tokens,

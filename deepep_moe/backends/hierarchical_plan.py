@@ -178,11 +178,11 @@ def place(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, 
     """
     if geometry.kernels is None or not node_plan.num_topk:
         return _place_by_operators(geometry, messages, made, node_plan, tokens)
-    topk = node_plan.num_topk
+    topk, (num_recv, num_rows) = node_plan.num_topk, node_plan.known_sizes()
     placed = Placed(
-        torch.empty((node_plan.num_recv, 1 + 2 * topk), dtype=torch.int32, device=geometry.device),
-        torch.empty(node_plan.num_rows, dtype=torch.int32, device=geometry.device),
-        torch.empty((node_plan.num_recv, FIRST_ROUTE + topk), dtype=torch.int32, device=geometry.device),
+        torch.empty((num_recv, 1 + 2 * topk), dtype=torch.int32, device=geometry.device),
+        torch.empty(num_rows, dtype=torch.int32, device=geometry.device),
+        torch.empty((num_recv, FIRST_ROUTE + topk), dtype=torch.int32, device=geometry.device),
     )
     geometry.kernels.place(
         messages=messages.words.data_ptr(),
@@ -191,8 +191,8 @@ def place(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, 
         node_received=node_plan.received.data_ptr(),
         node_counted=node_plan.counted.data_ptr(),
         moved=made.moved.data_ptr(),
-        num_recv=node_plan.num_recv,
-        num_rows=node_plan.num_rows,
+        num_recv=num_recv,
+        num_rows=num_rows,
         room=tokens,
         num_topk=topk,
         received=placed.received.data_ptr(),

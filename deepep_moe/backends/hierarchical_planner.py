@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, PeerError, UnsupportedError
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Request:
     """The arguments of :meth:`Backend.plan`."""
 
@@ -58,7 +59,7 @@ class Request:
     def fixed(self) -> bool:
         return self.max_recv is not None or self.max_rows is not None
 
-    @property
+    @cached_property
     def kind(self) -> tuple[int, int, int]:
         """Experts, top-k and alignment."""
         routes = isinstance(self.topk_idx, Tensor) and self.topk_idx.dim() == 2
@@ -96,21 +97,21 @@ class Moving:
     fails.
 
     Args:
+        phase: of the calls that are wrapped.
         lines: over which others may wait for this rank.
     """
 
-    def __init__(self, *lines: Exchange | Rail) -> None:
-        self._lines = lines
+    def __init__(self, phase: Phase, *lines: Exchange | Rail) -> None:
+        self._phase, self._lines = phase, lines
 
-    @contextmanager
-    def __call__(self, phase: Phase) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception):
             reason = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
             for line in self._lines:
-                line.break_off(phase, reason)
-            raise
+                line.break_off(self._phase, reason)
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Planner:
     _deferred: dict[int, Deferred] = field(default_factory=dict)  # by the size of what the host reads
 
     def __post_init__(self) -> None:
-        self._most_tokens = self.config.max_tokens_per_rank
+        self._most_tokens, self._shared = self.config.max_tokens_per_rank, self.config.shared()
 
     def plan(self, request: Request, history: int) -> Plan:
         """See :meth:`Backend.plan`. ``history``: of the calls before, which ranks compare."""
@@ -165,12 +166,15 @@ class Planner:
                 if batch.topk_idx.shape[0] > self._most_tokens:
                     text = too_many_tokens(geometry.nodes.rank, batch.topk_idx.shape[0], self._most_tokens)
                     raise CapacityError(text)
-            with self.moving("plan"):
+            with self.moving:
                 return self._plan_without_wait(request, batch, self._facts(request, history))
-        with self._refused_by_all("plan"):
+        try:
             request.check(geometry, self.engine)
             batch = request.batch(geometry.device)
             facts = self._facts(request, history)
+        except Exception as error:
+            self._refuse("plan", error)
+            raise
         if request.num_experts != self._room.experts:  # messages differ in size until ranks are known to agree on it
             self._compare("plan", facts, None)
             self._room = self._room._replace(experts=request.num_experts)
@@ -187,7 +191,7 @@ class Planner:
             self._room = self._room.grown(request.num_experts, room_for, columns)
         findings.raise_problems(self.config, NO_LIMIT, request.num_experts)
         self._most_tokens = max(self._most_tokens, most_tokens)
-        with self.moving("plan"):
+        with self.moving:
             if without_wait:
                 self._known.add(request.kind)
                 size = made.found.shape[0]
@@ -209,19 +213,17 @@ class Planner:
         out that they are."""
         self.exchange.check_usable(phase)
         mine = Agreement()
-        with self._refused_by_all(phase):
+        try:
             yield mine
+        except Exception as error:
+            self._refuse(phase, error)
+            raise
         self._compare(phase, mine.facts, None)
 
-    @contextmanager
-    def _refused_by_all(self, phase: Phase) -> Iterator[None]:
-        """If the body raises, the other ranks, which exchange messages in ``phase``, raise too."""
-        try:
-            yield
-        except Exception as error:
-            with suppress(PeerError):  # this rank raises its own error
-                self._compare(phase, {}, error)
-            raise
+    def _refuse(self, phase: Phase, error: Exception) -> None:
+        """Tell the other ranks, which exchange messages in ``phase``, of the ``error`` that this rank raises."""
+        with suppress(PeerError):
+            self._compare(phase, {}, error)
 
     def _compare(self, phase: Phase, facts: dict[str, Fact], problem: Exception | None) -> None:
         """Tell all ranks ``facts``, or that this rank has a ``problem``, and raise what is wrong."""
@@ -254,7 +256,7 @@ class Planner:
             "top-k": topk,
             "expert alignment": alignment,
             "calls before the plan": history,
-            **self.config.shared(),
+            **self._shared,
             "fixed sizes": request.fixed,
         }
 

@@ -31,17 +31,32 @@ from deepep_moe.fp8 import BLOCK, dequantize_e4m3, quantize_e4m3
 _MOST_SUMMED = 64  # rows of one item; csrc/local/args.h has kMaxSummedRows, biases included
 
 
-class RowFormat(NamedTuple):
+class RowFormat:
     """What a packed row holds: ``hidden`` channels of ``dtype``, scales of 4 bytes, fp32 weights.
 
     The channels are padded to a multiple of 16 bytes, and so is the whole row.
+
+    Attributes:
+        dense_bytes: of the channels alone.
+        row_bytes: where the scales begin.
+        pitch: bytes from row to row.
     """
 
-    dtype: torch.dtype
-    hidden: int
-    num_scales: int = 0
-    num_weights: int = 0
-    scale_dtype: torch.dtype = torch.float32
+    __slots__ = ("dense_bytes", "dtype", "hidden", "num_scales", "num_weights", "pitch", "row_bytes", "scale_dtype")
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        hidden: int,
+        num_scales: int = 0,
+        num_weights: int = 0,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dtype, self.hidden, self.scale_dtype = dtype, hidden, scale_dtype
+        self.num_scales, self.num_weights = num_scales, num_weights
+        self.dense_bytes = hidden * dtype.itemsize
+        self.row_bytes = vector_padded(self.dense_bytes)
+        self.pitch = vector_padded(self.row_bytes + 4 * (num_scales + num_weights))
 
     @classmethod
     def of(cls, x: Tensor, scales: Tensor | None, weights: Tensor | None, *, quantize: bool = False) -> RowFormat:
@@ -55,21 +70,6 @@ class RowFormat(NamedTuple):
         if scales is None:
             return cls(x.dtype, hidden, 0, num_weights)
         return cls(x.dtype, hidden, scales.shape[1], num_weights, scales.dtype)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the channels alone."""
-        return self.hidden * self.dtype.itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        """Where the scales begin."""
-        return vector_padded(self.dense_bytes)
-
-    @property
-    def pitch(self) -> int:
-        """Bytes from row to row."""
-        return vector_padded(self.row_bytes + 4 * (self.num_scales + self.num_weights))
 
 
 class Segments(NamedTuple):
