@@ -16,7 +16,7 @@
 // sends call e, this rank must have confirmed call e - 2 to it, and the kernel that sends cannot do this: it only
 // stores into staging memory. So each exchange confirms what earlier kernels have received, and `post` does it after a
 // receiving half; without a hook, the exchange of call e - 1 comes after the receiving half of call e - 2 and before
-// call e.
+// call e. Two calls in flight may be received in either order: they use different halves, signals and confirmations.
 //
 // When data is complete. Every table and every row is a put with a signal of its own, a word that is set to the epoch.
 // A receiver waits for the tables, which say which rows will come, and then for the signal of each row. So no put has

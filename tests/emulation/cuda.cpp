@@ -8,6 +8,7 @@ namespace emulation {
 
 Task* task = nullptr;
 int rank = 0;
+Fault fault = Fault::kNone;
 
 namespace {
 

@@ -51,6 +51,10 @@ struct Task {
 extern Task* task;  // that runs
 extern int rank;    // whose task this is
 
+// Faults of the machine, which a run must notice.
+enum class Fault { kNone, kHalfPackets /* eight bytes at a time */, kEarlySignals /* before the data of their puts */ };
+extern Fault fault;
+
 uint64_t random();
 uint64_t now();             // grows by one whenever a fiber yields
 void yield();               // other fibers may run

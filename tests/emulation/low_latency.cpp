@@ -1,5 +1,5 @@
 // Low-latency calls of several ranks over several nodes and on one domain. All results are compared with a reference,
-// bit for bit. Arguments: ranks, ranks per node, seed.
+// bit for bit. Arguments: ranks, ranks per node, seed, and 1 or 2 for a fault of the machine.
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -400,10 +400,11 @@ void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsign
 
 }  // namespace
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
     num_ranks = std::atoi(arguments[1]);
     const int per_node = std::atoi(arguments[2]);
     const unsigned seed = std::atoi(arguments[3]);
+    if (count > 4) emulation::fault = static_cast<emulation::Fault>(std::atoi(arguments[4]));
     std::mt19937 random(seed);
     const int max_tokens = 5 + random() % 8, hidden = 128 * (1 + random() % 6);
     emulation::Network network(num_ranks, 32 << 20);

@@ -71,7 +71,10 @@ Put take(Link& link) {
 void deliver(const Put& put) {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(put.copy.empty() ? put.from : put.copy.data());
     const size_t words = put.bytes / sizeof(uint32_t), first = words ? random() % words : 0;
+    if (put.signal && fault == Fault::kEarlySignals) *put.signal = put.value;
+    const size_t pause = random() % 8 ? words : random() % (words + 1);
     for (size_t i = 0; i < words; ++i) {
+        if (i == pause) sleep(random() % 20000);
         const size_t word = (first + i) % words;
         std::memcpy(put.to + word * sizeof(uint32_t), from + word, sizeof(uint32_t));
         if (random() % 64 == 0) yield();

@@ -27,7 +27,12 @@ inline void store_release_system(int* p, int value) { store_shared(p, value); }
 inline void store_relaxed_system(int* p, int value) { store_shared(p, value); }
 inline Tagged load_tagged_system(const Tagged* p) { return load_shared(p); }
 inline void store_tagged_system(Tagged* p, int value, int tag) { store_shared(p, Tagged{value, tag}); }
-inline int4 load_packet(const int4* p) { return load_shared(p); }
+inline int4 load_packet(const int4* p) {
+    if (emulation::fault != emulation::Fault::kHalfPackets) return load_shared(p);
+    const int2 low = load_shared(reinterpret_cast<const int2*>(p));
+    emulation::disturb();
+    return {low.x, low.y, p->z, p->w};
+}
 inline void store_packet(int4* p, int4 packet) { store_shared(p, packet); }
 inline void prefetch_l2(const void*) {}
 inline int4 load_streaming(const int4* p) { return *p; }

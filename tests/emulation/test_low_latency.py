@@ -85,11 +85,24 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def run(program: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+
+
 @pytest.mark.timeout(2 * LIMIT_SECONDS)
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (3, 1), (4, 2), (6, 3)])
 def test_calls_return_what_the_reference_does(program: Path, ranks: int, per_node: int, seed: int) -> None:
-    done = subprocess.run(
-        [program, str(ranks), str(per_node), str(seed)], capture_output=True, text=True, timeout=LIMIT_SECONDS
-    )
+    done = run(program, ranks, per_node, seed)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(("fault", "engine"), [(1, "one domain"), (2, "nodes")])
+def test_a_fault_of_the_machine_is_noticed(program: Path, fault: int, engine: str, seed: int) -> None:
+    """Packets that arrive in halves, signals before their data: the order of events is hard enough to show either."""
+    done = run(program, 4, 2, seed, fault)
+    assert done.returncode == 1
+    assert re.search(rf"rank \d, ({engine}: wrong|line \d+:)", done.stderr), done.stderr
