@@ -10,17 +10,20 @@ in another call. If a call takes longer than a second, plans included, the ranks
 store (inquiry.py) which call they are in, and give up if these differ or if another rank has given up.
 
 The thread reads pinned memory only, which the device fills. It calls no function of CUDA: such calls, even of another
-thread, would break a graph capture that is running.
+thread, would break a graph capture that is running. It ends before the interpreter does, which would otherwise stop it
+inside of torch's C++ code and abort the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +40,9 @@ _IDLE_SECONDS = 1.0  # without a call in flight, after which the thread ends
 _INQUIRE_SECONDS = 1.0  # of a call in flight, after which ranks tell each other which one it is
 _LONGEST_PAUSE_SECONDS = 5.0  # between two looks at what the others tell
 _UNWRITTEN = -(2**63)  # in pinned memory that the device has not written yet; in no header
+_END_SECONDS = 5.0  # for threads to end, before the interpreter does
+_ending = threading.Event()  # set when the interpreter is about to end
+_threads: set[threading.Thread] = set()  # that run
 _FORMAT = slice(4, None)  # of a header: what stays the same from plan to plan
 
 
@@ -113,9 +119,8 @@ class Announcements:
     def _watch(self, call: Announced) -> None:
         with self._lock:
             self._calls.append(call)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deepep_moe announcements", daemon=True)
-                self._thread.start()
+            if self._thread is None and not _ending.is_set():
+                self._thread = _start("announcements", self._run)
 
     def move(self, call: Announced, rows: Transfer) -> None:
         """Exchange the rows of ``call``, on the current stream."""
@@ -168,7 +173,7 @@ class Announcements:
             self._exchange.give_up_later(call.phase, waited, "the operation timed out")
         elif waited > _INQUIRE_SECONDS and not call.asked:
             call.asked = True
-            threading.Thread(target=self._inquire, args=(call,), name="deepep_moe inquiry", daemon=True).start()
+            _start("inquiry", partial(self._inquire, call))
         return False
 
     def _compare(self, call: Announced, headers: list[list[int]]) -> None:
@@ -186,7 +191,7 @@ class Announcements:
         with suppress(Exception):  # without the store, the time limit is left
             inquiry = Inquiry(exchange.group, exchange.device.type)
             inquiry.write(call.number, call.header)
-            while exchange.usable and not call.over:
+            while exchange.usable and not call.over and not _ending.is_set():
                 waited = time.monotonic() - call.began
                 # Read first: a rank that gives up has written its header before, so the difference is found here too.
                 gave_up = anyone_gave_up(exchange.group, exchange.device.type)
@@ -197,12 +202,12 @@ class Announcements:
                     self._compare(call, [headers[rank] for rank in range(exchange.world_size)])
                 if gave_up:
                     exchange.give_up_later(call.phase, waited, "another rank gave up")
-                time.sleep(pause)
+                _ending.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _run(self) -> None:
         idle_since = time.monotonic()
-        while True:
+        while not _ending.is_set():
             self.check()
             with self._lock:
                 if self._calls:
@@ -210,7 +215,7 @@ class Announcements:
                 elif time.monotonic() - idle_since > _IDLE_SECONDS:
                     self._thread = None
                     return
-            time.sleep(_POLL_SECONDS)
+            _ending.wait(_POLL_SECONDS)
 
     # -- on the device -------------------------------------------------------------------------------------------
 
@@ -243,6 +248,27 @@ class Announcements:
         copy.fill_(_UNWRITTEN)
         call.copies.append(copy)
         copy.copy_(headers, non_blocking=True)
+
+
+def _start(name: str, run: Callable[[], None]) -> threading.Thread:
+    def body() -> None:
+        try:
+            run()
+        finally:
+            _threads.discard(thread)
+
+    thread = threading.Thread(target=body, name=f"deepep_moe {name}", daemon=True)
+    _threads.add(thread)
+    thread.start()
+    return thread
+
+
+@atexit.register
+def _end() -> None:
+    _ending.set()
+    until = time.monotonic() + _END_SECONDS
+    for thread in list(_threads):
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def _is_written(pinned: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,3 +91,23 @@ def test_a_difference_between_ranks_keeps_its_class_and_text_on_every_rank() -> 
         ({0: broke_off, 1: lost}, PeerError, "dispatch: rank 1 of 2: rank 0 broke off dispatch: no memory"),
     ):
         assert explain(1, 2, None, 30.0, notes, "the connection closed") == (kind, said)
+
+
+def test_threads_end_before_the_interpreter() -> None:
+    """A thread that is inside of torch's C++ code when the interpreter ends aborts the process."""
+    script = """
+import atexit, threading
+alive = lambda: [thread.name for thread in threading.enumerate() if thread.name.startswith("deepep_moe")]
+atexit.register(lambda: print(alive()))  # runs last
+import torch
+from types import SimpleNamespace
+from deepep_moe.backends.announcements import Announced, Announcements
+
+exchange = SimpleNamespace(world_size=2, usable=True, timeout_seconds=60, device=torch.device("cpu"))
+announcements = Announcements(exchange, compared=False)
+unwritten = torch.full((2, 19), -(2**63))
+announcements._watch(Announced("dispatch", {}, 1, float("inf"), [], copies=[unwritten], enqueued=True))
+print(alive())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["['deepep_moe announcements']", "[]"], done.stdout + done.stderr
