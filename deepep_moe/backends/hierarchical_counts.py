@@ -34,7 +34,7 @@ class Counted(NamedTuple):
     """A batch, counted on this rank alone."""
 
     messages: Tensor
-    """[words of all messages, 1] int64: what this rank tells each rank, in rank order."""
+    """[words of all messages, 8] uint8: what this rank tells each rank, in rank order."""
     send_slot: Tensor
     """[T, R] int32: the number of each token among those for a rank, or -1."""
     send_position: Tensor
@@ -62,7 +62,7 @@ def count(geometry: Geometry, batch: Batch, header: list[int], room: Room) -> Co
     if geometry.kernels is None or not topk:
         return _count_by_operators(geometry, batch, header, room, limits)
     counted = Counted(
-        torch.empty((sum(geometry.message_sizes(room)), 1), dtype=torch.int64, device=device),
+        torch.empty((sum(geometry.message_sizes(room)), 8), dtype=torch.uint8, device=device),
         torch.empty((tokens, geometry.num_ranks), dtype=torch.int32, device=device),
         torch.empty((tokens, geometry.num_nodes), dtype=torch.int32, device=device),
     )
@@ -95,7 +95,7 @@ def no_batch(geometry: Geometry, header: list[int], room: Room) -> Tensor:
 def _messages(geometry: Geometry, words: Tensor, routes: Tensor) -> Tensor:
     """``words`` to all ranks, and ``routes`` to those of the rail."""
     parts = [torch.cat([words, routes]) if in_rail else words for in_rail in geometry.to_rail]
-    return torch.cat(parts).unsqueeze(1)
+    return torch.cat(parts).view(torch.uint8).view(-1, 8)
 
 
 def _count_by_operators(geometry: Geometry, batch: Batch, header: list[int], room: Room, limits: list[int]) -> Counted:
@@ -151,13 +151,13 @@ class Arrived(NamedTuple):
     """The messages of all ranks to this one."""
 
     words: Tensor
-    """[words of all messages, 1] int64."""
+    """[words of all messages, 8] uint8."""
     room: Room
 
     def summaries(self, geometry: Geometry) -> Tensor:
         """``[R, words]`` int64 without routes, by operators."""
         size = geometry.message_words(self.room)
-        parts = self.words[:, 0].split(geometry.message_sizes(self.room))
+        parts = self.words.view(torch.int64)[:, 0].split(geometry.message_sizes(self.room))
         return torch.stack([part[:size] for part in parts])
 
     def tokens(self, geometry: Geometry) -> Tensor:
@@ -168,7 +168,7 @@ class Arrived(NamedTuple):
         """``[N, C', columns]`` int32 of the ranks of the rail, in its order, by operators. C' tokens are as many as
         there is room for."""
         size = geometry.message_words(self.room)
-        parts = self.words[:, 0].split(geometry.message_sizes(self.room))
+        parts = self.words.view(torch.int64)[:, 0].split(geometry.message_sizes(self.room))
         tokens = 2 * self.room.route_words // columns
         numbers = torch.stack([parts[rank][size:].view(torch.int32) for rank in geometry.rail_ranks])
         return numbers[:, : tokens * columns].view(geometry.num_nodes, tokens, columns)

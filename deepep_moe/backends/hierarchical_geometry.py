@@ -123,7 +123,7 @@ class Geometry:
         return sizes
 
     def swap(self, messages: Tensor, room: Room) -> Transfer:
-        """The exchange of the messages for all ranks with those from all ranks, ``[words of all, 1]`` int64."""
+        """The exchange of the messages for all ranks with those from all ranks, ``[words of all, 8]`` uint8."""
         sizes = self.message_sizes(room)
         return Transfer(messages, sizes, sizes, torch.empty_like(messages))
 

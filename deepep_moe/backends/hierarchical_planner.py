@@ -81,10 +81,10 @@ class Request:
             engine._check_limits(self.num_experts // geometry.num_nodes, self.kind[1])
 
     def batch(self, device: torch.device) -> Batch:
-        """The routes in memory of the plan's own."""
+        """The same in the dtypes of kernels."""
         in_rank = None
         if self.topk_idx is not None:
-            topk_idx = self.topk_idx.to(torch.int64, copy=True).contiguous()
+            topk_idx = self.topk_idx.to(torch.int64).contiguous()
         else:
             assert self.is_token_in_rank is not None
             in_rank = self.is_token_in_rank
@@ -181,7 +181,7 @@ class Planner:
         while True:
             with exchange.moving("plan"):
                 counted, arrived, made = self._exchange_counts(request, batch, facts, NO_LIMIT)
-                findings = Findings(geometry, exchange.to_host("plan", made.found))
+                findings = Findings(geometry, exchange.read("plan", made.found))
             if findings.differ:
                 exchange.compare_headers("plan", facts, findings.headers, None)
             most_tokens = max(1, findings.most_tokens)
