@@ -13,7 +13,7 @@ Fault fault = Fault::kNone;
 namespace {
 
 constexpr size_t kStackBytes = 32 << 10, kProgramStackBytes = 1 << 20;
-constexpr int kMaxRanks = 32, kMaxThreads = 512;
+constexpr int kMaxRanks = 32, kMaxThreads = 1024;
 
 uint64_t state = 1, clock_now = 0, next_change = 0;
 std::vector<Task*> ready;           // tasks with fibers that can run

@@ -1,8 +1,8 @@
-// CUDA for tests without a GPU: kernels of csrc/latency and csrc/nvshmem run on the CPU, in one thread of the operating
-// system. Programs of the ranks, blocks and links of the network are tasks, threads of a block are fibers of its task,
-// and all blocks of a grid are resident. Fibers are switched in loads and stores of memory that ranks share, in atomic
-// operations, fences and collectives. A generator of pseudo-random numbers chooses which fiber runs next, so a seed
-// always gives the same order, and any order may occur that is sequentially consistent.
+// CUDA for tests without a GPU: kernels of csrc/latency, csrc/nvshmem and csrc/nodes run on the CPU, in one thread of
+// the operating system. Programs of the ranks, blocks and links of the network are tasks, threads of a block are fibers
+// of its task, and all blocks of a grid are resident. Fibers are switched in loads and stores of memory that ranks
+// share, in atomic operations, fences and collectives. A generator of pseudo-random numbers chooses which fiber runs
+// next, so a seed always gives the same order, and any order may occur that is sequentially consistent.
 #pragma once
 
 #include <cuda_bf16.h>

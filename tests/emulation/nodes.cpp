@@ -35,6 +35,13 @@ NodeMessages messages_of(const NodeMap& map, Reader& read) {
     return messages;
 }
 
+// Launch from a program, as cuda.h wants it.
+void run(const std::function<void()>& launch) {
+    static unsigned seed = 0;
+    emulation::start_program(0, launch, true);
+    emulation::run_programs(seed++);
+}
+
 }  // namespace
 
 extern "C" {
@@ -48,7 +55,7 @@ void summarize(const int64_t* map, const int64_t* numbers, const int64_t* header
     std::copy_n(header, Messages::kAgreedWords, args.header.words);
     args.messages = messages_of(args.map, read);
     args.send_slot = read, args.send_position = read;
-    launch_summarize(args, nullptr);
+    run([&] { launch_summarize(args, nullptr); });
 }
 
 void digest(const int64_t* map, const int64_t* numbers) {
@@ -59,7 +66,7 @@ void digest(const int64_t* map, const int64_t* numbers) {
     args.num_experts = args.messages.experts;
     args.alignment = read, args.most_tokens = read, args.found = read, args.counted = read, args.moved = read;
     args.rail_tokens = read, args.bad = read;
-    launch_digest(args, nullptr);
+    run([&] { launch_digest(args, nullptr); });
 }
 
 void batch(const int64_t* map, const int64_t* numbers) {
@@ -69,7 +76,7 @@ void batch(const int64_t* map, const int64_t* numbers) {
     args.messages = messages_of(args.map, read);
     args.num_experts = args.messages.experts;
     args.bad = read, args.room = read, args.num_topk = read, args.routes = read, args.recv_position = read;
-    launch_batch(args, nullptr);
+    run([&] { launch_batch(args, nullptr); });
 }
 
 void place(const int64_t* map, const int64_t* numbers) {
@@ -81,7 +88,7 @@ void place(const int64_t* map, const int64_t* numbers) {
     args.node_received = read, args.node_counted = read, args.moved = read, args.num_recv = read;
     args.num_rows = read, args.room = read, args.num_topk = read, args.received = read, args.row_recv = read;
     args.arrived = read;
-    launch_place_nodes(args, nullptr);
+    run([&] { launch_place_nodes(args, nullptr); });
 }
 
 void parts(const int64_t* map, const int64_t* numbers) {
@@ -96,7 +103,7 @@ void parts(const int64_t* map, const int64_t* numbers) {
     args.no_padding = read, args.chunk_slots = read, args.placed = read, args.own_slots = read;
     args.send_moves = read, args.recv_moves = read, args.recv_starts = read, args.send_used = read;
     args.recv_used = read, args.send_rows = read, args.home_rows = read;
-    launch_parts(args, nullptr);
+    run([&] { launch_parts(args, nullptr); });
 }
 
 }  // extern "C"

@@ -40,15 +40,16 @@ def for_the_cpu(source: str) -> str:
     source = launch.sub(r"emulation::launch(\2, \3, [=] { \1(\4); });", source)
 
     def of_the_block(found: re.Match[str]) -> str:
-        variables = re.findall(r"(\w+)(\[\w+\])?", found[2])
+        variables = re.findall(r"(\w+)(\[[^\]]+\])?", found[2])
         return " ".join(
             f"static char {name}_key; auto& {name} = emulation::shared<{found[1]}{size}>(&{name}_key);"
             for name, size in variables
         )
 
-    return re.sub(
-        r"__shared__ ((?:unsigned )?[\w ]+?(?:<\w+>)?) (\w+(?:\[\w+\])?(?:, \w+\[\w+\])*);", of_the_block, source
-    )
+    name = r"\w+(?:\[[^\]]+\])?"
+    source = re.sub(rf"__shared__ ((?:unsigned |long )?[\w ]+?(?:<\w+>)?) ({name}(?:, {name})*);", of_the_block, source)
+    assert "__shared__" not in re.sub(r"//.*", "", source), source
+    return source
 
 
 @pytest.fixture(scope="module")

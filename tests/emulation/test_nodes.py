@@ -26,11 +26,24 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     shutil.copy(HERE / "ptx.cuh", csrc / "device" / "ptx.cuh")
+    for header in csrc.rglob("*.cuh"):
+        header.write_text(for_the_cpu(header.read_text()))
     units = [HERE / "cuda.cpp", HERE / "nodes.cpp"]
     for name in ("plan", "parts"):
         units.append(folder / f"{name}.cpp")
         units[-1].write_text('#include "cuda.h"\n' + for_the_cpu((csrc / "nodes" / f"{name}.cu").read_text()))
-    options = ["-std=c++20", "-O1", "-w", "-fPIC", "-shared", f"-I{HERE}", f"-I{csrc}", "-isystem", str(headers)]
+    options = [
+        "-std=c++20",
+        "-O1",
+        "-fno-strict-aliasing",
+        "-w",
+        "-fPIC",
+        "-shared",
+        f"-I{HERE}",
+        f"-I{csrc}",
+        "-isystem",
+        str(headers),
+    ]
     target = folder / "libnodes.so"
     done = subprocess.run(
         [compiler, *options, *map(str, units), "-lpthread", "-o", str(target)],
