@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend
 from deepep_moe.backends.checks import check_integer
-from deepep_moe.errors import HandleError, InputError
+from deepep_moe.errors import DeepEPMoEError, HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
 
@@ -73,7 +73,9 @@ class Decoder:
         Raises:
             InputError, RankMismatchError, PeerError: as ``Buffer.low_latency_dispatch``; and if ``x`` needs gradients.
         """
-        _refuse_gradients("x", x)
+        if problem := _needs_gradient("x", x):
+            self._engine.refuse_dispatch(x, self.max_tokens_per_rank, problem)
+            raise problem
         call, handle, _, _ = self._engine.dispatch(
             x, topk_idx, self.max_tokens_per_rank, self.num_experts, None, None, (self.fp8, False, False), False, False
         )
@@ -81,12 +83,14 @@ class Decoder:
 
     def combine(self, y: Tensor, sent: Decoding, topk_weights: Tensor) -> Tensor:
         """Sum ``y [L, R * M, H]`` bf16, placed as ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
+        problem: DeepEPMoEError | None = _needs_gradient("y", y) or _needs_gradient("topk_weights", topk_weights)
         if not isinstance(sent, Decoding):
-            raise HandleError(f"sent is a {type(sent).__name__}; pass on what Decoder.dispatch returned")
-        _refuse_gradients("y", y)
-        out, _, _ = self._engine.combine(
-            y, sent.topk_idx, topk_weights.float(), sent.handle, False, False, False, None, None
-        )
+            problem = HandleError(f"sent is a {type(sent).__name__}; pass on what Decoder.dispatch returned")
+        if problem is not None:
+            self._engine.refuse_combine(sent.handle.call if isinstance(sent, Decoding) else None, problem)
+            raise problem
+        weights = topk_weights.float() if isinstance(topk_weights, Tensor) else topk_weights
+        out, _, _ = self._engine.combine(y, sent.topk_idx, weights, sent.handle, False, False, False, None, None)
         return out
 
     def check(self) -> None:
@@ -94,6 +98,7 @@ class Decoder:
         self._engine.check()
 
 
-def _refuse_gradients(argument: str, tensor: Tensor) -> None:
+def _needs_gradient(argument: str, tensor: Tensor) -> InputError | None:
     if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
-        raise InputError(argument, "requires a gradient", "decoding has none: call under torch.no_grad()")
+        return InputError(argument, "requires a gradient", "decoding has none: call under torch.no_grad()")
+    return None

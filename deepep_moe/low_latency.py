@@ -40,7 +40,9 @@ from deepep_moe.low_latency_checks import (
     check_contiguous,
     check_distinct,
     check_modes,
+    check_out,
     check_wait_stats,
+    overlap,
     signature_of,
 )
 from deepep_moe.low_latency_cuda import CudaEngine
@@ -119,6 +121,8 @@ class LowLatency:
     def close(self) -> None:
         """Release all memory. Captured graphs must not be replayed afterwards."""
         self._engine.close()
+        self._dispatches.close()
+        self._combines.close()
         self._shapes.clear()
         self._combine_buffers.clear()
         self._lent.clear()
@@ -192,10 +196,14 @@ class LowLatency:
             self._dispatches.check()
             return shape
         except DeepEPMoEError as problem:
-            hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
-            refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
-            self._refuse(self._dispatches, problem, refuse)
+            self.refuse_dispatch(x, max_tokens, problem)
             raise
+
+    def refuse_dispatch(self, x: Any, max_tokens: Any, problem: DeepEPMoEError) -> None:
+        """Tell the other ranks about ``problem`` with the arguments of a dispatch, which the caller raises then."""
+        hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
+        refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
+        self._refuse(self._dispatches, problem, refuse)
 
     def _dispatch_beside(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
@@ -334,6 +342,7 @@ class LowLatency:
             or handle.owner is not self._identity
             or not (dispatched := handle.call).received
             or self._combine_key(x, topk_idx, topk_weights, out, wait_stats) not in dispatched.shape.combines
+            or (out is not None and overlap(out, x))
         ):
             dispatched, x = self._admit_combine(
                 x, topk_idx, topk_weights, handle, zero_copy, async_finish, return_recv_hook, out, wait_stats
@@ -383,13 +392,19 @@ class LowLatency:
                 self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
                 if NOT_USABLE not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
                     known.add(key)
+            if out is not None:
+                check_out(out, x)
             self._combines.check()
         except DeepEPMoEError as problem:
-            self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
+            self.refuse_combine(dispatched, problem)
             raise
         if zero_copy:
             self._lent = [entry for entry in self._lent if entry[0] is not dispatched]
         return dispatched, x
+
+    def refuse_combine(self, dispatched: DispatchCall | None, problem: DeepEPMoEError) -> None:
+        """The same with the arguments of a combine; ``dispatched``: its dispatch, if known."""
+        self._refuse(self._combines, problem, partial(self._engine.refuse_combine, dispatched, problem))
 
     def _combine_beside(
         self,

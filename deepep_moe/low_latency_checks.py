@@ -24,6 +24,18 @@ def check_contiguous(argument: str, tensor: Tensor) -> None:
         raise InputError(argument, f"strides {tensor.stride()} of shape {tuple(tensor.shape)}", "must be contiguous")
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes
+
+
+def check_out(out: Tensor, x: Tensor) -> None:
+    """Rows of ``x`` are read while others of the result are written."""
+    if overlap(out, x):
+        raise InputError("out", "a tensor in the memory of x", "must not overlap x")
+
+
 def check_wait_stats(argument: str, wait_stats: Tensor | None, ranks: int, device: torch.device) -> None:
     if wait_stats is not None:
         check_shape(argument, wait_stats, (ranks,), device, torch.int64)

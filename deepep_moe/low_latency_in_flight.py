@@ -22,6 +22,12 @@ class InFlight:
     """By number of the call: what its hook does."""
     received_early: set[int] = field(default_factory=set)
     """Calls that were received although their hook has not been called."""
+    closed: bool = False
+
+    def close(self) -> None:
+        """Forget what hooks do: the memory of the calls is released."""
+        self.waiting.clear()
+        self.closed = True
 
     def check(self) -> None:
         """Raise HandleError if a call whose memory the next call needs has not been received."""
@@ -47,6 +53,8 @@ class InFlight:
                 self.received_early.remove(number)
             elif number in self.waiting:
                 self.waiting.pop(number)()
+            elif self.closed:
+                raise HandleError(f"the hook of {self.kind} {number}: its Buffer was destroyed before")
             else:
                 raise HandleError(f"the hook of {self.kind} {number} was called twice")
 

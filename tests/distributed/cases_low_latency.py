@@ -288,6 +288,7 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"topk_idx": other}, InputError, ("topk_idx", "token 1", "went elsewhere")),
         ({"topk_weights": weights.double()}, InputError, ("topk_weights = torch.float64",)),
         ({"out": y[0]}, InputError, ("out = shape",)),
+        ({"out": y.view(-1, HIDDEN)[1 : 1 + len(x)]}, InputError, ("out = a tensor in the memory of x",)),
         ({"zero_copy": True}, InputError, ("zero_copy", "get_next_low_latency_combine_buffer")),
         ({"handle": tuple(result[2])}, HandleError, ("handle is a tuple",)),
         ({"handle": dispatch(Buffer(group), batch)[2]}, HandleError, ("another Buffer",)),
@@ -333,7 +334,12 @@ def hooks_and_handles_out_of_order(group: dist.ProcessGroup) -> None:
         buffer.get_next_low_latency_combine_buffer(result[2])
     result[4]()
     buffer.low_latency_combine(*arguments)
+    *_, late = dispatch(buffer, batch, return_recv_hook=True)
+    *_, late_sum = buffer.low_latency_combine(*arguments, return_recv_hook=True)
     buffer.destroy()
+    for hook in (late, late_sum):
+        with raises(HandleError, "hook of", "destroyed"):
+            hook()
     with raises(DeepEPMoEError, "destroyed"):
         dispatch(buffer, batch)
 
@@ -360,6 +366,19 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
             decoder.dispatch(x.clone().requires_grad_(), topk_idx)
         with raises(HandleError, "sent is a tuple"):
             decoder.combine(y, (), weights)  # type: ignore[arg-type]
+        if shape.ranks < 2:
+            continue
+        wrong: list[tuple[tuple[Any, ...], type[DeepEPMoEError], str]] = [
+            ((y, (), weights), HandleError, "sent is a tuple"),
+            ((y, sent, None), InputError, "topk_weights = None"),
+            ((y, sent, weights.clone().requires_grad_()), InputError, "topk_weights = requires a gradient"),
+        ]
+        with raises(InputError if rank == 0 else PeerError, "x = requires a gradient"):
+            decoder.dispatch(x.clone().requires_grad_(rank == 0), topk_idx)
+        for changed, kind, told in wrong:  # on one rank: the others do not wait for it
+            with raises(kind if rank == 0 else PeerError, told):
+                decoder.combine(*(changed if rank == 0 else (y, sent, weights)))
+        check_combine(decoder.combine(y, sent, weights), combined(batch, rank, format), f"decoder {format}, after")
         decoder.check()
 
 

@@ -241,6 +241,18 @@ def test_a_refused_combine_leaves_the_rows_that_were_written(calls: LowLatency, 
         combine(calls, handle, zero_copy=True)
 
 
+def test_hooks_of_a_closed_buffer_launch_nothing(calls: LowLatency, engine: Recorder) -> None:
+    """They would use memory that has been released."""
+    engine.close = lambda: None  # type: ignore[attr-defined]
+    *_, hook = dispatch(calls, return_recv_hook=True)
+    assert hook is not None
+    calls.close()
+    made = len(engine.calls)
+    with pytest.raises(HandleError, match="the hook of dispatch 1: its Buffer was destroyed before"):
+        hook()
+    assert len(engine.calls) == made
+
+
 def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
     for count, fp8 in ((4, True), (2, True), (4, False), (0, False), (4, True)):
         call, handle, *_ = dispatch(calls, x=tokens(count), topk_idx=indices(count), switches=(fp8, False, False))
