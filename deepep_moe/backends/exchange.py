@@ -38,7 +38,8 @@ from deepep_moe.extension import is_capturing
 from deepep_moe.notices import span
 
 Fact: TypeAlias = int | float | torch.dtype | Enum
-_PHASES: tuple[Phase, ...] = get_args(Phase)
+_SETUP = "set-up"
+_PHASES: tuple[str, ...] = (*get_args(Phase), _SETUP)
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _MAX_FACTS = 16
 HEADER_WORDS = 3 + _MAX_FACTS  # whether the rank refuses, its phase, its plans, facts
@@ -193,30 +194,35 @@ class Exchange:
             yield mine
         except Exception as error:
             with suppress(PeerError):  # this rank raises its own error
-                self._exchange_headers(phase, Agreement(), error)
+                self.exchange_headers(phase, Agreement(), error)
             raise
-        self._exchange_headers(phase, mine, None)
+        self.exchange_headers(phase, mine, None)
 
-    def _exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None) -> None:
+    def exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None) -> None:
         """Send ``problem`` to the others, or compare facts with them and set ``mine.shared``."""
-        private = [*mine.private, *[0] * (self.world_size - len(mine.private))]
-        if self.world_size == 1:
-            mine.shared = torch.tensor([private], dtype=torch.int64, device="cpu")
-            return
-        numbers = [*self.header(phase, mine.facts, refused=problem is not None), *private]
-        row = to_device(torch.tensor([numbers], dtype=torch.int64, device="cpu"), self.device)
-        headers = self.to_host(phase, self._to_all(phase, row))
-        self.compare_headers(phase, mine.facts, headers, problem)
+        header = self.header(phase, mine.facts, refused=problem is not None)
+        headers = self._headers_of_all(phase, header, mine.private)
+        if self.world_size > 1:
+            self.compare_headers(phase, mine.facts, headers, problem)
         mine.shared = headers[:, HEADER_WORDS:]
 
-    def header(self, phase: Phase, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
+    def _headers_of_all(self, phase: str, header: list[int], private: Sequence[int]) -> Tensor:
+        """``header`` and ``private`` (at most R numbers) of every rank: [R, HEADER_WORDS + R] on the CPU.
+
+        Its size is the same in all calls, so ranks in different calls learn that they are.
+        """
+        numbers = [*header, *private, *[0] * (self.world_size - len(private))]
+        row = torch.tensor([numbers], dtype=torch.int64, device="cpu")
+        return row if self.world_size == 1 else self.to_host(phase, self._to_all(phase, to_device(row, self.device)))
+
+    def header(self, phase: str, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
         """The header that this rank sends in an agreement."""
         assert len(facts) <= _MAX_FACTS
         unused = [_UNUSED] * (_MAX_FACTS - len(facts))
         return [int(refused), _PHASES.index(phase), self._state.plans, *map(_encode, facts.values()), *unused]
 
     def compare_headers(
-        self, phase: Phase, facts: Mapping[str, Fact], headers: Tensor, problem: Exception | None
+        self, phase: str, facts: Mapping[str, Fact], headers: Tensor, problem: Exception | None
     ) -> None:
         """Raise an error if the ``headers`` of all ranks, [R, at least HEADER_WORDS] on the CPU, differ.
 
@@ -344,8 +350,9 @@ class Exchange:
         if self.world_size == 1:
             return [mine]
         text = torch.tensor([list(json.dumps(mine).encode())], dtype=torch.uint8, device="cpu").to(self.device)
-        size = torch.tensor([[text.shape[1]]], dtype=torch.int64, device="cpu").to(self.device)
-        sizes = self.to_host(phase, self._to_all(phase, size)).flatten().tolist()
+        headers = self._headers_of_all(phase, self.header(_SETUP, {}), [text.shape[1]])
+        self.compare_headers(_SETUP, {}, headers, None)
+        sizes = headers[:, HEADER_WORDS].tolist()
         sent = text.reshape(-1, 1).repeat(self.world_size, 1)
         received = self.to_host(phase, self.all_to_all(phase, sent, [text.shape[1]] * self.world_size, sizes))
         return [json.loads(bytes(part.flatten().tolist())) for part in received.split(sizes)]
@@ -466,6 +473,7 @@ def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:
     """Raise :class:`RankMismatchError` for the first difference in ``headers``; ``facts`` are those of this rank."""
     compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
     columns = headers[:, 3:HEADER_WORDS].t().tolist()
+    compare({_COMPARED: [str(_MAX_FACTS - codes.count(_UNUSED)) for codes in zip(*columns)]})
     compare({name: [_decode(code, like) for code in codes] for (name, like), codes in zip(facts.items(), columns)})
 
 
@@ -500,7 +508,9 @@ def refused_by(reasons: Mapping[int, tuple[str, int, int]], phase: str) -> DeepE
     return CapacityError(text, needed=needed, room=room)
 
 
+_COMPARED = "number of values compared"
 _HINTS = {
+    _COMPARED: "ranks are in calls of different backends or engines over this group",
     "plan": "plans are counted as they are made: ranks call in another order, or one leaves a result unused",
     "backward": "what requires gradients must be the same on all ranks",
 }

@@ -121,6 +121,7 @@ class HierarchicalBackend(Shared):
             self.number,
             self._moving["plan"],
             defers=device.type == "cuda",
+            agrees_first=device.type == "cpu",
         )
 
     @staticmethod

@@ -136,6 +136,9 @@ class Planner:
     moving: Moving
     defers: bool
     """Whether plans of fixed size make no host wait."""
+    agrees_first: bool
+    """Whether headers of the size of :meth:`Exchange.agreement` go ahead of messages, whose sizes differ between
+    backends. gloo ends the process if ranks send messages of different sizes."""
     _room: Room = field(default_factory=Room)  # in the messages of all ranks
     _most_tokens: int = 0  # of any rank in the plans so far: fixed sizes are made for it
     _known: set[tuple[int, int, int]] = field(default_factory=set)  # kinds of plans of fixed size
@@ -175,7 +178,8 @@ class Planner:
         except Exception as error:
             self._refuse("plan", error)
             raise
-        if request.num_experts != self._room.experts:  # messages differ in size until ranks are known to agree on it
+        new_size = request.num_experts != self._room.experts  # so messages may differ in size
+        if new_size or self.agrees_first:
             self._compare("plan", facts, None)
             self._room = self._room._replace(experts=request.num_experts)
         while True:
@@ -229,6 +233,9 @@ class Planner:
         """Tell all ranks ``facts``, or that this rank has a ``problem``, and raise what is wrong."""
         exchange, geometry = self.exchange, self.geometry
         if exchange.world_size == 1:
+            return
+        if self.agrees_first:
+            exchange.exchange_headers(phase, Agreement(facts), problem)
             return
         header = exchange.header(phase, facts, refused=problem is not None)
         arrived = self._swap(phase, no_batch(geometry, header, self._room))

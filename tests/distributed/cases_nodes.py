@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -384,6 +385,8 @@ def fixed_sizes_without_a_host_wait_are_the_same(group: dist.ProcessGroup) -> No
 @case(ranks=(4,))
 def a_plan_waits_for_the_host_once(group: dist.ProcessGroup) -> None:
     nodes = both(group, 2)[1]
+    assert isinstance(nodes, HierarchicalBackend)
+    nodes._planner.agrees_first = False  # as on GPUs
     topk_idx = torch.arange(16, dtype=torch.int64).view(8, 2) % 8
     nodes.plan(topk_idx, 8)
     for fixed in ({}, {"max_recv": 40, "max_rows": 80}):
@@ -470,3 +473,40 @@ def a_mistake_of_one_rank_reaches_every_node(group: dist.ProcessGroup) -> None:
     with raises(InputError if wrong else PeerError, "rows = shape (1", "must have"):
         dispatcher.combine(dispatched.rows[1:] if wrong else dispatched.rows, dispatched)
     dispatcher.combine(dispatched.rows, dispatched)
+
+
+@case(ranks=(2, 3))
+def ranks_in_calls_of_different_backends_of_one_group_are_told(group: dist.ProcessGroup) -> None:
+    """gloo ends the process where ranks send messages of different sizes."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    collective, nodes = both(group, 1)
+    one_node = get_backend(group, CPU, config(ranks))
+    wide = get_backend(group, CPU, config(1, num_sms=9))
+    buffer = Buffer(group, low_latency_mode=True)
+    topk_idx = torch.arange(ranks, dtype=torch.int64).repeat(3, 1)
+    x, backends = torch.ones((3, 128), dtype=torch.bfloat16), (collective, nodes, one_node)
+    kept = [backend.plan(topk_idx, ranks) for backend in backends]
+    wide.plan(topk_idx, 2 * ranks)
+    calls: list[Callable[[], Any]] = [
+        *(lambda backend=backend: backend.plan(topk_idx, ranks) for backend in backends),
+        lambda: wide.plan(topk_idx, 2 * ranks),
+        *(lambda b=b, p=p: b.dispatch(p, x, layout=Layout.BY_SOURCE) for b, p in zip(backends, kept)),
+        lambda: buffer.low_latency_dispatch(x, topk_idx, 8, ranks, use_fp8=False),
+        lambda: get_backend(group, CPU, config(1, num_sms=7)),
+        nodes.barrier,
+    ]
+    for i, j in itertools.combinations(range(len(calls)), 2):
+        with raises(RankMismatchError, "differs between the ranks of the group", "on rank 0"):
+            calls[i if rank == 0 else j]()
+    for backend, plan in zip(backends, kept):
+        assert torch.equal(backend.dispatch(plan, x, layout=Layout.BY_SOURCE).x, x.repeat(ranks, 1))
+
+
+@case(ranks=(2,))
+def ranks_that_compare_other_values_are_told(group: dist.ProcessGroup) -> None:
+    """Values that only one rank has are a difference, also where all that both have are equal."""
+    first = dist.get_rank(group) == 0
+    exchange = Exchange(group, CPU, 30)
+    told = "number of values compared differs between the ranks of the group: 1 on rank 0; 2 on rank 1"
+    with raises(RankMismatchError, told, "calls of different backends"), exchange.agreement("plan") as agreement:
+        agreement.facts = {"one": 1} if first else {"one": 1, "other": 2}
