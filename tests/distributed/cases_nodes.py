@@ -400,6 +400,8 @@ def messages_grow_with_the_batch_of_any_rank_and_stay_as_large(group: dist.Proce
     """Exchanges of a plan: another one where experts change, and where routes need more room."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     reference, nodes = both(group, 1 if ranks == 3 else 2)
+    assert isinstance(nodes, HierarchicalBackend)
+    nodes._planner.agrees_first = False  # as on GPUs
     for tokens, local, topk, exchanges in (
         (4, 2, 1, 2),
         (4, 2, 1, 1),
