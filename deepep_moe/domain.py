@@ -257,6 +257,13 @@ def enter_stream(index: int) -> int:
     return address
 
 
+def current_stream_of(index: int) -> tuple[int, torch.cuda.Stream]:
+    """The address of the current stream of GPU ``index``, and the stream, which is kept from the last call on it."""
+    address: int = torch._C._cuda_getCurrentRawStream(index)
+    last = _last_streams.get(index)
+    return last if last is not None and last[0] == address else (address, torch.cuda.current_stream(index))
+
+
 def _is_capturing(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
+from deepep_moe.domain import current_stream_of
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.extension import is_capturing
@@ -556,10 +557,13 @@ class LowLatency:
             raise problem from earlier
 
     def _hook(self, in_flight: InFlight, receive: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return in_flight.hook(receive)
+        index: int = self.device.index
+        address, stream = current_stream_of(index)
 
         def on_its_stream() -> None:
-            if stream is None or stream == torch.cuda.current_stream(self.device):
+            if current_stream_of(index)[0] == address:
                 receive()
             else:  # both halves run on the stream of the call
                 with torch.cuda.stream(stream):

@@ -112,7 +112,7 @@ class LowLatencyCalls:
             use_logfmt: accepted; rows travel as BF16, which is more accurate.
             zero_copy: the rows are in ``get_next_low_latency_combine_buffer(handle)``.
             async_finish, return_recv_hook: as in :meth:`low_latency_dispatch`.
-            out: [T, H] bf16, contiguous: filled and returned instead of a new tensor.
+            out: [T, H] bf16, contiguous, not in the memory of ``x``: filled and returned instead of a new tensor.
             combine_wait_recv_cost_stats: [R] int64, as in :meth:`low_latency_dispatch`.
 
         Returns:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -251,6 +253,31 @@ def test_hooks_of_a_closed_buffer_launch_nothing(calls: LowLatency, engine: Reco
     with pytest.raises(HandleError, match="the hook of dispatch 1: its Buffer was destroyed before"):
         hook()
     assert len(engine.calls) == made
+
+
+def test_a_hook_receives_on_the_stream_of_its_call(calls: LowLatency, monkeypatch: pytest.MonkeyPatch) -> None:
+    now: list[int] = [7]
+    entered: list[object] = []
+
+    @contextmanager
+    def on(stream: object) -> Iterator[None]:
+        entered.append(stream)
+        now.append(int(str(stream)))
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: now[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: str(now[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    calls.device = torch.device("cuda", 0)
+    received: list[int] = []
+    for number, later in enumerate((7, 8)):
+        calls._dispatches.made = number
+        hook = calls._hook(calls._dispatches, lambda: received.append(now[-1]))
+        now.append(later)
+        hook()
+        now.pop()
+    assert received == [7, 7] and entered == ["7"]
 
 
 def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
