@@ -208,10 +208,19 @@ class NodesEngine(CudaEngine):
 
     def _tell(self, told: int, call: DispatchCall | CombineCall, half: Half) -> None:
         if told == _C.LATENCY_BROKEN:
-            nvshmem.do_not_finalize()
-            if not torch.cuda.is_current_stream_capturing():
-                self._post()  # the failure, which kernels could only tell the ranks of this node
+            self._spread_failure()
         super()._tell(told, call, half)
+
+    def _spread_failure(self) -> None:
+        """Tell ranks of other nodes of a permanent failure: kernels could tell only the ranks of this node."""
+        nvshmem.do_not_finalize()
+        if not torch.cuda.is_current_stream_capturing():
+            self._post()
+
+    def check(self) -> None:
+        if not self._domain.usable:
+            self._spread_failure()
+        super().check()
 
     def _refuse(self, kind: _C.LatencyKind, passed_on: Tensor | None, source: Tensor | None) -> None:
         epoch = torch.zeros((1,), dtype=torch.int32, device=self.device)
@@ -252,6 +261,8 @@ class NodesEngine(CudaEngine):
         if self._domain.usable:
             for memory in self._memories:
                 memory.part.free()
+        else:
+            nvshmem.do_not_finalize()
         self._memories.clear()
 
     def __del__(self) -> None:

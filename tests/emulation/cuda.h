@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -107,6 +109,15 @@ T shuffle(T value, unsigned from) {
 #define __grid_constant__
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+
+// For test programs.
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            std::fprintf(stderr, "rank %d, line %d: %s\n", emulation::rank, __LINE__, #condition); \
+            std::_Exit(1);                                                                         \
+        }                                                                                          \
+    } while (false)
 
 using std::fmaf;
 using std::max;

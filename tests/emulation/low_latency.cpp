@@ -17,14 +17,6 @@ using reference::Expected;
 
 namespace {
 
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            std::fprintf(stderr, "rank %d, line %d: %s\n", emulation::rank, __LINE__, #condition); \
-            std::_Exit(1);                                                                         \
-        }                                                                                          \
-    } while (false)
-
 #define CHECK_EQUAL(what)                                                                    \
     do {                                                                                     \
         if (what != expected.what) {                                                         \
@@ -350,6 +342,51 @@ struct Program {
         }
     }
 
+    // Two calls are in flight, and rank 1 refuses the third, of both kinds.
+    void third_call(unsigned first) {
+        std::vector<int> sides = together;
+        sides[1] = -1;
+        std::vector<Batch> drawn;
+        for (int number = 0; number < 3; ++number) drawn.push_back(batch(first + number));
+        for (Group* group : groups) {
+            std::deque<Call> made;  // a call must not move
+            for (const Batch& one : drawn) made.emplace_back(*group, self, one);
+            Call &a = made[0], &b = made[1], &third = made[2];
+            const auto hear = [&] {
+                if (self == 1) return;
+                CHECK(third.rank.domain->notice() && third.rank.domain->notice()->failure == kBadPeerInput);
+                third.rank.domain->take_notice(0);
+            };
+            a.dispatch(kSend);
+            b.dispatch(kSend);
+            pause();
+            a.dispatch(kReceive);
+            if (self == 1) {
+                CHECK(announce_refusal(third.rank) == kInCall);
+                refuse(third.rank, kDispatch, third.places.data(), nullptr);
+            } else {
+                third.dispatch(kSend);
+            }
+            b.dispatch(kReceive);
+            if (self != 1) third.dispatch(kReceive);
+            hear();
+            a.combine(kSend);
+            b.combine(kSend);
+            pause();
+            a.combine(kReceive);
+            if (self == 1)
+                refuse(third.rank, kCombine, nullptr, third.places.data());
+            else
+                third.combine(kSend);
+            b.combine(kReceive);
+            if (self != 1) third.combine(kReceive);
+            hear();
+            a.check(together);
+            b.check(together);
+            if (self != 1) third.check(sides);
+        }
+    }
+
     // The last rank and the others ignore each other for two calls, and meet again.
     void masks(unsigned first) {
         for (Group* group : groups)
@@ -372,6 +409,7 @@ struct Program {
         calls(10, 3, true, together);
         in_flight(20);
         refusals(30);
+        third_call(35);
         calls(40, 2, false, together);
         masks(50);
         calls(60, 2, true, together);

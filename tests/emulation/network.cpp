@@ -16,7 +16,8 @@ struct Put {
     size_t bytes;
     uint64_t* signal;
     uint64_t value;
-    long fences;  // that its PE had made before it
+    long fences;        // that its PE had made before it
+    bool adds = false;  // to the signal
 };
 
 // From one PE to another. Puts are delivered one after the other, word by word.
@@ -80,7 +81,7 @@ void deliver(const Put& put) {
         if (random() % 64 == 0) yield();
     }
     disturb();
-    if (put.signal) *put.signal = put.value;
+    if (put.signal) *put.signal = put.value + (put.adds ? *put.signal : 0);
 }
 
 void serve(Link& link) {
@@ -131,13 +132,22 @@ void nvshmemx_putmem_signal_nbi_warp(void* to, const void* from, size_t bytes, u
     add({at_pe(static_cast<char*>(to), pe), data, {}, bytes, at_pe(signal, pe), value, 0}, pe);
 }
 
+void nvshmemx_putmem_signal_nbi_block(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t value, int,
+                                      int pe) {
+    __syncthreads();
+    if (task->current != 0) return;
+    const char* data = static_cast<const char*>(from);
+    at_pe(data, pe);  // the source is in symmetric memory as well
+    add({at_pe(static_cast<char*>(to), pe), data, {}, bytes, at_pe(signal, pe), value, 0}, pe);
+}
+
 void nvshmem_putmem_signal(void* to, const void* from, size_t bytes, uint64_t* signal, uint64_t value, int, int pe) {
     const char* data = static_cast<const char*>(from);
     add({at_pe(static_cast<char*>(to), pe), nullptr, {data, data + bytes}, bytes, at_pe(signal, pe), value, 0}, pe);
 }
 
-void nvshmemx_signal_op(uint64_t* signal, uint64_t value, int, int pe) {
-    add({nullptr, nullptr, {}, 0, at_pe(signal, pe), value, 0}, pe);
+void nvshmemx_signal_op(uint64_t* signal, uint64_t value, int operation, int pe) {
+    add({nullptr, nullptr, {}, 0, at_pe(signal, pe), value, 0, operation == NVSHMEM_SIGNAL_ADD}, pe);
 }
 
 void nvshmem_fence() { ++state->fences[rank]; }

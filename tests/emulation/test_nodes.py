@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.emulation import kernels
-from tests.emulation.test_low_latency import HERE, cuda_headers, for_the_cpu
-from tests.launch import ROOT, all_cases, check_case
+from tests.emulation.build import build
+from tests.launch import all_cases, check_case
 
 CASES = "tests.distributed.cases_nodes_kernels"
 LIMIT_SECONDS = 120
@@ -19,40 +16,7 @@ LIMIT_SECONDS = 120
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    headers, compiler = cuda_headers(), shutil.which("g++")
-    if headers is None or compiler is None or platform.machine() != "x86_64":
-        pytest.skip("needs the headers of a CUDA toolkit, g++ and x86-64")
-    folder = tmp_path_factory.mktemp("emulation")
-    csrc = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    shutil.copy(HERE / "ptx.cuh", csrc / "device" / "ptx.cuh")
-    for header in csrc.rglob("*.cuh"):
-        header.write_text(for_the_cpu(header.read_text()))
-    units = [HERE / "cuda.cpp", HERE / "nodes.cpp"]
-    for name in ("plan", "parts"):
-        units.append(folder / f"{name}.cpp")
-        units[-1].write_text('#include "cuda.h"\n' + for_the_cpu((csrc / "nodes" / f"{name}.cu").read_text()))
-    options = [
-        "-std=c++20",
-        "-O1",
-        "-fno-strict-aliasing",
-        "-w",
-        "-fPIC",
-        "-shared",
-        f"-I{HERE}",
-        f"-I{csrc}",
-        "-isystem",
-        str(headers),
-    ]
-    target = folder / "libnodes.so"
-    done = subprocess.run(
-        [compiler, *options, *map(str, units), "-lpthread", "-o", str(target)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    return target
+    return build(tmp_path_factory.mktemp("emulation"), ("nodes/plan.cu", "nodes/parts.cu"), ("nodes.cpp",), "nodes.so")
 
 
 @pytest.mark.timeout(2 * LIMIT_SECONDS)

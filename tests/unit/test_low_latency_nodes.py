@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from deepep_moe import DispatcherConfig, nvshmem
 from deepep_moe import low_latency_nodes as nodes_module
-from deepep_moe.errors import UnsupportedError
+from deepep_moe.errors import PeerTimeoutError, UnsupportedError
 from deepep_moe.topology import Nodes
 
 HEAP, MAPPED = 1 << 30, 1 << 40  # address of this rank's memory, and of that of PE 0 as mapped here
@@ -100,3 +101,25 @@ def test_a_rank_that_kernels_cannot_serve_is_named_on_every_rank(monkeypatch: py
     assert reason(32) is None
     assert reason(32, "no NVSHMEM") == "rank 1: no NVSHMEM"
     assert reason(33) == "rank 0: the group has 33 ranks, low-latency kernels serve up to 32"
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_permanent_failure_is_told_to_other_nodes(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
+    """By the check that raises it, however it was found. NVSHMEM's end, which is collective, is then left out."""
+    done: list[str] = []
+    monkeypatch.setattr(nvshmem, "do_not_finalize", lambda: done.append("no end"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def raise_failure() -> None:
+        if not usable:
+            raise PeerTimeoutError("rank 1 did not come")
+
+    engine = object.__new__(nodes_module.NodesEngine)
+    engine._domain = cast(
+        Any,
+        SimpleNamespace(usable=usable, raise_failure=raise_failure, raise_notice=lambda: None, enter_stream=lambda: 0),
+    )
+    engine._remote = SimpleNamespace(post=lambda stream: done.append("told"))
+    with nullcontext() if usable else pytest.raises(PeerTimeoutError, match="rank 1 did not come"):
+        engine.check()
+    assert done == ([] if usable else ["no end", "told"])
