@@ -8,7 +8,7 @@ next plan of every rank raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -155,7 +155,7 @@ class Planner:
         exchange.count_plan()
         columns = request.kind[1] or geometry.num_ranks  # numbers that ranks of a rail tell each other about a token
         without_wait = self.defers and request.max_recv is not None
-        known = without_wait and request.kind in self._known
+        known = without_wait and all(isinstance(n, Hashable) for n in request.kind) and request.kind in self._known
         known = known and self._room.serves(self._room.experts, self._most_tokens, columns)
         if extension.is_capturing(geometry.device) and not known:
             raise UnsupportedError(
@@ -176,7 +176,7 @@ class Planner:
             batch = request.batch(geometry.device)
             facts = self._facts(request, history)
         except Exception as error:
-            self._refuse("plan", error)
+            self._refuse("plan", error, without_wait)
             raise
         new_size = request.num_experts != self._room.experts  # so messages may differ in size
         if new_size or self.agrees_first:
@@ -220,12 +220,19 @@ class Planner:
         try:
             yield mine
         except Exception as error:
-            self._refuse(phase, error)
+            self._refuse(phase, error, phase == "plan")
             raise
         self._compare(phase, mine.facts, None)
 
-    def _refuse(self, phase: Phase, error: Exception) -> None:
-        """Tell the other ranks, which exchange messages in ``phase``, of the ``error`` that this rank raises."""
+    def _refuse(self, phase: Phase, error: Exception, may_not_wait: bool) -> None:
+        """Tell the other ranks, which exchange messages in ``phase``, of the ``error`` that this rank raises.
+
+        ``may_not_wait``: they may make a plan without a host wait, and then take part in no exchange of reasons. So the
+        group ends, if there are kinds of such plans.
+        """
+        if may_not_wait and self._known:
+            self.exchange.break_off(phase, f"{type(error).__name__}: {error}")
+            return
         with suppress(PeerError):
             self._compare(phase, {}, error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -431,6 +432,36 @@ def a_call_that_differs_from_a_plan_without_a_host_wait_is_named_by_the_next_pla
         nodes._history = 7 * other
         nodes.plan(good, 8, **limits)
         nodes.plan(good, 8, **limits)
+
+
+@case(ranks=(4,))
+def a_rank_that_refuses_a_plan_raises_at_once_where_the_others_make_it_without_a_host_wait(
+    group: dist.ProcessGroup,
+) -> None:
+    topk_idx, fixed = torch.arange(8, dtype=torch.int64).view(4, 2), {"max_recv": 16, "max_rows": 64}
+
+    def refuse(nodes: Backend) -> None:
+        nodes.refuse("plan", InputError("x", 1, "a check of a layer above"))
+
+    wrong: tuple[tuple[str, Callable[[Backend], Any]], ...] = (
+        ("alignment = 0", lambda nodes: nodes.plan(topk_idx, 8, alignment=0, **fixed)),
+        ("num_experts = [8]", lambda nodes: nodes.plan(topk_idx, [8], **fixed)),  # type: ignore[arg-type]
+        ("a check of a layer above", refuse),
+    )
+    for told, call in wrong:
+        nodes = get_backend(dist.new_group(), CPU, config(2, max_tokens_per_rank=4, timeout_seconds=20))
+        assert isinstance(nodes, HierarchicalBackend)
+        nodes._planner.defers, nodes._planner.agrees_first = True, False
+        nodes.plan(topk_idx, 8, **fixed)
+        began = time.monotonic()
+        if nodes.rank == 3:
+            with raises(InputError, told):
+                call(nodes)
+        else:
+            with raises(PeerError, "rank 3 broke off plan", told):
+                nodes.plan(topk_idx, 8, **fixed)
+                nodes.plan(topk_idx, 8, **fixed)
+        assert time.monotonic() - began < 10
 
 
 @case(ranks=(4,))
