@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.exchange import Exchange, Fact
+from deepep_moe.backends.exchange import Exchange
+from deepep_moe.backends.headers import Fact
 from deepep_moe.errors import DeepEPMoEError, InputError, UnsupportedError
 from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK, E4M3_MAX

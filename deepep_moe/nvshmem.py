@@ -34,7 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepep_moe.backends.exchange import compare, gather
+from deepep_moe.backends.exchange import gather
+from deepep_moe.backends.headers import compare
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, PeerError, PeerTimeoutError, UnsupportedError
 from deepep_moe.extension import runs_on

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from deepep_moe.backends.exchange import call_ranks, compare, gather
+from deepep_moe.backends.exchange import call_ranks, gather
+from deepep_moe.backends.headers import compare
 from deepep_moe.config import DispatcherConfig
 
 

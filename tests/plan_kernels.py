@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from deepep_moe import extension
-from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Transfer
+from deepep_moe.backends.exchange import Exchange, Transfer
+from deepep_moe.backends.headers import HEADER_WORDS
 
 ROUTE_WORDS = 4  # of the header: the lowest and highest expert index, the limits
 

@@ -38,7 +38,7 @@ struct RoutesArgs {
 //   header [kHeaderWords], tokens for each rank [R], routes to each expert [expert_words], the token and the experts of
 //   each row for the receiving rank [row_words]
 struct Messages {
-    static constexpr int kAgreedWords = 19;  // compared by exchange.py and by agree.cuh
+    static constexpr int kAgreedWords = 19;  // compared by headers.py and by agree.cuh
     // The lowest and the highest expert index of this rank's batch, and the rows for which it has room.
     static constexpr int kLowest = kAgreedWords, kHighest = kLowest + 1, kMaxRecv = kHighest + 1,
                          kMaxRows = kMaxRecv + 1;

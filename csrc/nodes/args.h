@@ -34,7 +34,7 @@ struct NodeMap {
 };
 
 // What ranks send each other before a plan: a message for each rank, in rank order. Each is `words` long and holds
-//   the header that ranks must agree on [kHeaderWords] (exchange.py), numbers of the sender's batch [kNumHead], its
+//   the header that ranks must agree on [kHeaderWords] (headers.py), numbers of the sender's batch [kNumHead], its
 //   tokens for each rank [R], for each node by share [N, kShares], its routes to each expert [experts].
 // The ranks of a rail also send each other the experts of all tokens, [T, K] int32 in `room` more words.
 struct NodeMessages {

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from deepep_moe.backends.base import Backend, Backward, Destinations, Layout, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.collective_cuda import make_collective
-from deepep_moe.backends.exchange import compare, gather, given_up
+from deepep_moe.backends.exchange import gather, given_up
+from deepep_moe.backends.headers import compare
 from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.config import DispatcherConfig

@@ -1,6 +1,6 @@
 """Agreement and time limits of calls on a GPU that the host does not wait for.
 
-Each dispatch and combine sends its header (exchange.py): ahead of its rows if its format is new, else together with
+Each dispatch and combine sends its header (headers.py): ahead of its rows if its format is new, else together with
 them. The kernels that write the results compare the headers of all ranks and write NaN if they differ. A thread of this
 process reads a copy of the headers, and how long each call takes. If it finds a failure it gives the group up, which
 ends all waits, and this rank's next call raises the error.
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends.base import Phase
-from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, Transfer, agree, compare_facts
+from deepep_moe.backends.exchange import Exchange, Transfer
+from deepep_moe.backends.headers import HEADER_WORDS, Fact, agree, compare_facts
 from deepep_moe.backends.inquiry import Inquiry
 from deepep_moe.backends.rollcall import anyone_gave_up
 from deepep_moe.errors import RankMismatchError

@@ -43,7 +43,8 @@ from deepep_moe.backends.checks import (
     check_topk_idx,
     overflow_text,
 )
-from deepep_moe.backends.exchange import Agreement, Exchange, Fact, as_bytes
+from deepep_moe.backends.exchange import Agreement, Exchange, as_bytes
+from deepep_moe.backends.headers import Fact
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, HandleError, InputError

@@ -1,7 +1,7 @@
 """The collective backend on GPUs: the CUDA extension's kernels do the local work, NCCL carries packed rows.
 
 * :meth:`CollectiveOnGPU.plan` counts the batch in one kernel, sends one message to each rank (the header of
-  exchange.py, counts, and the expert indices of each row that the rank gets) and waits on the host for the messages of
+  headers.py, counts, and the expert indices of each row that the rank gets) and waits on the host for the messages of
   the others. That is its only wait. Then one kernel places every row. Messages have a fixed size; if a batch needs more
   room, all ranks see that in the counts and exchange larger messages from then on.
 * :meth:`CollectiveOnGPU.dispatch` packs each token for each rank that wants it (quantised, if asked), sends the packed
@@ -34,17 +34,8 @@ from deepep_moe.backends.announcements import Announced, Announcements
 from deepep_moe.backends.base import Destinations, Layout, Phase, Plan, Rows, Tokens, Wire
 from deepep_moe.backends.checks import check_limits, check_plan_inputs, check_topk_idx, overflow_text
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import (
-    HEADER_WORDS,
-    Agreement,
-    Exchange,
-    Fact,
-    Room,
-    Transfer,
-    gather,
-    reason_of,
-    refused_by,
-)
+from deepep_moe.backends.exchange import Agreement, Exchange, Room, Transfer, gather
+from deepep_moe.backends.headers import HEADER_WORDS, Fact, reason_of, refused_by
 from deepep_moe.backends.local import RowFormat, Segments, expand_rows, pack_rows, sum_packed_rows, sum_rows
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig

@@ -5,8 +5,7 @@ call. The first ends here as :class:`~deepep_moe.errors.PeerError`: every operat
 so that nothing is left running that would keep the process from ending. The second cannot happen to users of
 :meth:`Exchange.agreement`: a rank with bad input joins that exchange too, marked, and every rank raises.
 
-What the exchange carries is a *header* of integers from each rank: whether it refuses, which call it is in, and the
-facts that ranks must share.
+What the exchange carries is a header from each rank (headers.py).
 
 An operation that failed leaves ranks in different calls, and its late messages would be taken for those of the next
 one. So a group in which an operation failed is given up: later calls raise at once.
@@ -15,16 +14,13 @@ one. So a group in which an operation failed is given up: later calls raise at o
 from __future__ import annotations
 
 import json
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import Enum
-from functools import lru_cache
 from threading import RLock
-from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,20 +28,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends.base import Phase
+from deepep_moe.backends.headers import HEADER_WORDS, SETUP, Fact, agree, compare_facts, header, reason_of, refused_by
 from deepep_moe.backends.rollcall import GRACE_SECONDS, Note, explain, roll_call
-from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
+from deepep_moe.errors import DeepEPMoEError, PeerError, PeerTimeoutError, RankMismatchError
 from deepep_moe.extension import is_capturing
 from deepep_moe.notices import span
 
-Fact: TypeAlias = int | float | torch.dtype | Enum
-_SETUP = "set-up"
-_PHASES: tuple[str, ...] = (*get_args(Phase), _SETUP)
-_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
-_MAX_FACTS = 16
-HEADER_WORDS = 3 + _MAX_FACTS  # whether the rank refuses, its phase, its plans, facts
-_UNUSED = -(2**62)
 _SPIN_SECONDS = 1e-3  # of a wait for the device, before the host sleeps in between
 _NO_PEER_TAG = 2**20  # of a message that is never sent
+_NO_FURTHER_USE = "Make a new group: this one is of no further use."
 
 
 class Room(NamedTuple):
@@ -104,8 +95,6 @@ class Agreement:
     """Values sent to all ranks, at most R."""
     shared: Tensor | None = None
     """[R, R] int64 on the CPU, set by the agreement: row r is ``private`` of rank r, zero-padded."""
-    headers: Tensor | None = None
-    """[R, HEADER_WORDS] int64 on the device, if the host does not wait for the agreement (announcements.py)."""
 
 
 class Transfer(NamedTuple):
@@ -217,9 +206,7 @@ class Exchange:
 
     def header(self, phase: str, facts: Mapping[str, Fact], *, refused: bool = False) -> list[int]:
         """The header that this rank sends in an agreement."""
-        assert len(facts) <= _MAX_FACTS
-        unused = [_UNUSED] * (_MAX_FACTS - len(facts))
-        return [int(refused), _PHASES.index(phase), self._state.plans, *map(_encode, facts.values()), *unused]
+        return header(phase, facts, self._state.plans, refused)
 
     def compare_headers(
         self, phase: str, facts: Mapping[str, Fact], headers: Tensor, problem: Exception | None
@@ -350,8 +337,8 @@ class Exchange:
         if self.world_size == 1:
             return [mine]
         text = torch.tensor([list(json.dumps(mine).encode())], dtype=torch.uint8, device="cpu").to(self.device)
-        headers = self._headers_of_all(phase, self.header(_SETUP, {}), [text.shape[1]])
-        self.compare_headers(_SETUP, {}, headers, None)
+        headers = self._headers_of_all(phase, self.header(SETUP, {}), [text.shape[1]])
+        self.compare_headers(SETUP, {}, headers, None)
         sizes = headers[:, HEADER_WORDS].tolist()
         sent = text.reshape(-1, 1).repeat(self.world_size, 1)
         received = self.to_host(phase, self.all_to_all(phase, sent, [text.shape[1]] * self.world_size, sizes))
@@ -462,80 +449,6 @@ class _Moving:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, PeerError):
             self._exchange.break_off(self._phase, f"{type(error).__name__}: {error}")
-
-
-def agree(headers: Sequence[Sequence[int]]) -> bool:
-    """Whether the headers of all ranks are equal."""
-    return all(header == headers[0] for header in headers)
-
-
-def compare_facts(facts: Mapping[str, Fact], headers: Tensor) -> None:
-    """Raise :class:`RankMismatchError` for the first difference in ``headers``; ``facts`` are those of this rank."""
-    compare({"call": [_PHASES[i] for i in headers[:, 1].tolist()]})
-    columns = headers[:, 3:HEADER_WORDS].t().tolist()
-    compare({_COMPARED: [str(_MAX_FACTS - codes.count(_UNUSED)) for codes in zip(*columns)]})
-    compare({name: [_decode(code, like) for code in codes] for (name, like), codes in zip(facts.items(), columns)})
-
-
-def compare(facts: Mapping[str, Sequence[str]]) -> None:
-    """Raise :class:`RankMismatchError` for the first of ``facts``, each rank's value by name, that differs."""
-    for name, values in facts.items():
-        if len(set(values)) > 1:
-            holders: dict[str, list[str]] = {}
-            for rank, value in enumerate(values):
-                holders.setdefault(value, []).append(str(rank))
-            told = "; ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in holders.items())
-            hint = f" ({_HINTS[name]})" if name in _HINTS else ""
-            raise RankMismatchError(f"{name} differs between the ranks of the group: {told}{hint}")
-
-
-_NO_FURTHER_USE = "Make a new group: this one is of no further use."
-
-
-def reason_of(error: Exception) -> tuple[str, int, int]:
-    """The text of ``error``, and ``needed`` and ``room`` of a :class:`CapacityError` (else 0), for other ranks."""
-    needed, room = (error.needed, error.room) if isinstance(error, CapacityError) else (0, 0)
-    return str(error) or type(error).__name__, needed, room
-
-
-def refused_by(reasons: Mapping[int, tuple[str, int, int]], phase: str) -> DeepEPMoEError:
-    """The error of a rank whose peers refuse ``phase``. ``reasons``: by rank, see :func:`reason_of`."""
-    told = "; ".join(f"rank {rank}: {message}" for rank, (message, *_) in reasons.items())
-    text = f"{phase} was refused by another rank of the group: {told}"
-    if not all(needed for _, needed, _ in reasons.values()):
-        return PeerError(text)
-    _, needed, room = max(reasons.values(), key=lambda reason: reason[1] / max(reason[2], 1))
-    return CapacityError(text, needed=needed, room=room)
-
-
-_COMPARED = "number of values compared"
-_HINTS = {
-    _COMPARED: "ranks are in calls of different backends or engines over this group",
-    "plan": "plans are counted as they are made: ranks call in another order, or one leaves a result unused",
-    "backward": "what requires gradients must be the same on all ranks",
-}
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _encode(value: Fact) -> int:
-    if isinstance(value, torch.dtype):
-        return _DTYPES.index(value)
-    if isinstance(value, float):
-        return int(struct.unpack("<q", struct.pack("<d", value))[0])
-    return list(type(value)).index(value) if isinstance(value, Enum) else int(value)
-
-
-def _decode(code: int, like: Fact) -> str:
-    """The text of a number from :func:`_encode`; ``like`` is this rank's value of the same fact."""
-    if code == _UNUSED:
-        return "nothing"
-    if isinstance(like, torch.dtype):
-        return str(_DTYPES[code])
-    if isinstance(like, float):
-        return str(struct.unpack("<d", struct.pack("<q", code))[0])
-    if isinstance(like, Enum):
-        return list(type(like))[code].name.lower().replace("_", " ")
-    return str(bool(code)) if isinstance(like, bool) else str(code)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

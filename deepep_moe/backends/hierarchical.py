@@ -45,7 +45,8 @@ from deepep_moe.backends.base import (
 )
 from deepep_moe.backends.checks import check_combine, check_dispatch, check_topk_idx
 from deepep_moe.backends.collective import CollectiveBackend
-from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Fact, given_up
+from deepep_moe.backends.exchange import Exchange, given_up
+from deepep_moe.backends.headers import HEADER_WORDS, Fact
 from deepep_moe.backends.hierarchical_geometry import SHARES, Geometry
 from deepep_moe.backends.hierarchical_parts import Parts
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends.checks import overflow_text
-from deepep_moe.backends.exchange import HEADER_WORDS, reason_of, refused_by, to_device
+from deepep_moe.backends.exchange import to_device
+from deepep_moe.backends.headers import HEADER_WORDS, reason_of, refused_by
 from deepep_moe.backends.hierarchical_geometry import NUM_HEAD, SHARES, Crossing, Geometry, Room, share_of
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError

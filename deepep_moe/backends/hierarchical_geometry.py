@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.exchange import HEADER_WORDS, Transfer
+from deepep_moe.backends.exchange import Transfer
+from deepep_moe.backends.headers import HEADER_WORDS
 from deepep_moe.extension import _C, why_not_on
 from deepep_moe.topology import NodeGroups, Nodes
 
@@ -21,7 +22,7 @@ NUM_HEAD = 5
 class Room(NamedTuple):
     """Room in messages; equal on all ranks.
 
-    A message holds, in int64 words: the header of exchange.py, the number of tokens, marks of expert indices that do
+    A message holds, in int64 words: the header of headers.py, the number of tokens, marks of expert indices that do
     not exist, the limits, tokens for each rank [R], tokens for each node and share [N, SHARES], routes to each expert.
     Between the ranks of a rail follow the experts of each token ([T, K] int32) or, in plans without routes, whether
     the ranks want it ([T, R] int32, node by node).

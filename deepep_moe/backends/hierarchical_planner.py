@@ -19,7 +19,8 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Backend, Phase, Plan
 from deepep_moe.backends.checks import check_limits, check_plan_inputs
-from deepep_moe.backends.exchange import HEADER_WORDS, Agreement, Exchange, Fact
+from deepep_moe.backends.exchange import Agreement, Exchange
+from deepep_moe.backends.headers import HEADER_WORDS, Fact
 from deepep_moe.backends.hierarchical_counts import (
     NO_LIMIT,
     Arrived,

@@ -1,7 +1,7 @@
 """Which call every rank of a group is in, told through the group's store.
 
 A kernel that waits for peers cannot say what they do instead. So a rank whose call takes long writes its number and
-header (exchange.py) to the store, and reads those of the others. A rank that refuses its input writes that at once.
+header (headers.py) to the store, and reads those of the others. A rank that refuses its input writes that at once.
 """
 
 from __future__ import annotations

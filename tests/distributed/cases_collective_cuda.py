@@ -16,7 +16,8 @@ from deepep_moe.backends.announcements import Announcements
 from deepep_moe.backends.base import Backward, Layout, Plan, Rows, Wire
 from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.collective_cuda import CollectiveOnGPU
-from deepep_moe.backends.exchange import HEADER_WORDS, Exchange, Transfer
+from deepep_moe.backends.exchange import Exchange, Transfer
+from deepep_moe.backends.headers import HEADER_WORDS
 from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
