@@ -13,7 +13,6 @@ Ranks of other nodes are never addressed directly, even where NVSHMEM could map 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +86,7 @@ class NodesEngine(CudaEngine):
         self._peers = peers = nvshmem.initialize(group, device, config)
         self._nodes = nodes = find_nodes(group, device, config)
         self._memories: list[_NodeMemory] = []
+        self._told_at: set[Half] = set()  # launches of the running call before which something had been reported
         self._packed: dict[tuple[int, int], bytes] = {}
         signals = peers.take(nvshmem.module().LATENCY_SIGNAL_BYTES)
         _check_mapped(signals.address, peers, nodes)
@@ -121,18 +121,22 @@ class NodesEngine(CudaEngine):
         return told[0] if told else None
 
     # -- calls ---------------------------------------------------------------------------------------------------
+    # Here a call is several launches. What the first of them reports may be known to the host at the last, but the
+    # next call raises it, as on one node: only this rank may know of it, and the others go on with their next call.
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
+        self._told_at.clear()
         if half & Half.SEND:
             super().dispatch(call, Half.SEND)
-
         step = self._step.DISPATCH
         self._exchange(step, half, call.shape, call.memory, call.memory, call.topk_idx, call.wait_stats)
         if half & Half.RECEIVE:
-            self._receive(lambda: super(NodesEngine, self).dispatch(call, Half.RECEIVE), half)
+            super().dispatch(call, Half.RECEIVE)
+            self._end(half, Half.SEND)
 
     def combine(self, call: CombineCall, half: Half) -> None:
         shape, places = call.dispatched.shape, call.dispatched.memory
+        self._told_at.clear()
         if half & Half.SEND:
             call.state = torch.empty((1,), dtype=torch.int32, device=self.device)
             super().combine(call, Half.TABLES)
@@ -140,7 +144,8 @@ class NodesEngine(CudaEngine):
             super().combine(call, Half.ROWS)
         self._exchange(self._step.ROWS, half, shape, places, call.state, call.topk_idx, call.wait_stats)
         if half & Half.RECEIVE:
-            self._receive(lambda: super(NodesEngine, self).combine(call, Half.RECEIVE), half)
+            super().combine(call, Half.RECEIVE)
+            self._end(half, Half.TABLES)
 
     @property
     def _step(self) -> Any:
@@ -196,12 +201,18 @@ class NodesEngine(CudaEngine):
                 stream=self._domain.enter_stream(),
             )
 
-    def _receive(self, receive: Callable[[], None], half: Half) -> None:
-        try:
-            receive()
-        finally:
-            if half is Half.RECEIVE:  # after a call without a hook the next exchange confirms it in time
-                self._post()
+    def _end(self, half: Half, first: Half) -> None:
+        """After the last launch of a call: raise what had been reported before its first launch.
+
+        Args:
+            half: the half of the call.
+            first: its first launch, if it is a call without a hook.
+        """
+        if half is Half.RECEIVE:  # after a call without a hook the next exchange confirms it in time
+            self._post()
+            first = Half.RECEIVE
+        if first in self._told_at:
+            self.check()
 
     def _post(self) -> None:
         self._remote.post(self._domain.enter_stream())
@@ -209,7 +220,8 @@ class NodesEngine(CudaEngine):
     def _tell(self, told: int, call: DispatchCall | CombineCall, half: Half) -> None:
         if told == _C.LATENCY_BROKEN:
             self._spread_failure()
-        super()._tell(told, call, half)
+            self._domain.raise_lasting()
+        self._told_at.add(half)
 
     def _spread_failure(self) -> None:
         """Tell ranks of other nodes of a permanent failure: kernels could tell only the ranks of this node."""

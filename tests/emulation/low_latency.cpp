@@ -436,6 +436,35 @@ void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsign
     CHECK(named > 0);
 }
 
+// Rank 1 makes a call of another format, or announces one of another shape: all that are in a call report it at once.
+void differ(emulation::Network& network, size_t begin, int per_node, unsigned seed, bool announces) {
+    Group group(network, "nodes", begin, per_node, 5, 128, false, 300.0);
+    Batch same(seed, num_ranks, 5, 128), other = same;
+    other.format = static_cast<Format>((static_cast<int>(same.format) + 1) % 4);
+    int found = 0;
+    for (int self = 0; self < num_ranks; ++self) {
+        const auto program = [&, self] {
+            Call call(group, self, self == 1 ? other : same);
+            const uint64_t began = emulation::now();
+            if (self == 1 && announces) {
+                Facts facts{};
+                facts.word[Facts::kFactMaxTokens] = 1000;
+                facts.word[Facts::kFactAnnounced] = 1;
+                announce(call.rank, facts, false);
+                return;
+            }
+            call.dispatch(kBoth);
+            const auto failure = group.ranks[self].domain->failure();
+            CHECK(failure && (failure->failure == kMismatch || failure->failure == kPeerFailed));
+            CHECK(emulation::now() - began < 100000000);
+            found += failure->failure == kMismatch;
+        };
+        emulation::start_program(self, program, true);
+    }
+    emulation::run_programs(seed);
+    CHECK(found > 0);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -453,6 +482,7 @@ int main(int count, char** arguments) {
         emulation::start_program(self, [&, self] { Program{nodes, domain, all, self, seed}.run(); }, true);
     emulation::run_programs(seed);
     lose_a_rank(network, domain.used, per_node, seed);
+    for (bool announces : {false, true}) differ(network, (5 + announces) << 22, per_node, seed, announces);
     std::printf("%d ranks, %d on a node, seed %u: M = %d, H = %d\n", num_ranks, per_node, seed, max_tokens, hidden);
     return 0;
 }

@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from deepep_moe import DispatcherConfig, nvshmem
+from deepep_moe import DispatcherConfig, low_latency_cuda, nvshmem
 from deepep_moe import low_latency_nodes as nodes_module
-from deepep_moe.errors import PeerTimeoutError, UnsupportedError
+from deepep_moe.errors import InputError, PeerTimeoutError, UnsupportedError
+from deepep_moe.low_latency_engine import Half
 from deepep_moe.topology import Nodes
 
 HEAP, MAPPED = 1 << 30, 1 << 40  # address of this rank's memory, and of that of PE 0 as mapped here
@@ -123,3 +124,68 @@ def test_a_permanent_failure_is_told_to_other_nodes(monkeypatch: pytest.MonkeyPa
     with nullcontext() if usable else pytest.raises(PeerTimeoutError, match="rank 1 did not come"):
         engine.check()
     assert done == ([] if usable else ["no end", "told"])
+
+
+BROKEN = 2
+_LAUNCHES = {
+    "dispatch": ["send", "exchange", "receive"],
+    "combine": ["tables", "exchange", "rows", "exchange", "receive"],
+}
+
+
+@pytest.mark.parametrize("kind", ["dispatch", "combine"])
+@pytest.mark.parametrize(
+    ("half", "told", "raised"),
+    [
+        (Half.BOTH, [], False),
+        (Half.BOTH, ["receive"], False),  # its own kernels reported it: the next call raises it
+        (Half.BOTH, ["rows", "receive"], False),
+        (Half.BOTH, ["send", "tables", "rows", "receive"], True),  # an earlier call did
+        (Half.SEND, ["send", "tables", "rows"], False),  # its hook raises it
+        (Half.RECEIVE, ["receive"], True),
+        (Half.RECEIVE, [], False),
+    ],
+)
+def test_a_call_is_launched_as_a_whole_before_it_raises_what_an_earlier_call_reported(
+    monkeypatch: pytest.MonkeyPatch, kind: str, half: Half, told: list[str], raised: bool
+) -> None:
+    """A rank that raised in the middle of its call, or for what only it knows of this call, would leave the others."""
+    done: list[str] = []
+    names = {Half.SEND: "send", Half.TABLES: "tables", Half.ROWS: "rows", Half.RECEIVE: "receive"}
+
+    def launch(shape: object, half: Half, *_: object) -> int:
+        done.append(names[half])
+        return int(names[half] in told)
+
+    def raise_notice() -> None:
+        done.append("raised")
+        raise InputError("topk_idx", 99, "an expert must be less")
+
+    step = SimpleNamespace(DISPATCH=0, TABLES=1, ROWS=2)
+    monkeypatch.setattr(nvshmem, "module", lambda: SimpleNamespace(LatencyStep=step))
+    monkeypatch.setattr(low_latency_cuda, "enter_stream", lambda index: 0)
+    monkeypatch.setattr(nodes_module, "_C", SimpleNamespace(LATENCY_BROKEN=BROKEN))
+    engine: Any = object.__new__(nodes_module.NodesEngine)
+    engine._told_at, engine._packed, engine._index, engine.device = set(), {(4, 128): b""}, 0, torch.device("cpu")
+    engine._engine = SimpleNamespace(dispatch=launch, combine=launch)
+    engine._domain = SimpleNamespace(
+        usable=True, enter_stream=lambda: 0, raise_failure=lambda: None, raise_notice=raise_notice
+    )
+    engine._remote = SimpleNamespace(
+        exchange=lambda **_: done.append("exchange"), post=lambda stream: done.append("post")
+    )
+    one = torch.zeros(1, dtype=torch.int64, device="cpu")
+    shape = SimpleNamespace(max_tokens=4, hidden=128, tokens=1, topk=1, num_experts=2, format=0, launch=object())
+    call: Any = SimpleNamespace(
+        shape=shape, x=one, topk_idx=one, memory=one, rows=one, scales=None, stats=None, wait_stats=None, sent=False
+    )
+    if kind == "combine":
+        call = SimpleNamespace(
+            x=one, topk_idx=one, topk_weights=one, dispatched=call, out=one, wait_stats=None, state=one, sent=False
+        )
+    with pytest.raises(InputError, match="topk_idx = 99") if raised else nullcontext():
+        getattr(engine, kind)(call, half)
+    launches = _LAUNCHES[kind]
+    expected = {Half.BOTH: launches, Half.SEND: launches[:-1], Half.RECEIVE: ["exchange", "receive", "post"]}[half]
+    assert done == [*expected, *["raised"] * raised]
+    assert call.sent
