@@ -25,6 +25,7 @@ from deepep_moe.backends.checks import check_integer
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+from deepep_moe.tracing import not_compiled
 
 # All decoders of a backend share one engine and its memory, because layers run one after another.
 _engines: WeakKeyDictionary[Backend, LowLatency] = WeakKeyDictionary()
@@ -65,6 +66,7 @@ class Decoder:
         self._engine = engine
         self.num_experts, self.max_tokens_per_rank, self.fp8 = num_experts, max_tokens_per_rank, fp8
 
+    @not_compiled
     def dispatch(self, x: Tensor, topk_idx: Tensor) -> Decoding:
         """Send ``x [T, H]`` bf16, T <= M, to the experts ``topk_idx [T, K]`` (int32 or int64, -1: dropped).
 
@@ -81,6 +83,7 @@ class Decoder:
         )
         return Decoding(call.rows, call.scales, call.counts, topk_idx, handle)
 
+    @not_compiled
     def combine(self, y: Tensor, sent: Decoding, topk_weights: Tensor) -> Tensor:
         """Sum ``y [L, R * M, H]`` bf16, placed as ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
         problem: DeepEPMoEError | None = _needs_gradient("y", y) or _needs_gradient("topk_weights", topk_weights)
@@ -93,6 +96,7 @@ class Decoder:
         out, _, _ = self._engine.combine(y, sent.topk_idx, weights, sent.handle, False, False, False, None, None)
         return out
 
+    @not_compiled
     def check(self) -> None:
         """Raise what kernels have reported so far, including those of replayed graphs."""
         self._engine.check()

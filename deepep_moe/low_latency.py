@@ -522,7 +522,8 @@ class LowLatency:
 
     def update_mask(self, rank: int, masked: bool) -> None:
         self._check_masks("low_latency_update_mask_buffer")
-        if not 0 <= rank < self.world_size or rank == self.rank:
+        check_integer("rank", rank, least=0)
+        if rank >= self.world_size or rank == self.rank:
             raise InputError("rank", rank, f"must be another rank of the group's {self.world_size}, not {self.rank}")
         self._engine.update_mask(rank, bool(masked))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from deepep_moe.backends import Backend
 from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+from deepep_moe.tracing import not_compiled, uncompiled
 
 Hook = Callable[[], None]
 
@@ -76,7 +77,8 @@ class LowLatencyCalls:
                 with ``enable_shrink``). On GPUs a kernel notices; the next call or ``low_latency_check`` raises.
         """
         calls = self._low_latency or self._opened()
-        call, handle, event, hook = calls.dispatch(
+        call, handle, event, hook = uncompiled(LowLatency.dispatch)(
+            calls,
             x,
             topk_idx,
             num_max_dispatch_tokens_per_rank,
@@ -122,7 +124,8 @@ class LowLatencyCalls:
             As :meth:`low_latency_dispatch`.
         """
         calls = self._low_latency or self._opened()
-        return calls.combine(
+        return uncompiled(LowLatency.combine)(
+            calls,
             x,
             topk_idx,
             topk_weights,
@@ -134,6 +137,7 @@ class LowLatencyCalls:
             combine_wait_recv_cost_stats,
         )
 
+    @not_compiled
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
         """[L, R * M, H] bf16 to write the rows of the next combine of ``handle`` into, then combine with ``zero_copy``.
 
@@ -142,14 +146,17 @@ class LowLatencyCalls:
         """
         return self._opened().next_combine_buffer(handle)
 
+    @not_compiled
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing needs cleaning between calls of any kind: checks the arguments, and raises what kernels reported."""
         self._opened().clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
+    @not_compiled
     def low_latency_check(self) -> None:
         """Raise what the kernels that have run so far reported (the next call does so too). Not in DeepEP."""
         self._opened().check()
 
+    @not_compiled
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank: nothing is sent to it, its tokens count as none. Or end that; then all ranks must call.
 
@@ -157,10 +164,12 @@ class LowLatencyCalls:
         """
         self._opened().update_mask(rank_to_mask, mask)
 
+    @not_compiled
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Fill ``mask_status [R]`` int32: 1 for masked ranks, in the order of the current stream."""
         self._opened().query_mask(mask_status)
 
+    @not_compiled
     def low_latency_clean_mask_buffer(self) -> None:
         """End all masks. Collective: ranks meet, so that all go on with the same call and nothing old in memory.
 
@@ -168,6 +177,7 @@ class LowLatencyCalls:
         """
         self._opened().clean_mask()
 
+    @not_compiled
     def _opened(self) -> LowLatency:
         """The low-latency calls of this buffer; made at the first call, on all ranks."""
         backend = self._open()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from deepep_moe.errors import HandleError
+from deepep_moe.tracing import not_compiled
 
 CALLS_IN_FLIGHT = 2
 """Of each kind, at most: a call uses the memory of the call two before it."""
@@ -45,20 +47,21 @@ class InFlight:
 
     def hook(self, receive: Callable[[], None]) -> Callable[[], None]:
         """The hook of the last call."""
-        number = self.made
-        self.waiting[number] = receive
-
-        def hook() -> None:
-            if number in self.received_early:
-                self.received_early.remove(number)
-            elif number in self.waiting:
-                self.waiting.pop(number)()
-            elif self.closed:
-                raise HandleError(f"the hook of {self.kind} {number}: its Buffer was destroyed before")
-            else:
-                raise HandleError(f"the hook of {self.kind} {number} was called twice")
-
-        return hook
+        self.waiting[self.made] = receive
+        return partial(_receive, self, self.made)
 
     def _late(self) -> list[int]:
         return sorted(number for number in self.waiting if number <= self.made + 1 - CALLS_IN_FLIGHT)
+
+
+@not_compiled
+def _receive(in_flight: InFlight, number: int) -> None:
+    """What the hook of call ``number`` does."""
+    if number in in_flight.received_early:
+        in_flight.received_early.remove(number)
+    elif number in in_flight.waiting:
+        in_flight.waiting.pop(number)()
+    elif in_flight.closed:
+        raise HandleError(f"the hook of {in_flight.kind} {number}: its Buffer was destroyed before")
+    else:
+        raise HandleError(f"the hook of {in_flight.kind} {number} was called twice")

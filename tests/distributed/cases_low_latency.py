@@ -392,3 +392,27 @@ def defaults_of_the_caller_change_nothing(group: dist.ProcessGroup) -> None:
             check_dispatch(batch, buffer.rank, format, result)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@case(ranks=(2,))
+def compiled_programs_call_them_between_their_graphs(group: dist.ProcessGroup) -> None:
+    """torch.compile does not trace into the calls: it would run their exchanges while it compiles."""
+    buffer, batch = Buffer(group), small(group)
+    rank = buffer.rank
+    decoder = TokenDispatcher(group, batch.shape.experts).decoder(batch.shape.max_tokens)
+    x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *result, hook = dispatch(buffer, batch, x=2 * x, use_fp8=False, return_recv_hook=True)
+        hook()
+        y = result[0].nan_to_num() * 0.5
+        out, _, hook = buffer.low_latency_combine(y, topk_idx, weights, result[2], return_recv_hook=True)
+        hook()
+        sent = decoder.dispatch(2 * x, topk_idx)
+        return out + 1, decoder.combine(sent.rows.nan_to_num() * 0.5, sent, weights) + 1
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(2):
+        for got, expected in zip(compiled(x), step(x)):
+            assert torch.equal(got, expected)
+    torch._dynamo.reset()

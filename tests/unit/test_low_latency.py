@@ -280,6 +280,13 @@ def test_a_hook_receives_on_the_stream_of_its_call(calls: LowLatency, monkeypatc
     assert received == [7, 7] and entered == ["7"]
 
 
+@pytest.mark.parametrize("rank", ["1", True, None, 1.0, -1, 0, 2])
+def test_only_another_rank_can_be_masked(calls: LowLatency, rank: Any) -> None:
+    calls.masks = True
+    with pytest.raises(InputError, match=f"rank = '?{rank}"):
+        calls.update_mask(rank, True)
+
+
 def test_other_shapes_have_results_of_their_own(calls: LowLatency) -> None:
     for count, fp8 in ((4, True), (2, True), (4, False), (0, False), (4, True)):
         call, handle, *_ = dispatch(calls, x=tokens(count), topk_idx=indices(count), switches=(fp8, False, False))
