@@ -1,5 +1,7 @@
 // The plan of several nodes, step by step: count the batch, digest the counts of all ranks, make the batch of the node,
 // place the rows that the node's plan delivers.
+#include <climits>
+
 #include "device/block.cuh"
 #include "nodes/args.h"
 #include "throughput/args.h"
@@ -103,7 +105,7 @@ __device__ __forceinline__ void count_batch(const SummarizeArgs& args) {
     for (int64_t i = threadIdx.x; i < routes; i += kThreads) {
         const long long expert = args.topk_idx[i];
         if (expert < -1) atomicMin(&lowest, expert + 1);
-        if (expert >= args.num_experts) atomicMax(&highest, expert + 1);
+        if (expert >= args.num_experts) atomicMax(&highest, min(expert, LLONG_MAX - 1) + 1);
     }
     __syncthreads();
     const NodeMessages& messages = args.messages;

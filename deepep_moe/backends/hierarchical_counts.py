@@ -118,7 +118,7 @@ def _count_by_operators(geometry: Geometry, batch: Batch, header: list[int], roo
         to_expert = to_expert.index_add_(0, torch.where(good, flat, num_experts), torch.ones_like(flat))[:-1]
         if tokens:
             head[_LOWEST] = (flat.amin() + 1).clamp(max=0)
-            head[_HIGHEST] = torch.where(flat.amax() >= num_experts, flat.amax() + 1, 0)
+            head[_HIGHEST] = torch.where(flat.amax() >= num_experts, flat.amax().clamp(max=2**63 - 2) + 1, 0)
         told = torch.where(good, flat, -1)
     else:
         assert batch.num_tokens_per_expert is not None

@@ -500,6 +500,10 @@ def a_mistake_of_one_rank_reaches_every_node(group: dist.ProcessGroup) -> None:
     wrong = dispatcher.rank == 3
     with raises(InputError if wrong else PeerError, "topk_idx", "must be -1 (dropped) or 0 to 7"):
         dispatcher.dispatch(x, topk_idx + 8 if wrong else topk_idx, weights)
+    for far in (-(2**63), 2**63 - 1):
+        outside = torch.full_like(topk_idx, far) if wrong else topk_idx
+        with raises(InputError if wrong else PeerError, f"topk_idx = {far}"[:-3], "must be -1 (dropped) or 0 to 7"):
+            dispatcher.dispatch(x, outside, weights)
     with raises(RankMismatchError, "hidden size", "4 on rank 3", "8 on rank 0, 1, 2"):
         dispatcher.dispatch(x[:, :4] if wrong else x, topk_idx, weights)
     dispatched = dispatcher.dispatch(x, topk_idx, weights)
