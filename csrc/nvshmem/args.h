@@ -29,7 +29,7 @@ enum RailPhase : int {
 
 constexpr int kPiecesPerBlock = 16;  // the rows for one peer are sent in so many pieces, each with its own signal
 constexpr int kMaxChunks = 8;        // chunks of an operation
-constexpr int kRailRegions = 4;      // regions of symmetric memory
+constexpr int kRailRegions = 2;      // regions of symmetric memory
 
 // Signals in symmetric memory, written by peers and read by this rank. Peers are the other ranks of the rail, numbered
 // from 0 without this rank.

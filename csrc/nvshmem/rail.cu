@@ -1,4 +1,4 @@
-// Rows between nodes: puts with signals, and waits for the signals. An operation is one dispatch, combine or gather.
+// Rows between nodes: puts with signals, and waits for the signals. An operation is one dispatch or combine.
 // Its kernels run in stream order: begin, then for each chunk put, and later wait.
 //
 // A put writes directly to where the receiver reads, so it must not overwrite rows that are still in use. When a rank

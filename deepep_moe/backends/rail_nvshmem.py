@@ -3,8 +3,8 @@
 The host takes no part in a transfer. Row counts stay on the device (:attr:`Blocks.used`), so a layer over several nodes
 can be captured in a CUDA graph after one eager run. The protocol is described in csrc/nvshmem/rail.cu.
 
-Rows are sent from and received in symmetric memory. It has four regions: gathers alternate between two of them, and
-dispatches and combines between the other two. Regions grow when a batch needs more, except during graph capture.
+Rows are sent from and received in symmetric memory. It has two regions, between which operations alternate. They grow
+when a batch needs more, except during graph capture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from deepep_moe.domain import enter_stream
 from deepep_moe.errors import CapacityError, HandleError, PeerError, PeerTimeoutError
 
 _LEAST_BYTES = 64 << 10  # of a region
-_GATHER, _MOVE = 0, 2  # the first region of each kind of operation
 _WORD_BYTES = 8
 _kept_alive: list[Tensor] = []  # of rails that were dropped while a CUDA graph or a pending kernel may still use them
 
@@ -66,7 +65,7 @@ class NvshmemRail:
         """[N] ranks in ``group``, for error messages."""
         self._failure: Exception | None = None
         self._regions = [_Region() for _ in range(self._module.RAIL_REGIONS)]
-        self._turn = {_GATHER: 0, _MOVE: 0}
+        self._turn = 0  # the region of the current operation
         if self._ranks == 1:
             self._closed = False
             return
@@ -101,55 +100,28 @@ class NvshmemRail:
 
     # -- operations ----------------------------------------------------------------------------------------------
 
-    def gather(self, phase: Phase, block: Tensor) -> Tensor:
-        peers, count = self._ranks - 1, block.shape[0]
-        out = torch.empty((self._ranks, *block.shape), dtype=block.dtype, device=self.device)
-        out[self._rank] = block
-        if peers == 0 or block.numel() == 0:
-            return out
-        rows = block.contiguous().view(count, -1)
-        row_bytes = rows.shape[1] * rows.element_size()
-        blocks = Blocks(tuple(count * (rank != self._rank) for rank in range(self._ranks)))
-        sent, received = self._begin(_GATHER, peers * count, peers * count, row_bytes)
-        sent.view(peers, count, row_bytes).copy_(rows.view(torch.uint8).unsqueeze(0))
-        self._start(_GATHER, sent, received, blocks, 0, 1)()
-        by_rank, came = out.view(self._ranks, -1).view(torch.uint8), received.view(peers, count * row_bytes)
-        by_rank[: self._rank] = came[: self._rank]
-        by_rank[self._rank + 1 :] = came[self._rank :]
-        return out
-
     def buffers(self, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
-        return self._begin(_MOVE, send_rows, recv_rows, row_bytes)
-
-    def start(
-        self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
-    ) -> Callable[[], object]:
-        self._check_open()
-        return self._start(_MOVE, sent, received, send, chunk, num_chunks)
-
-    def _begin(self, kind: int, send_rows: int, recv_rows: int, row_bytes: int) -> tuple[Tensor, Tensor]:
-        """Begin an operation and return its send and receive buffers."""
         self._check_open()
         sent_bytes, received_bytes = send_rows * row_bytes, recv_rows * row_bytes
         half = -(-sent_bytes // nvshmem.PART_ALIGNMENT) * nvshmem.PART_ALIGNMENT
         if self._ranks == 1:
             memory = torch.empty(half + received_bytes, dtype=torch.uint8, device=self.device)
         else:
-            self._turn[kind] ^= 1
-            memory = self._memory(kind + self._turn[kind], half + received_bytes)
-            self._module.rail_begin(self._args[kind + self._turn[kind]], enter_stream(self._index))
+            self._turn ^= 1
+            memory = self._memory(self._turn, half + received_bytes)
+            self._module.rail_begin(self._args[self._turn], enter_stream(self._index))
         sent, received = memory[:sent_bytes], memory[half : half + received_bytes]
         return sent.view(send_rows, row_bytes), received.view(recv_rows, row_bytes)
 
-    def _start(
-        self, kind: int, sent: Tensor, received: Tensor, send: Blocks, chunk: int, num_chunks: int
+    def start(
+        self, phase: Phase, sent: Tensor, received: Tensor, send: Blocks, recv: Blocks, chunk: int, num_chunks: int
     ) -> Callable[[], object]:
-        """Send one chunk of the current operation. Returns a function that waits for the peers' rows of the chunk."""
+        self._check_open()
         if self._ranks == 1:
             return lambda: None
         if num_chunks > self._module.MAX_CHUNKS:
             raise ValueError(f"num_chunks = {num_chunks}: at most {self._module.MAX_CHUNKS}")
-        args, module = self._args[kind + self._turn[kind]], self._module
+        args, module = self._args[self._turn], self._module
         used = None if send.used is None else send.used.contiguous()  # a slice of a table of all chunks
         described = module.RailChunk(
             chunk=chunk,
@@ -179,22 +151,21 @@ class NvshmemRail:
                     f"{num_bytes} bytes of symmetric memory are needed, and memory cannot grow during CUDA graph "
                     "capture: run the layer once before the capture, with the same number of tokens"
                 )
-            self._grow(number, num_bytes)
+            self._grow(num_bytes)
         region.captured = region.captured or capturing
         assert region.part is not None
         return region.part.memory
 
-    def _grow(self, number: int, num_bytes: int) -> None:
-        """Replace the memory of a region and of the one it alternates with. Both are idle between operations."""
+    def _grow(self, num_bytes: int) -> None:
+        """Replace the memory of all regions. They are idle between operations."""
         torch.cuda.synchronize(self.device)
-        pair = [self._regions[number], self._regions[number ^ 1]]
-        for region in pair:
+        for region in self._regions:
             if region.part is not None and region.captured:
                 region.kept.append(region.part)
             elif region.part is not None:
                 region.part.free()
             region.part, region.captured = None, False
-        for region in pair:
+        for region in self._regions:
             region.part = self._peers.take(max(_LEAST_BYTES, num_bytes * 9 // 8))
 
     # -- failure and end -----------------------------------------------------------------------------------------

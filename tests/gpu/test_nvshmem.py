@@ -110,15 +110,6 @@ def test_rows_arrive_as_they_were_sent(ranks: Ranks, rail: NvshmemRail) -> None:
     operation(ranks, rail, 1002, [5], 16, partly=False)
 
 
-def test_blocks_of_all_ranks_are_gathered(ranks: Ranks, rail: NvshmemRail) -> None:
-    for count, width in ((1, 4), (7, 3), (4096, 8), (0, 8), (33, 1)):
-        block = torch.arange(count * width, dtype=torch.int32, device=ranks.device).view(count, width)
-        gathered = rail.gather("plan", block + 1000 * ranks.rank)
-        wanted = torch.stack([block + 1000 * rank for rank in range(ranks.size)])
-        assert torch.equal(gathered, wanted)
-        operation(ranks, rail, 2000 + count, [11], 64, partly=False)
-
-
 def test_streams_may_change_between_operations(ranks: Ranks, rail: NvshmemRail) -> None:
     streams = [torch.cuda.Stream(ranks.device) for _ in range(2)]
     slow = torch.empty(64 << 20, dtype=torch.uint8, device=ranks.device)
@@ -142,14 +133,11 @@ def test_a_captured_operation_is_replayed(ranks: Ranks, rail: NvshmemRail, moves
     )
 
     def layer() -> None:
-        told = rail.gather("plan", (step + 100 * ranks.rank).view(1, 1))
         for move in range(moves):
             sent, received = rail.buffers(rows * len(others), rows * len(others), row_bytes)
             sent.copy_((x + step * 7 + move + ranks.rank).view(torch.uint8))
             rail.start("dispatch", sent, received, blocks, blocks, 0, 1)()
             wrong.add_((received.view(torch.int32) != step * 7 + move + senders).sum())
-        for rank in range(ranks.size):
-            wrong.add_((told[rank] != step + 100 * rank).sum())
         step.add_(1)
 
     layer()
