@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends import Backend
-from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_topk_idx
+from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape
 from deepep_moe.domain import current_stream_of
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
@@ -38,11 +38,11 @@ from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_checks import (
     NOT_USABLE,
+    check_combine,
     check_contiguous,
-    check_distinct,
+    check_dispatch,
     check_modes,
     check_out,
-    check_wait_stats,
     overlap,
     signature_of,
 )
@@ -54,11 +54,6 @@ from deepep_moe.low_latency_reference import ReferenceEngine
 
 _log = logging.getLogger(__name__)
 
-MAX_TOKENS = 1 << 15
-"""Maximum tokens per rank: a position among the rows of one source and expert has 16 bits."""
-MAX_TOPK = 32
-MAX_EXPERTS = 1024
-_ROW_BYTES = 16  # rows are moved in units of this
 _MAX_SHAPES = 4096  # of calls that are remembered as checked
 _DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
 _SEND, _BOTH = Half.SEND, Half.BOTH  # reading a member of an enumeration takes as long as a call
@@ -191,7 +186,8 @@ class LowLatency:
             check_modes(async_finish, return_recv_hook)
             if shape is None:
                 format = Format.of(*switches)
-                self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
+                where = self.world_size, self.device
+                check_dispatch(*where, x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
                 shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
                 self._keep_shape(key, shape)
             self._dispatches.check()
@@ -237,39 +233,6 @@ class LowLatency:
             self._shapes.clear()
         with suppress(TypeError):
             self._shapes[key] = shape
-
-    def _check_dispatch(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        max_tokens: int,
-        num_experts: int,
-        stats: Tensor | None,
-        wait_stats: Tensor | None,
-        format: Format,
-    ) -> None:
-        check_integer("num_max_dispatch_tokens_per_rank", max_tokens, least=1, most=MAX_TOKENS)
-        check_integer("num_experts", num_experts, least=1, most=MAX_EXPERTS)
-        check_topk_idx(topk_idx, num_experts, self.world_size, self.device)
-        tokens, topk = topk_idx.shape
-        if topk > MAX_TOPK:
-            raise InputError("topk_idx", f"top-k {topk}", f"must be at most {MAX_TOPK}")
-        if tokens > max_tokens:
-            raise InputError("x", f"{tokens} tokens", f"num_max_dispatch_tokens_per_rank is {max_tokens}")
-        check_shape("x", x, (tokens, None), self.device, torch.bfloat16)
-        check_contiguous("x", x)
-        check_contiguous("topk_idx", topk_idx)
-        unit = BLOCK if format != Format.BF16 else _ROW_BYTES // 2
-        if x.shape[1] < 1 or x.shape[1] % unit:
-            raise InputError("x", f"hidden size {x.shape[1]}", f"must be a multiple of {unit} in {format.name}")
-        if self.device.type == "cpu":  # on a GPU the kernel looks
-            check_distinct(topk_idx)
-        local_experts = num_experts // self.world_size
-        if stats is not None:
-            name = "cumulative_local_expert_recv_stats"
-            check_shape(name, stats, (local_experts,), self.device, torch.int32)
-            check_contiguous(name, stats)
-        check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
     def _new_shape(
         self, x: Tensor, topk_idx: Tensor, max_tokens: int, num_experts: int, format: Format
@@ -390,7 +353,8 @@ class LowLatency:
             check_modes(async_finish, return_recv_hook)
             key, known = self._combine_key(x, topk_idx, topk_weights, out, wait_stats), dispatched.shape.combines
             if key not in known:
-                self._check_combine(dispatched, x, topk_idx, topk_weights, out, wait_stats)
+                where = self.world_size, self.device
+                check_combine(*where, dispatched, x, topk_idx, topk_weights, out, wait_stats)
                 if NOT_USABLE not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
                     known.add(key)
             if out is not None:
@@ -458,28 +422,6 @@ class LowLatency:
         if not handle.call.received:
             raise HandleError("handle: call the hook of its dispatch before combine")
         return handle.call
-
-    def _check_combine(
-        self,
-        dispatched: DispatchCall,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        out: Tensor | None,
-        wait_stats: Tensor | None,
-    ) -> None:
-        check_shape("x", x, tuple(dispatched.rows.shape), self.device, torch.bfloat16)
-        check_contiguous("x", x)
-        shape = (dispatched.shape.tokens, dispatched.shape.topk)
-        check_shape("topk_idx", topk_idx, shape, self.device)
-        check_topk_idx(topk_idx, dispatched.shape.num_experts, self.world_size, self.device)
-        check_contiguous("topk_idx", topk_idx)
-        check_shape("topk_weights", topk_weights, shape, self.device, torch.float32)
-        check_contiguous("topk_weights", topk_weights)
-        if out is not None:
-            check_shape("out", out, (shape[0], dispatched.shape.hidden), self.device, torch.bfloat16)
-            check_contiguous("out", out)
-        check_wait_stats("combine_wait_recv_cost_stats", wait_stats, self.world_size, self.device)
 
     def next_combine_buffer(self, handle: Any) -> Tensor:
         """[L, R * M, H] bf16 for the rows of a ``zero_copy`` combine of ``handle``. At most two are in use."""

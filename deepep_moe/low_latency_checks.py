@@ -7,11 +7,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepep_moe.backends.checks import check_shape
+from deepep_moe.backends.checks import check_integer, check_shape, check_topk_idx
 from deepep_moe.errors import InputError
+from deepep_moe.fp8 import BLOCK
+from deepep_moe.low_latency_engine import DispatchCall, Format
+
+MAX_TOKENS = 1 << 15
+"""Maximum tokens per rank: a position among the rows of one source and expert has 16 bits."""
+MAX_TOPK = 32
+MAX_EXPERTS = 1024
+_ROW_BYTES = 16  # rows are moved in units of this
 
 NOT_USABLE = object()
 """Signature of an argument that is checked in every call, because it is wrong or no plain tensor."""
+
+
+def check_dispatch(
+    ranks: int,
+    device: torch.device,
+    x: Tensor,
+    topk_idx: Tensor,
+    max_tokens: int,
+    num_experts: int,
+    stats: Tensor | None,
+    wait_stats: Tensor | None,
+    format: Format,
+) -> None:
+    check_integer("num_max_dispatch_tokens_per_rank", max_tokens, least=1, most=MAX_TOKENS)
+    check_integer("num_experts", num_experts, least=1, most=MAX_EXPERTS)
+    check_topk_idx(topk_idx, num_experts, ranks, device)
+    tokens, topk = topk_idx.shape
+    if topk > MAX_TOPK:
+        raise InputError("topk_idx", f"top-k {topk}", f"must be at most {MAX_TOPK}")
+    if tokens > max_tokens:
+        raise InputError("x", f"{tokens} tokens", f"num_max_dispatch_tokens_per_rank is {max_tokens}")
+    check_shape("x", x, (tokens, None), device, torch.bfloat16)
+    check_contiguous("x", x)
+    check_contiguous("topk_idx", topk_idx)
+    unit = BLOCK if format != Format.BF16 else _ROW_BYTES // 2
+    if x.shape[1] < 1 or x.shape[1] % unit:
+        raise InputError("x", f"hidden size {x.shape[1]}", f"must be a multiple of {unit} in {format.name}")
+    if device.type == "cpu":  # on a GPU the kernel looks
+        check_distinct(topk_idx)
+    if stats is not None:
+        name = "cumulative_local_expert_recv_stats"
+        check_shape(name, stats, (num_experts // ranks,), device, torch.int32)
+        check_contiguous(name, stats)
+    check_wait_stats("dispatch_wait_recv_cost_stats", wait_stats, ranks, device)
+
+
+def check_combine(
+    ranks: int,
+    device: torch.device,
+    dispatched: DispatchCall,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    out: Tensor | None,
+    wait_stats: Tensor | None,
+) -> None:
+    check_shape("x", x, tuple(dispatched.rows.shape), device, torch.bfloat16)
+    check_contiguous("x", x)
+    shape = (dispatched.shape.tokens, dispatched.shape.topk)
+    check_shape("topk_idx", topk_idx, shape, device)
+    check_topk_idx(topk_idx, dispatched.shape.num_experts, ranks, device)
+    check_contiguous("topk_idx", topk_idx)
+    check_shape("topk_weights", topk_weights, shape, device, torch.float32)
+    check_contiguous("topk_weights", topk_weights)
+    if out is not None:
+        check_shape("out", out, (shape[0], dispatched.shape.hidden), device, torch.bfloat16)
+        check_contiguous("out", out)
+    check_wait_stats("combine_wait_recv_cost_stats", wait_stats, ranks, device)
 
 
 def check_modes(async_finish: bool, return_recv_hook: bool) -> None:

@@ -104,8 +104,8 @@ def combine(calls: LowLatency, handle: Any, **changed: Any) -> Any:
 def test_equal_arguments_are_checked_once(calls: LowLatency, engine: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     _, handle, *_ = dispatch(calls)
     combine(calls, handle)
-    monkeypatch.setattr(LowLatency, "_check_dispatch", pytest.fail)
-    monkeypatch.setattr(LowLatency, "_check_combine", pytest.fail)
+    monkeypatch.setattr(low_latency, "check_dispatch", pytest.fail)
+    monkeypatch.setattr(low_latency, "check_combine", pytest.fail)
     call, handle, *_ = dispatch(calls)
     combine(calls, handle)
     assert call.shape is engine.calls[0][0].shape
@@ -218,8 +218,8 @@ def test_arguments_that_are_counted_into_are_checked_once(
     _, handle, *_ = dispatch(calls, **counted)
     combine(calls, handle, wait_stats=counted["wait_stats"])
     with monkeypatch.context() as patch:
-        patch.setattr(LowLatency, "_check_dispatch", pytest.fail)
-        patch.setattr(LowLatency, "_check_combine", pytest.fail)
+        patch.setattr(low_latency, "check_dispatch", pytest.fail)
+        patch.setattr(low_latency, "check_combine", pytest.fail)
         call, handle, *_ = dispatch(calls, **counted)
         combine(calls, handle, wait_stats=counted["wait_stats"])
     assert call.stats is counted["stats"] and call.wait_stats is counted["wait_stats"]
