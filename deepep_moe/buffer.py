@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends import Backend, Layout, Plan, Rows, get_backend
-from deepep_moe.backends.checks import check_integer, check_shape, check_tensor, describe
+from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape, check_tensor, describe
 from deepep_moe.config import Config, DispatcherConfig
 from deepep_moe.errors import ConfigError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventHandle, EventOverlap, StreamRunner
@@ -143,9 +143,9 @@ class Buffer(LowLatencyCalls, Shared):
         """Set how many SMs the kernels of Buffers created from now on may use; an even number, as in DeepEP.
 
         Raises:
-            ConfigError: an odd number, or one below 2.
+            ConfigError: not an integer, an odd number, or one below 2.
         """
-        if new_num_sms < 2 or new_num_sms % 2:
+        if isinstance(new_num_sms, bool) or not isinstance(new_num_sms, int) or new_num_sms < 2 or new_num_sms % 2:
             raise ConfigError(f"num_sms = {new_num_sms!r}: allowed is an even integer >= 2")
         Buffer.num_sms, Buffer._num_sms_chosen = new_num_sms, True
 
@@ -178,11 +178,9 @@ class Buffer(LowLatencyCalls, Shared):
             ("hidden", hidden),
             ("num_ranks", num_ranks),
         ):
-            if value < 1:
-                raise InputError(name, value, "must be at least 1")
-        if num_experts < 1 or num_experts % num_ranks:
-            raise InputError("num_experts", num_experts, f"must be a positive multiple of {num_ranks} ranks")
-        return symmetric_bytes(num_max_dispatch_tokens_per_rank, hidden, num_ranks)
+            check_integer(name, value, least=1)
+        check_num_experts(num_experts, num_ranks)
+        return symmetric_bytes(int(num_max_dispatch_tokens_per_rank), int(hidden), int(num_ranks))
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The stream that asynchronous calls run on. Raises UnsupportedError on a CPU."""
@@ -523,6 +521,5 @@ def bias_tensors(bias: Any) -> tuple[Tensor, ...]:
 
 
 def _default_config(num_ranks: int) -> Config:
-    if num_ranks < 1:
-        raise InputError("num_ranks", num_ranks, "must be at least 1")
+    check_integer("num_ranks", num_ranks, least=1)
     return Config(num_sms=Buffer.num_sms)

@@ -12,6 +12,7 @@ tools pick it up from the field.
 from __future__ import annotations
 
 import difflib
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -232,9 +233,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"Config.{field.name} = {value!r}: allowed is an integer >= 1")
+            _check_size(f"Config.{field.name}", getattr(self, field.name))
         for link in ("nvl", "rdma"):
             send = getattr(self, f"num_max_{link}_chunked_send_tokens")
             recv = getattr(self, f"num_max_{link}_chunked_recv_tokens")
@@ -246,22 +245,22 @@ class Config:
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes to reserve for NVLink staging, for rows of ``hidden_bytes`` and a group of ``num_ranks``."""
+        _check_size("hidden_bytes", hidden_bytes)
+        _check_size("num_ranks", num_ranks)
         peers = min(num_ranks, _RANKS_PER_NODE)
-        return self._staging_bytes(hidden_bytes, num_ranks, peers, self.num_max_nvl_chunked_recv_tokens)
+        return self._staging_bytes(hidden_bytes, peers, self.num_max_nvl_chunked_recv_tokens)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         """Bytes to reserve for RDMA staging; 0 when the group fits in one node."""
+        _check_size("hidden_bytes", hidden_bytes)
+        _check_size("num_ranks", num_ranks)
         if num_ranks <= _RANKS_PER_NODE:
-            _check_sizes(hidden_bytes, num_ranks)
             return 0
         nodes = -(-num_ranks // _RANKS_PER_NODE)
         both_directions = 2
-        return both_directions * self._staging_bytes(
-            hidden_bytes, num_ranks, nodes, self.num_max_rdma_chunked_recv_tokens
-        )
+        return both_directions * self._staging_bytes(hidden_bytes, nodes, self.num_max_rdma_chunked_recv_tokens)
 
-    def _staging_bytes(self, hidden_bytes: int, num_ranks: int, peers: int, tokens: int) -> int:
-        _check_sizes(hidden_bytes, num_ranks)
+    def _staging_bytes(self, hidden_bytes: int, peers: int, tokens: int) -> int:
         channels = max(1, self.num_sms // 2)
         scales = -(-hidden_bytes // _CHANNELS_PER_SCALE) * 4
         row = hidden_bytes + scales + _MAX_TOPK * (8 + 4) + 16  # indices, weights, source token
@@ -269,8 +268,10 @@ class Config:
         return -(-total // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _check_sizes(hidden_bytes: int, num_ranks: int) -> None:
-    if hidden_bytes < 1:
-        raise ConfigError(f"hidden_bytes = {hidden_bytes}: allowed is an integer >= 1")
-    if num_ranks < 1:
-        raise ConfigError(f"num_ranks = {num_ranks}: allowed is an integer >= 1")
+def _check_size(name: str, value: Any) -> None:
+    try:
+        fits = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ConfigError(f"{name} = {value!r}: allowed is an integer >= 1")

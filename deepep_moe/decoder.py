@@ -25,6 +25,8 @@ from deepep_moe.backends.checks import check_integer
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
+from deepep_moe.low_latency_checks import MAX_EXPERTS, MAX_TOKENS
+from deepep_moe.shared import Shared
 from deepep_moe.tracing import not_compiled
 
 # All decoders of a backend share one engine and its memory, because layers run one after another.
@@ -47,7 +49,7 @@ class Decoding:
     handle: LowLatencyHandle
 
 
-class Decoder:
+class Decoder(Shared):
     """Created by :meth:`TokenDispatcher.decoder`. It has no gradients. All calls are collective.
 
     Args:
@@ -58,12 +60,13 @@ class Decoder:
     """
 
     def __init__(self, backend: Backend, num_experts: int, max_tokens_per_rank: int, fp8: bool) -> None:
-        check_integer("max_tokens_per_rank", max_tokens_per_rank, 1)
+        check_integer("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS)
+        check_integer("num_experts", num_experts, 1, MAX_EXPERTS)
         engine = _engines.get(backend)
         if engine is None:
-            engine = LowLatency(backend, backend.config.num_sms, False, StreamRunner(backend.device))
+            engine = LowLatency(backend, backend.config.num_sms, False, StreamRunner(backend.device), rows="y")
             _engines[backend] = engine
-        self._engine = engine
+        self._backend, self._engine = backend, engine
         self.num_experts, self.max_tokens_per_rank, self.fp8 = num_experts, max_tokens_per_rank, fp8
 
     @not_compiled
@@ -85,14 +88,28 @@ class Decoder:
 
     @not_compiled
     def combine(self, y: Tensor, sent: Decoding, topk_weights: Tensor) -> Tensor:
-        """Sum ``y [L, R * M, H]`` bf16, placed as ``sent.rows``, times ``topk_weights [T, K]`` -> [T, H] bf16."""
+        """Sum the rows of each token times their weights, where the token came from.
+
+        Args:
+            y: [L, R * M, H] bf16, rows where ``sent.rows`` has them.
+            sent: the result of :meth:`dispatch`.
+            topk_weights: [T, K], any floating-point dtype; converted to float32.
+
+        Returns:
+            [T, H] bf16.
+
+        Raises:
+            As :meth:`dispatch`; HandleError if ``sent`` is not what it returned.
+        """
         problem: DeepEPMoEError | None = _needs_gradient("y", y) or _needs_gradient("topk_weights", topk_weights)
         if not isinstance(sent, Decoding):
             problem = HandleError(f"sent is a {type(sent).__name__}; pass on what Decoder.dispatch returned")
         if problem is not None:
-            self._engine.refuse_combine(sent.handle.call if isinstance(sent, Decoding) else None, problem)
+            handle = getattr(sent, "handle", None)
+            self._engine.refuse_combine(handle.call if isinstance(handle, LowLatencyHandle) else None, problem)
             raise problem
-        weights = topk_weights.float() if isinstance(topk_weights, Tensor) else topk_weights
+        has_floats = isinstance(topk_weights, Tensor) and topk_weights.is_floating_point()
+        weights = topk_weights.float() if has_floats else topk_weights
         out, _, _ = self._engine.combine(y, sent.topk_idx, weights, sent.handle, False, False, False, None, None)
         return out
 

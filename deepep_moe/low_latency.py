@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from deepep_moe.low_latency_checks import (
     check_dispatch,
     check_modes,
     check_out,
+    check_switches,
     overlap,
     signature_of,
 )
@@ -66,7 +68,7 @@ class LowLatencyHandle(Sequence[Any]):
     src_info [L, R * M] int32; layout_range [L, R] int64; M; hidden; num_experts. The tensors are views, made when read.
     """
 
-    __slots__ = ("call", "owner")
+    __slots__ = ("__weakref__", "call", "owner")
 
     def __init__(self, call: DispatchCall, owner: object) -> None:
         self.call, self.owner = call, owner
@@ -94,20 +96,28 @@ class LowLatency:
         masks: mask a peer that does not answer in time, instead of raising an error.
         runner: runs calls with ``async_finish``.
         nvshmem_bytes: symmetric memory for the ranks of other nodes; 0: use NVSHMEM only with ``rail=nvshmem``.
+        rows: the name that the callers' users know the rows of a combine by.
     """
 
     def __init__(
-        self, backend: Backend, num_sms: int, masks: bool, runner: StreamRunner, nvshmem_bytes: int = 0
+        self,
+        backend: Backend,
+        num_sms: int,
+        masks: bool,
+        runner: StreamRunner,
+        nvshmem_bytes: int = 0,
+        rows: str = "x",
     ) -> None:
         self.device, self.masks = backend.device, masks
         self.rank, self.world_size = backend.rank, backend.world_size
         self._engine = make_engine(backend, num_sms, masks, nvshmem_bytes)
-        self._runner = runner
+        self._runner, self._rows = runner, rows
         self._identity = object()
         self._shapes: dict[_Key, DispatchShape] = {}
         self._dispatches, self._combines = InFlight("dispatch"), InFlight("combine")
         self._combine_buffers: dict[tuple[int, ...], list[Tensor]] = {}
-        self._lent: list[tuple[DispatchCall, Tensor]] = []  # combine buffers that were handed out, oldest first
+        # combine buffers that were handed out; a loan ends with its handle
+        self._lent: WeakKeyDictionary[LowLatencyHandle, Tensor] = WeakKeyDictionary()
 
     @property
     def engine(self) -> str:
@@ -153,7 +163,9 @@ class LowLatency:
             switches,
         )
         try:
-            shape = self._shapes.get(key) if max_tokens.__class__ is num_experts.__class__ is int else None
+            plain = max_tokens.__class__ is num_experts.__class__ is int
+            plain = plain and async_finish.__class__ is return_recv_hook.__class__ is bool
+            shape = self._shapes.get(key) if plain else None
         except TypeError:  # a switch that cannot be hashed
             shape = None
         if shape is None or self._dispatches.waiting or (async_finish and return_recv_hook):
@@ -183,6 +195,8 @@ class LowLatency:
         """``shape`` or a new one, after the checks that its ``key`` does not spare."""
         *_, max_tokens, num_experts, switches = key
         try:
+            check_switches(async_finish=async_finish, return_recv_hook=return_recv_hook)
+            check_switches(**dict(zip(("use_fp8", "round_scale", "use_ue8m0"), switches)))
             check_modes(async_finish, return_recv_hook)
             if shape is None:
                 format = Format.of(*switches)
@@ -192,13 +206,13 @@ class LowLatency:
                 self._keep_shape(key, shape)
             self._dispatches.check()
             return shape
-        except DeepEPMoEError as problem:
-            self.refuse_dispatch(x, max_tokens, problem)
+        except Exception as error:
+            self.refuse_dispatch(x, max_tokens, as_told(error))
             raise
 
     def refuse_dispatch(self, x: Any, max_tokens: Any, problem: DeepEPMoEError) -> None:
         """Tell the other ranks about ``problem`` with the arguments of a dispatch, which the caller raises then."""
-        hidden = x.shape[1] if isinstance(x, Tensor) and x.dim() == 2 else 0
+        hidden = x.shape[1] if isinstance(x, Tensor) and not x.is_nested and x.dim() == 2 else 0
         refuse = partial(self._engine.refuse_dispatch, max_tokens, hidden, problem)
         self._refuse(self._dispatches, problem, refuse)
 
@@ -299,7 +313,8 @@ class LowLatency:
     ) -> tuple[Tensor, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_combine`."""
         if (
-            zero_copy
+            zero_copy is not False
+            or not (async_finish.__class__ is return_recv_hook.__class__ is bool)
             or self._combines.waiting
             or (async_finish and return_recv_hook)
             or handle.__class__ is not LowLatencyHandle
@@ -348,23 +363,24 @@ class LowLatency:
         dispatched: DispatchCall | None = None
         try:
             dispatched = self._call_of(handle)
+            check_switches(zero_copy=zero_copy, async_finish=async_finish, return_recv_hook=return_recv_hook)
             if zero_copy:
-                x = self._lent_to(dispatched)
+                x = self._lent_to(handle)
             check_modes(async_finish, return_recv_hook)
             key, known = self._combine_key(x, topk_idx, topk_weights, out, wait_stats), dispatched.shape.combines
             if key not in known:
                 where = self.world_size, self.device
-                check_combine(*where, dispatched, x, topk_idx, topk_weights, out, wait_stats)
+                check_combine(*where, dispatched, self._rows, x, topk_idx, topk_weights, out, wait_stats)
                 if NOT_USABLE not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
                     known.add(key)
             if out is not None:
                 check_out(out, x)
             self._combines.check()
-        except DeepEPMoEError as problem:
-            self.refuse_combine(dispatched, problem)
+        except Exception as error:
+            self.refuse_combine(dispatched, as_told(error))
             raise
         if zero_copy:
-            self._lent = [entry for entry in self._lent if entry[0] is not dispatched]
+            del self._lent[handle]
         return dispatched, x
 
     def refuse_combine(self, dispatched: DispatchCall | None, problem: DeepEPMoEError) -> None:
@@ -418,7 +434,7 @@ class LowLatency:
         if not isinstance(handle, LowLatencyHandle):
             raise HandleError(f"handle is a {type(handle).__name__}; pass on what low_latency_dispatch returned")
         if handle.owner is not self._identity:
-            raise HandleError("handle was made by another Buffer")
+            raise HandleError("handle was made by another Buffer, or by a decoder of another dispatcher")
         if not handle.call.received:
             raise HandleError("handle: call the hook of its dispatch before combine")
         return handle.call
@@ -426,16 +442,16 @@ class LowLatency:
     def next_combine_buffer(self, handle: Any) -> Tensor:
         """[L, R * M, H] bf16 for the rows of a ``zero_copy`` combine of ``handle``. At most two are in use."""
         call = self._call_of(handle)
-        if any(owner is call for owner, _ in self._lent):
-            return self._lent_to(call)
-        if len(self._lent) == CALLS_IN_FLIGHT:
+        if handle in self._lent:
+            return self._lent[handle]
+        lent = {id(buffer) for buffer in self._lent.values()}
+        if len(lent) == CALLS_IN_FLIGHT:
             raise HandleError(
                 f"get_next_low_latency_combine_buffer: {CALLS_IN_FLIGHT} buffers are being filled; "
-                "combine one of their handles with zero_copy first"
+                "combine one of their handles with zero_copy, or drop it, first"
             )
         shape = tuple(call.rows.shape)
         buffers = self._combine_buffers.setdefault(shape, [])
-        lent = {id(buffer) for _, buffer in self._lent}
         free = [buffer for buffer in buffers if id(buffer) not in lent]
         if free and len(buffers) == CALLS_IN_FLIGHT:
             buffer = free[0]
@@ -443,14 +459,13 @@ class LowLatency:
             buffer = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         # Least recently used first: a combine may still be reading the other.
         self._combine_buffers[shape] = [b for b in buffers if b is not buffer] + [buffer]
-        self._lent.append((call, buffer))
+        self._lent[handle] = buffer
         return buffer
 
-    def _lent_to(self, call: DispatchCall) -> Tensor:
-        """The buffer that was handed out for a ``zero_copy`` combine of ``call``."""
-        for owner, buffer in self._lent:
-            if owner is call:
-                return buffer
+    def _lent_to(self, handle: LowLatencyHandle) -> Tensor:
+        """The buffer that was handed out for a ``zero_copy`` combine of ``handle``."""
+        if handle in self._lent:
+            return self._lent[handle]
         raise InputError("zero_copy", True, "write the rows into get_next_low_latency_combine_buffer(handle) first")
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -464,9 +479,10 @@ class LowLatency:
 
     def update_mask(self, rank: int, masked: bool) -> None:
         self._check_masks("low_latency_update_mask_buffer")
-        check_integer("rank", rank, least=0)
+        check_integer("rank_to_mask", rank, least=0)
         if rank >= self.world_size or rank == self.rank:
-            raise InputError("rank", rank, f"must be another rank of the group's {self.world_size}, not {self.rank}")
+            rule = f"must be another rank of the group's {self.world_size}, not {self.rank}"
+            raise InputError("rank_to_mask", rank, rule)
         self._engine.update_mask(rank, bool(masked))
 
     def query_mask(self, status: Tensor) -> None:
@@ -545,6 +561,11 @@ def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int)
             reason,
         )
     return ReferenceEngine(backend)
+
+
+def as_told(error: Exception) -> DeepEPMoEError:
+    """``error`` as the other ranks are told: whatever stopped this rank, they must not wait for it."""
+    return error if isinstance(error, DeepEPMoEError) else DeepEPMoEError(f"{type(error).__name__}: {error}")
 
 
 def _made_by_dispatch(call: DispatchCall) -> tuple[Tensor | None, ...]:

@@ -40,7 +40,11 @@ def check_dispatch(
     if topk > MAX_TOPK:
         raise InputError("topk_idx", f"top-k {topk}", f"must be at most {MAX_TOPK}")
     if tokens > max_tokens:
-        raise InputError("x", f"{tokens} tokens", f"num_max_dispatch_tokens_per_rank is {max_tokens}")
+        raise InputError(
+            "x",
+            f"{tokens} tokens",
+            f"num_max_dispatch_tokens_per_rank is {max_tokens} (max_tokens_per_rank of a decoder)",
+        )
     check_shape("x", x, (tokens, None), device, torch.bfloat16)
     check_contiguous("x", x)
     check_contiguous("topk_idx", topk_idx)
@@ -60,14 +64,16 @@ def check_combine(
     ranks: int,
     device: torch.device,
     dispatched: DispatchCall,
+    rows: str,
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
     out: Tensor | None,
     wait_stats: Tensor | None,
 ) -> None:
-    check_shape("x", x, tuple(dispatched.rows.shape), device, torch.bfloat16)
-    check_contiguous("x", x)
+    """Check the arguments of a combine, of which ``x`` is known to the user as ``rows``."""
+    check_shape(rows, x, tuple(dispatched.rows.shape), device, torch.bfloat16)
+    check_contiguous(rows, x)
     shape = (dispatched.shape.tokens, dispatched.shape.topk)
     check_shape("topk_idx", topk_idx, shape, device)
     check_topk_idx(topk_idx, dispatched.shape.num_experts, ranks, device)
@@ -78,6 +84,17 @@ def check_combine(
         check_shape("out", out, (shape[0], dispatched.shape.hidden), device, torch.bfloat16)
         check_contiguous("out", out)
     check_wait_stats("combine_wait_recv_cost_stats", wait_stats, ranks, device)
+
+
+def check_switches(**switches: Any) -> None:
+    """Raise InputError for a value that is not True, False or None: others, such as tensors, may have no truth value."""
+    for name, value in switches.items():
+        try:
+            known = value in (True, False, None)  # those of numpy too
+        except (RuntimeError, ValueError):
+            known = False
+        if not known:
+            raise InputError(name, repr(value), "must be True or False")
 
 
 def check_modes(async_finish: bool, return_recv_hook: bool) -> None:

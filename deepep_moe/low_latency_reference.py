@@ -27,6 +27,8 @@ AMAX_FLOOR = 1e-4  # of a block of 128 channels: this format's, whatever other F
 class _Sent(NamedTuple):
     """Of a dispatch: what this rank sent, and what came."""
 
+    number: int  # of the dispatch, equal on all ranks
+    experts: Tensor  # [T, K] int64: a copy of topk_idx, which the caller may change before its combine
     tokens: Tensor  # [S] own tokens, by destination
     send_counts: list[int]
     recv_counts: list[int]
@@ -43,6 +45,8 @@ class ReferenceEngine:
 
     Masks are those set by hand: nothing is sent to a masked rank, and what it sends is ignored. A rank that died is an
     error here, masks or not: torch.distributed cannot go on without it.
+
+    Like kernels, it writes into any tensor: those of inference mode and those that require gradients.
     """
 
     name = "reference"
@@ -52,12 +56,14 @@ class ReferenceEngine:
         self._exchange = Exchange(backend.group, backend.device, backend.config.timeout_seconds)
         self.rank, self.world_size = self._exchange.rank, self._exchange.world_size
         self._masked = torch.zeros(self.world_size, dtype=torch.bool, device=self.device)
+        self._dispatches = 0
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return 0
 
     # -- dispatch ------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def dispatch(self, call: DispatchCall, half: Half) -> None:
         self._refuse_capture()
         if half & Half.SEND:
@@ -76,7 +82,7 @@ class ReferenceEngine:
 
     def _facts(self, call: DispatchCall) -> dict[str, Fact]:
         return {
-            "num_max_dispatch_tokens_per_rank": call.shape.max_tokens,
+            "tokens per rank (max_tokens_per_rank, num_max_dispatch_tokens_per_rank)": call.shape.max_tokens,
             "hidden size": call.shape.hidden,
             "top-k": call.shape.topk,
             "num_experts": call.shape.num_experts,
@@ -87,13 +93,14 @@ class ReferenceEngine:
         local_experts = call.shape.num_experts // self.world_size
         ranks = torch.arange(self.world_size, dtype=torch.int64, device=self.device)
         with self._exchange.agreement("dispatch") as agreement:
-            experts = call.topk_idx.to(torch.int64)
+            experts = call.topk_idx.to(torch.int64, copy=True)
             owner = torch.where(experts >= 0, experts // local_experts, -1)
             goes = (owner.unsqueeze(2) == ranks).any(1) & ~self._masked  # [T, R]
             destination, tokens = goes.t().nonzero().unbind(1)
             send_counts = destination.bincount(minlength=self.world_size).tolist()
             agreement.facts, agreement.private = self._facts(call), send_counts
         assert agreement.shared is not None
+        self._dispatches += 1
         recv_counts = agreement.shared[:, self.rank].tolist()
 
         exchange = self._exchange.all_to_all
@@ -112,7 +119,8 @@ class ReferenceEngine:
         flat = local.flatten()
         routes = (flat.unsqueeze(1) == torch.arange(local_experts, dtype=torch.int64, device=self.device)).long()
         place = ((routes.cumsum(0) - 1) * routes).sum(1).view_as(local)
-        return _Sent(tokens, send_counts, recv_counts, source, told[:, 0], local, rows, scales, place)
+        number, token = self._dispatches, told[:, 0]
+        return _Sent(number, experts, tokens, send_counts, recv_counts, source, token, local, rows, scales, place)
 
     def _deliver(self, call: DispatchCall, sent: _Sent) -> None:
         row, route = (sent.local >= 0).nonzero().unbind(1)
@@ -134,6 +142,7 @@ class ReferenceEngine:
 
     # -- combine -------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def combine(self, call: CombineCall, half: Half) -> None:
         self._refuse_capture()
         if half & Half.SEND:
@@ -147,12 +156,12 @@ class ReferenceEngine:
         sent: _Sent = dispatched.state
         dropped = call.topk_idx < 0
         with self._exchange.agreement("combine") as agreement:
-            changed = (call.topk_idx != dispatched.topk_idx) & ~dropped
+            changed = (call.topk_idx != sent.experts) & ~dropped
             if bool(changed.any()):
                 token, k = changed.nonzero()[0].tolist()
                 expert = int(call.topk_idx[token, k])
                 raise InputError("topk_idx", expert, f"route {k} of token {token} went elsewhere in the dispatch")
-            agreement.facts = self._facts(dispatched)
+            agreement.facts = {"handle (the number of its dispatch)": sent.number, **self._facts(dispatched)}
 
         exchange = self._exchange.all_to_all
         with self._exchange.moving("combine"):
@@ -187,12 +196,15 @@ class ReferenceEngine:
             raise problem
         return False  # the other ranks raise: no rank makes the call
 
+    @torch.inference_mode()
     def update_mask(self, rank: int, masked: bool) -> None:
         self._masked[rank] = masked
 
+    @torch.inference_mode()
     def query_mask(self, status: Tensor) -> None:
         status.copy_(self._masked)
 
+    @torch.inference_mode()
     def clean_mask(self) -> None:
         self._masked.zero_()
 

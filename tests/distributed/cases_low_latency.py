@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import time
 from typing import Any
 
@@ -235,7 +237,7 @@ def masked_ranks_count_as_none(group: dist.ProcessGroup) -> None:
     buffer.low_latency_query_mask_buffer(status)
     assert not status.any()
     check_dispatch(batch, rank, "bf16", dispatch(buffer, batch, use_fp8=False))
-    with raises(InputError, "rank", str(rank)):
+    with raises(InputError, f"rank_to_mask = {rank}"):
         buffer.low_latency_update_mask_buffer(rank, True)
     plain = Buffer(group)
     for call in (
@@ -270,6 +272,9 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"async_finish": True, "return_recv_hook": True}, ("async_finish", "return_recv_hook")),
         ({"cumulative_local_expert_recv_stats": topk_idx}, ("cumulative_local_expert_recv_stats", "shape")),
         ({"dispatch_wait_recv_cost_stats": topk_idx}, ("dispatch_wait_recv_cost_stats", "shape")),
+        ({"x": torch.nested.nested_tensor([x.new_zeros(3)])}, ("x = a nested tensor", "dense")),
+        ({"use_fp8": torch.zeros(2, dtype=torch.bool)}, ("use_fp8 = tensor", "True or False")),
+        ({"return_recv_hook": torch.zeros(2, dtype=torch.bool)}, ("return_recv_hook = tensor", "True or False")),
     ]
     for options, told in wrong:
         with raises(InputError if first else PeerError, *told):
@@ -290,6 +295,7 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"out": y[0]}, InputError, ("out = shape",)),
         ({"out": y.view(-1, HIDDEN)[1 : 1 + len(x)]}, InputError, ("out = a tensor in the memory of x",)),
         ({"zero_copy": True}, InputError, ("zero_copy", "get_next_low_latency_combine_buffer")),
+        ({"zero_copy": torch.zeros(2, dtype=torch.bool)}, InputError, ("zero_copy = tensor", "True or False")),
         ({"handle": tuple(result[2])}, HandleError, ("handle is a tuple",)),
         ({"handle": dispatch(Buffer(group), batch)[2]}, HandleError, ("another Buffer",)),
     ):
@@ -319,6 +325,70 @@ def ranks_that_differ_are_told(group: dist.ProcessGroup) -> None:
         with raises(RankMismatchError, *told):
             dispatch(buffer, batch, **(options if odd else {}))
     check_dispatch(batch, buffer.rank, "fp8", dispatch(buffer, batch))
+
+
+@case(ranks=(2, 3))
+def ranks_that_combine_different_dispatches_are_told(group: dist.ProcessGroup) -> None:
+    """Also if the routing of both is equal, so that all sizes are."""
+    buffer = Buffer(group)
+    rank = buffer.rank
+    for seed in (1, 2):
+        batches = [small(group, 1), small(group, seed)]
+        results = [dispatch(buffer, batch, use_fp8=False) for batch in batches]
+        pairs = list(zip(batches, results))
+
+        def combine(batch: Batch, result: Any) -> torch.Tensor:
+            y = expert_outputs(batch, rank, "bf16", result)
+            return buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])[0]
+
+        for pair in pairs if rank == 0 else pairs[::-1]:
+            with raises(RankMismatchError, "handle (the number of its dispatch)", "on rank 0", "on rank 1"):
+                combine(*pair)
+        for batch, result in pairs:
+            check_combine(combine(batch, result), combined(batch, rank, "bf16"), "after the errors")
+
+
+@case(ranks=(2,))
+def indices_of_two_batches_in_one_tensor(group: dist.ProcessGroup) -> None:
+    """Programs that capture graphs have one tensor for the indices of all their batches."""
+    buffer, batches = Buffer(group), [small(group, seed) for seed in (1, 2)]
+    rank = buffer.rank
+    topk_idx = torch.empty_like(batches[0].topk_idx[rank])
+    results = [
+        dispatch(buffer, batch, use_fp8=False, topk_idx=topk_idx.copy_(batch.topk_idx[rank])) for batch in batches
+    ]
+    for batch, result in zip(batches, results):
+        y = expert_outputs(batch, rank, "bf16", result)
+        out, _, _ = buffer.low_latency_combine(y, topk_idx.copy_(batch.topk_idx[rank]), batch.weights[rank], result[2])
+        check_combine(out, combined(batch, rank, "bf16"), "one tensor for all indices")
+
+
+@case(ranks=(2,))
+def tensors_of_inference_mode_and_with_gradients(group: dist.ProcessGroup) -> None:
+    """Kernels write into any tensor, so the reference does too: a program behaves the same on CPUs."""
+    buffer, batch = Buffer(group, enable_shrink=True), small(group)
+    rank = buffer.rank
+    with torch.inference_mode():
+        stats = torch.zeros(batch.shape.local_experts, dtype=torch.int32)
+        status = torch.ones(batch.shape.ranks, dtype=torch.int32)
+        out = torch.empty_like(batch.x[rank])
+        result = dispatch(buffer, batch, use_fp8=False, return_recv_hook=True, cumulative_local_expert_recv_stats=stats)
+    result[4]()
+    check_dispatch(batch, rank, "bf16", result)
+    assert torch.equal(stats, result[1])
+    y, weights = expert_outputs(batch, rank, "bf16", result), batch.weights[rank].clone().requires_grad_()
+    for into in (out, torch.empty_like(batch.x[rank]).requires_grad_()):
+        got, _, hook = buffer.low_latency_combine(
+            y, batch.topk_idx[rank], weights, result[2], out=into, return_recv_hook=True
+        )
+        hook()
+        assert got is into
+        check_combine(got.detach(), combined(batch, rank, "bf16"), "out")
+    with torch.inference_mode():
+        buffer.low_latency_update_mask_buffer(1 - rank, True)
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any()
 
 
 @case()
@@ -353,6 +423,13 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
     for wrong in (0, "8", None):
         with raises(InputError, f"max_tokens_per_rank = {wrong!r}" if wrong != 0 else "max_tokens_per_rank = 0"):
             dispatcher.decoder(wrong)  # type: ignore[arg-type]
+    with raises(InputError, "max_tokens_per_rank = 40000: must be an integer from 1 to 32768"):
+        dispatcher.decoder(40000)
+    assert copy.deepcopy([decoders[0]])[0] is decoders[0]
+    with raises(UnsupportedError, "a Decoder cannot be pickled"):
+        pickle.dumps(decoders[0])
+    other = TokenDispatcher(group, shape.experts).decoder(shape.max_tokens)  # its dispatcher is gone: same engine
+    assert other._engine is decoders[0]._engine
     x, topk_idx, weights = batch.x[rank], batch.topk_idx[rank], batch.weights[rank]
     for decoder, format in zip(decoders, ("bf16", "fp8")):
         sent = decoder.dispatch(x, topk_idx)
@@ -371,6 +448,8 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
         wrong: list[tuple[tuple[Any, ...], type[DeepEPMoEError], str]] = [
             ((y, (), weights), HandleError, "sent is a tuple"),
             ((y, sent, None), InputError, "topk_weights = None"),
+            ((y, sent, weights.to(torch.complex64)), InputError, "topk_weights = torch.complex64"),
+            ((y[:, :1], sent, weights), InputError, "y = shape"),
             ((y, sent, weights.clone().requires_grad_()), InputError, "topk_weights = requires a gradient"),
         ]
         with raises(InputError if rank == 0 else PeerError, "x = requires a gradient"):

@@ -191,6 +191,9 @@ def test_size_hints_grow_with_what_they_hold() -> None:
             hint(0, 4)
         with pytest.raises(ConfigError, match="num_ranks = 0"):
             hint(16, 0)
+        for wrong in (1e3, "16", None, True):
+            with pytest.raises(ConfigError, match=f"hidden_bytes = {wrong!r}: allowed is an integer >= 1"):
+                hint(wrong, 4)  # type: ignore[arg-type]
 
 
 def test_buffer_tuning_follows_the_sms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +201,12 @@ def test_buffer_tuning_follows_the_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Buffer, "_num_sms_chosen", False)
     Buffer.set_num_sms(24)
     assert Buffer.get_dispatch_config(3).num_sms == Buffer.get_combine_config(48).num_sms == 24
-    for wrong in (0, 7, -2):
+    for wrong in (0, 7, -2, None, 24.0):
         with pytest.raises(ConfigError, match=f"num_sms = {wrong}"):
-            Buffer.set_num_sms(wrong)
-    with pytest.raises(ValueError, match="num_ranks = 0"):
-        Buffer.get_dispatch_config(0)
+            Buffer.set_num_sms(wrong)  # type: ignore[arg-type]
+    for wrong in (0, None, 2.5):
+        with pytest.raises(ValueError, match=f"num_ranks = {wrong}"):
+            Buffer.get_dispatch_config(wrong)  # type: ignore[arg-type]
 
 
 def test_low_latency_size_hint_holds_what_is_sent_and_received() -> None:
@@ -211,8 +215,11 @@ def test_low_latency_size_hint_holds_what_is_sent_and_received() -> None:
     rows = 2 * 2 * 128 * 7168 * 2
     assert rows * 15 <= hint(128, 7168, 8, 256) <= 1.2 * rows * 16
     assert hint(1, 8, 1, 1) < 1 << 20
-    with pytest.raises(ValueError, match="num_experts = 10: must be a positive multiple of 8 ranks"):
+    with pytest.raises(ValueError, match="num_experts = 10: must be a positive multiple of the group's 8 ranks"):
         hint(128, 7168, 8, 10)
+    for wrong in (128.5, "128", None):
+        with pytest.raises(ValueError, match=f"num_max_dispatch_tokens_per_rank = {wrong!r}: must be an integer"):
+            hint(wrong, 7168, 8, 256)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="hidden = 0"):
         hint(128, 0, 8, 256)
 

@@ -131,6 +131,8 @@ def test_equal_arguments_are_checked_once(calls: LowLatency, engine: Recorder, m
         ({"stats": torch.empty(3, dtype=torch.int64, device=META)}, "cumulative_local_expert_recv_stats"),
         ({"wait_stats": torch.empty(3, dtype=torch.int64, device=META)}, "dispatch_wait_recv_cost_stats"),
         ({"switches": (True, False, True)}, "use_ue8m0"),
+        ({"switches": ("no", False, False)}, "use_fp8 = 'no': must be True or False"),
+        ({"switches": (True, [], False)}, r"round_scale = \[\]: must be True or False"),
         ({"async_finish": True, "return_recv_hook": True}, "async_finish"),
     ],
 )
@@ -243,6 +245,30 @@ def test_a_refused_combine_leaves_the_rows_that_were_written(calls: LowLatency, 
         combine(calls, handle, zero_copy=True)
 
 
+def test_a_buffer_for_rows_is_free_when_its_handle_is(calls: LowLatency) -> None:
+    """A program that fails between taking a buffer and combining must be able to go on."""
+    handles = [dispatch(calls)[1] for _ in range(3)]
+    kept = [calls.next_combine_buffer(handle) for handle in handles[:2]]
+    with pytest.raises(HandleError, match="2 buffers are being filled"):
+        calls.next_combine_buffer(handles[2])
+    del handles[0]
+    assert calls.next_combine_buffer(handles[1]) is kept[0]
+
+
+@pytest.mark.parametrize("name", ["async_finish", "return_recv_hook", "zero_copy"])
+def test_a_switch_without_a_truth_value_is_refused(calls: LowLatency, engine: Recorder, name: str) -> None:
+    """On this rank alone, after equal calls that passed: the others must not wait for it."""
+    _, handle, *_ = dispatch(calls)
+    combine(calls, handle)
+    wrong = torch.zeros(2, dtype=torch.bool, device="cpu")
+    with pytest.raises(InputError, match=rf"{name} = tensor\(\[False, False\]\): must be True or False"):
+        combine(calls, handle, **{name: wrong})
+    if name != "zero_copy":
+        with pytest.raises(InputError, match=f"{name} = 'no': must be True or False"):
+            dispatch(calls, **{name: "no"})
+    assert len(engine.refused) == (1 if name == "zero_copy" else 2) and len(engine.calls) == 2
+
+
 def test_hooks_of_a_closed_buffer_launch_nothing(calls: LowLatency, engine: Recorder) -> None:
     """They would use memory that has been released."""
     engine.close = lambda: None  # type: ignore[attr-defined]
@@ -283,7 +309,7 @@ def test_a_hook_receives_on_the_stream_of_its_call(calls: LowLatency, monkeypatc
 @pytest.mark.parametrize("rank", ["1", True, None, 1.0, -1, 0, 2])
 def test_only_another_rank_can_be_masked(calls: LowLatency, rank: Any) -> None:
     calls.masks = True
-    with pytest.raises(InputError, match=f"rank = '?{rank}"):
+    with pytest.raises(InputError, match=f"rank_to_mask = '?{rank}"):
         calls.update_mask(rank, True)
 
 
