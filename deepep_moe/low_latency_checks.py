@@ -87,7 +87,7 @@ def check_combine(
 
 
 def check_switches(**switches: Any) -> None:
-    """Raise InputError for a value that is not True, False or None: others, such as tensors, may have no truth value."""
+    """Raise InputError for a value that is not True, False or None: a tensor, say, may have no truth value."""
     for name, value in switches.items():
         try:
             known = value in (True, False, None)  # those of numpy too
