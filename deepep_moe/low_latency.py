@@ -292,8 +292,12 @@ class LowLatency:
     def _new_dispatch(
         self, shape: DispatchShape, x: Tensor, topk_idx: Tensor, stats: Tensor | None, wait_stats: Tensor | None
     ) -> DispatchCall:
-        rows, memory = torch.empty_like(shape.rows), torch.empty_like(shape.memory)
-        scales = None if shape.scales is None else torch.empty_like(shape.scales)
+        try:
+            rows, memory = torch.empty_like(shape.rows), torch.empty_like(shape.memory)
+            scales = None if shape.scales is None else torch.empty_like(shape.scales)
+        except Exception as error:  # no memory on this rank: the others must not wait for it
+            self.refuse_dispatch(x, shape.max_tokens, as_told(error))
+            raise
         counts = memory.as_strided((shape.local_experts,), (1,), shape.counts_at)
         return DispatchCall(shape, x, topk_idx, rows, scales, memory, counts, stats, wait_stats)
 
@@ -427,7 +431,11 @@ class LowLatency:
         wait_stats: Tensor | None,
     ) -> CombineCall:
         if out is None:
-            out = torch.empty_like(dispatched.shape.out)
+            try:
+                out = torch.empty_like(dispatched.shape.out)
+            except Exception as error:
+                self.refuse_combine(dispatched, as_told(error))
+                raise
         return CombineCall(x, topk_idx, topk_weights, dispatched, out, wait_stats)
 
     def _call_of(self, handle: Any) -> DispatchCall:

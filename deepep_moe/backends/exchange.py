@@ -185,6 +185,9 @@ class Exchange:
             with suppress(PeerError):  # this rank raises its own error
                 self.exchange_headers(phase, Agreement(), error)
             raise
+        except BaseException as error:  # as in _waiting
+            self.break_off(phase, repr(error))
+            raise
         self.exchange_headers(phase, mine, None)
 
     def exchange_headers(self, phase: Phase, mine: Agreement, problem: Exception | None) -> None:
@@ -362,6 +365,9 @@ class Exchange:
         except RuntimeError as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._give_up(phase, time.monotonic() - began, said)
+        except BaseException as error:  # KeyboardInterrupt, or what a signal handler raised: the operation goes on
+            self.break_off(phase, repr(error))
+            raise
         finally:
             self.waited[phase] = self.waited.get(phase, 0.0) + time.monotonic() - began
 
@@ -401,7 +407,7 @@ class Exchange:
             )
             self._abort()
 
-    def break_off(self, phase: Phase, reason: str) -> None:
+    def break_off(self, phase: str, reason: str) -> None:
         """Leave an operation that the peers are in, with a note of the reason."""
         if self.world_size == 1 or self._state.given_up is not None:
             return
@@ -447,7 +453,7 @@ class _Moving:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, PeerError):
+        if error is not None and not isinstance(error, PeerError):
             self._exchange.break_off(self._phase, f"{type(error).__name__}: {error}")
 
 

@@ -109,7 +109,7 @@ class Moving:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception):
+        if error is not None:
             reason = str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
             for line in self._lines:
                 line.break_off(self._phase, reason)
@@ -222,6 +222,9 @@ class Planner:
             yield mine
         except Exception as error:
             self._refuse(phase, error, phase == "plan")
+            raise
+        except BaseException as error:  # KeyboardInterrupt, or what a signal handler raised
+            self.exchange.break_off(phase, repr(error))
             raise
         self._compare(phase, mine.facts, None)
 

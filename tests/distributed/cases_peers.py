@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from deepep_moe import DispatcherConfig, ElasticBuffer, TokenDispatcher
 from deepep_moe.backends import Layout, get_backend
 from deepep_moe.domain import Domain
-from deepep_moe.errors import CapacityError, PeerTimeoutError
+from deepep_moe.errors import CapacityError, PeerError, PeerTimeoutError
 from deepep_moe.overflow import replay_on_overflow
 from tests.distributed.cases_dispatcher import raises
 from tests.launch import GROUP_TIMEOUT, case
@@ -52,6 +53,35 @@ def silence(group: dist.ProcessGroup, phase: str) -> None:
         ):
             steps[phase]()
     dist.barrier()  # of the default group: the silent rank waits here
+
+
+@case(ranks=(2,))
+def an_interrupted_wait_ends_the_group(group: dist.ProcessGroup) -> None:
+    """Messages of the call that was left must not be taken for those of the next one. (gloo ends the process.)"""
+    backend = get_backend(group, torch.device("cpu"), DispatcherConfig(timeout_seconds=20))
+    topk_idx = torch.arange(4).unsqueeze(1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    backend.plan(topk_idx, 4)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        if backend.rank == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            try:
+                backend.plan(topk_idx, 4)
+                raise AssertionError("the wait was not interrupted")
+            except KeyboardInterrupt:
+                pass
+        else:
+            time.sleep(0.5)
+            with raises(PeerError, "rank 0 broke off plan: KeyboardInterrupt()"):
+                backend.plan(topk_idx, 4)
+        with raises(PeerError, "given up", "broke off", "KeyboardInterrupt()"):
+            backend.plan(topk_idx, 4)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @case(ranks=(2, 3))

@@ -269,6 +269,24 @@ def test_a_switch_without_a_truth_value_is_refused(calls: LowLatency, engine: Re
     assert len(engine.refused) == (1 if name == "zero_copy" else 2) and len(engine.calls) == 2
 
 
+@pytest.mark.parametrize("mode", ["plain", "async_finish", "return_recv_hook"])
+def test_a_rank_without_memory_refuses(
+    calls: LowLatency, engine: Recorder, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    _, handle, *_ = dispatch(calls)
+    combine(calls, handle)
+
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory for the rows")
+
+    changed = {} if mode == "plain" else {mode: True}
+    monkeypatch.setattr(torch, "empty_like", fails)
+    for call in (lambda: dispatch(calls, **changed), lambda: combine(calls, handle, **changed)):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for the rows"):
+            call()
+    assert engine.refused == ["OutOfMemoryError: no memory for the rows"] * 2 and len(engine.calls) == 2
+
+
 def test_hooks_of_a_closed_buffer_launch_nothing(calls: LowLatency, engine: Recorder) -> None:
     """They would use memory that has been released."""
     engine.close = lambda: None  # type: ignore[attr-defined]
