@@ -12,6 +12,7 @@ The low-latency calls are in low_latency_calls.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -188,13 +189,13 @@ class Buffer(LowLatencyCalls, Shared):
         return self._runner.stream
 
     def get_local_buffer_tensor(
-        self, dtype: torch.dtype, size: torch.Size | None = None, offset: int = 0, use_rdma_buffer: bool = False
+        self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> Tensor:
         """Scratch memory of this rank, as a tensor.
 
         Args:
             dtype: of the result.
-            size: shape of the result; default: one dimension, up to the end of the memory.
+            size: shape of the result, a torch.Size or tuple; default: one dimension, up to the end of the memory.
             offset: first byte, a multiple of the size of ``dtype``.
             use_rdma_buffer: use the ``num_rdma_bytes`` instead of the ``num_nvl_bytes``.
 
@@ -202,8 +203,11 @@ class Buffer(LowLatencyCalls, Shared):
             InputError: ``offset`` or ``size`` does not fit.
         """
         backend = self._open()
+        if not isinstance(dtype, torch.dtype):
+            raise InputError("dtype", repr(dtype), "must be a torch.dtype")
+        check_integer("offset", offset, most=_MOST_BYTES)
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        if not 0 <= offset <= num_bytes:
+        if offset > num_bytes:
             raise InputError("offset", offset, f"must be within the buffer's {num_bytes} bytes")
         if use_rdma_buffer not in self._local_memory:
             self._local_memory[use_rdma_buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=backend.device)
@@ -213,7 +217,11 @@ class Buffer(LowLatencyCalls, Shared):
         tensor = memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)
         if size is None:
             return tensor
-        if size.numel() > tensor.numel():
+        try:
+            size = torch.Size(size)
+        except TypeError:
+            raise InputError("size", repr(size), "must be a torch.Size or a tuple of integers") from None
+        if size.numel() > tensor.numel() or min(size, default=0) < 0:
             raise InputError("size", tuple(size), f"must have at most {tensor.numel()} elements of {dtype}")
         return tensor[: size.numel()].view(size)
 

@@ -241,7 +241,8 @@ def initialize(
     chosen = group if group is not None else dist.group.WORLD
     assert chosen is not None
     if device is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+        on_gpu = torch.cuda.is_available()  # otherwise every rank is told below
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     timeout = config.timeout_seconds
 
     def everyone(mine: object) -> list[Any]:

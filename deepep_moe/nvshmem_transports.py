@@ -23,6 +23,8 @@ _VARIABLES = (
     "NVSHMEM_DISABLE_P2P",
     "NVSHMEM_HCA_LIST",
 )
+_TRANSPORTS = {"ibrc": "IBRC", "ibdevx": "IBDEVX", "ucx": "UCX", "libfabric": "libfabric", "none": "none"}
+"""Between nodes, by the values of NVSHMEM_REMOTE_TRANSPORT; IBGDA comes on top of them."""
 _ON = ("1", "true", "yes", "on", "y", "t")
 
 
@@ -86,7 +88,7 @@ def expected(a: NodeFacts, b: NodeFacts) -> tuple[str, list[str]]:
     """The transport between two nodes, and what is missing for it to work, or to be faster.
 
     Returns:
-        One of "P2P", "IBGDA", "IBRC", "UCX", "libfabric", "none", and short sentences.
+        One of "P2P", "IBGDA", "IBRC", "IBDEVX", "UCX", "libfabric", "none", and short sentences.
     """
     if a.host == b.host and not any(_is_on(node, "NVSHMEM_DISABLE_P2P") for node in (a, b)):
         return "P2P", []
@@ -94,6 +96,8 @@ def expected(a: NodeFacts, b: NodeFacts) -> tuple[str, list[str]]:
     if len(chosen) > 1:
         return "none", [f"NVSHMEM_REMOTE_TRANSPORT differs: {', '.join(sorted(chosen))}"]
     (transport,) = chosen
+    if transport not in _TRANSPORTS:
+        return "none", [f"NVSHMEM_REMOTE_TRANSPORT={transport}: allowed is one of {', '.join(_TRANSPORTS)}"]
     if transport == "none":
         return "none", ["NVSHMEM_REMOTE_TRANSPORT=none: unset it where there is an RDMA NIC"]
     if not (a.nics and b.nics):
@@ -109,7 +113,7 @@ def expected(a: NodeFacts, b: NodeFacts) -> tuple[str, list[str]]:
     if not (a.libibverbs and b.libibverbs):
         return "none", [*missing, "libibverbs is not installed (package rdma-core)"]
     if transport != "ibrc":
-        return ("UCX" if transport == "ucx" else transport), missing
+        return _TRANSPORTS[transport], missing
     if not all(_is_on(node, "NVSHMEM_IB_ENABLE_IBGDA") for node in (a, b)):
         missing.append("a CPU thread posts transfers: set NVSHMEM_IB_ENABLE_IBGDA=1 to let the GPU do it")
         return "IBRC", missing

@@ -7,7 +7,6 @@ also measures bandwidth and latency of each pair of ranks.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from deepep_moe import nvshmem
 from deepep_moe.backends.exchange import gather
 from deepep_moe.config import DispatcherConfig
-from deepep_moe.errors import DeepEPMoEError, PeerTimeoutError
+from deepep_moe.errors import ConfigError, DeepEPMoEError, PeerError, PeerTimeoutError
 from deepep_moe.nvshmem_transports import NodeFacts, look, summary
 from deepep_moe.tools.world import ranks_of_this_run
 
@@ -163,15 +162,18 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--timeout", type=float, default=30.0, help="longest wait for another rank, in seconds")
     asked = parser.parse_args(arguments)
-    with ranks_of_this_run() as world:
+    try:
         config = DispatcherConfig(timeout_seconds=asked.timeout, nvshmem_bytes=_PART_BYTES + (1 << 20))
+    except ConfigError as error:
+        parser.error(str(error))
+    with ranks_of_this_run() as world:
         everyone = dist.group.WORLD
         assert everyone is not None
         facts = gather("self-test", everyone, world.device, asked.timeout, look().as_dict())
         nodes = list({one["host"]: NodeFacts(**one) for one in facts}.values())
         text, missing = summary(nodes) if len(nodes) > 1 else ("one node", [])
         lines = [f"expected: {text}", *(f"  missing: {one}" for one in missing)]
-        good = False
+        good, alone = False, False
         try:
             began = time.monotonic()
             peers = nvshmem.initialize(everyone, world.device, config)
@@ -181,8 +183,11 @@ def main(arguments: Sequence[str]) -> int:
             lines.append(result)
         except DeepEPMoEError as error:
             lines.append(f"failed: {error}")
-        if int(os.environ.get("RANK", "0")) == 0 or not good:
-            print("\n".join(lines), flush=True)
+            alone = isinstance(error, PeerError)  # perhaps on this rank alone; other errors are raised on all
+        if world.rank == 0 or alone:
+            start = "" if world.rank == 0 else f"rank {world.rank}\n"
+            sys.stdout.write(start + "\n".join(lines) + "\n")  # in one piece: ranks write to one terminal
+            sys.stdout.flush()
     return 0 if good else 1
 
 

@@ -284,3 +284,14 @@ def local_memory_is_a_view(group: dist.ProcessGroup) -> None:
         buffer.get_local_buffer_tensor(torch.float32, offset=2)
     with raises(InputError, "size", "at most 16"):
         buffer.get_local_buffer_tensor(torch.float32, torch.Size((17,)))
+    assert buffer.get_local_buffer_tensor(torch.float32, (4, 4)).shape == (4, 4)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": "float32"}, "dtype = 'float32'"),
+        ({"offset": "8"}, "offset = '8'"),
+        ({"offset": -4}, "offset = -4"),
+        ({"size": "4"}, "size = '4'"),
+        ({"size": (-1, 4)}, "size = (-1, 4)"),
+    ]
+    for changed, told in wrong:
+        with raises(InputError, told):
+            buffer.get_local_buffer_tensor(**{"dtype": torch.float32, **changed})

@@ -84,6 +84,12 @@ def process(library: Library, reason: str | None = None) -> Iterator[None]:
         yield
 
 
+@case(ranks=(2,))
+def without_a_gpu_all_ranks_get_the_reason(group: dist.ProcessGroup) -> None:
+    with mock.patch.object(torch.cuda, "is_available", return_value=False), raises(UnsupportedError, "rank 0, 1: "):
+        nvshmem.initialize(group)
+
+
 @case(ranks=(2, 3))
 def starts_once_and_parts_are_at_the_same_place(group: dist.ProcessGroup) -> None:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from deepep_moe import nvshmem
+from deepep_moe.errors import PeerTimeoutError, UnsupportedError
 from deepep_moe.nvshmem_transports import NodeFacts, expected, look, summary
+from deepep_moe.tools import nvshmem as tool
 from deepep_moe.tools.nvshmem import Shift, report
+from deepep_moe.tools.world import World
 from tests.launch import ROOT
 
 BUILT = importlib.util.find_spec("deepep_moe._nvshmem")
@@ -112,6 +118,12 @@ EFA = {"NVSHMEM_REMOTE_TRANSPORT": "libfabric", "NVSHMEM_LIBFABRIC_PROVIDER": "e
         ({"nics": {}}, "none", "no RDMA NIC"),
         ({"libibverbs": False}, "none", "rdma-core"),
         ({"variables": {"NVSHMEM_REMOTE_TRANSPORT": "none"}}, "none", "NVSHMEM_REMOTE_TRANSPORT=none"),
+        (
+            {"variables": {"NVSHMEM_REMOTE_TRANSPORT": "ibrcc"}},
+            "none",
+            "NVSHMEM_REMOTE_TRANSPORT=ibrcc: allowed is one of",
+        ),
+        ({"variables": {"NVSHMEM_REMOTE_TRANSPORT": "UCX"}}, "UCX", None),
         ({"nics": {"rdmap0": "efa"}}, "none", "NVSHMEM_REMOTE_TRANSPORT=libfabric"),
         ({"nics": {"rdmap0": "efa"}, "variables": EFA}, "libfabric", None),
         ({"nics": {"rdmap0": "efa"}, "variables": EFA, "gdrcopy": False}, "none", "GDRCopy"),
@@ -157,6 +169,32 @@ def test_facts_of_a_node_are_read_from_its_files(tmp_path: Path) -> None:
 
 
 # -- the self-test's report ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UnsupportedError("rank 1: built without"), {0: "expected: one node\nfailed: rank 1: built without\n", 1: ""}),
+        (
+            PeerTimeoutError("rank 1 waited"),
+            {
+                0: "expected: one node\nfailed: rank 1 waited\n",
+                1: "rank 1\nexpected: one node\nfailed: rank 1 waited\n",
+            },
+        ),
+    ],
+)
+def test_what_all_ranks_know_is_printed_once(
+    error: Exception, told: dict[int, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tool, "gather", lambda *_: [look("/nothing", {}).as_dict()])
+    monkeypatch.setattr(tool.nvshmem, "initialize", mock.Mock(side_effect=error))
+    monkeypatch.setattr(tool.dist, "group", mock.Mock())
+    for rank, text in told.items():
+        world = World(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(tool, "ranks_of_this_run", lambda world=world: nullcontext(world))
+        assert tool.main([]) == 1
+        assert capsys.readouterr().out == text
 
 
 def test_report_says_what_is_wrong() -> None:

@@ -52,6 +52,9 @@ def test_the_self_test_of_nvshmem_says_why_it_cannot_run() -> None:
     result = tool("nvshmem", "--timeout", "20")
     assert result.returncode == 1, result.stderr
     assert result.stdout.startswith("expected: one node\nfailed: rank 0: ")
+    result = tool("nvshmem", "--timeout", "0")
+    assert result.returncode == 2
+    assert "timeout_seconds = 0.0 from argument: allowed is a number from 0.001" in result.stderr
 
 
 def test_every_public_name_is_imported_on_first_use() -> None:
