@@ -5,6 +5,8 @@ Addresses are ``tensor.data_ptr()`` values, 0 for "none"; a stream is its raw ad
 
 import enum
 
+from torch import Tensor
+
 ARCHITECTURES: str  # as in TORCH_CUDA_ARCH_LIST, separated by ";"
 MAX_RANKS: int
 MAX_TOPK: int
@@ -510,6 +512,15 @@ class LatencyShape:
         counts_at: int,
     ) -> None: ...
 
+class TensorSignatures:
+    """Dtypes and sizes of several tensors on one device, as a value to compare and hash."""
+
+    def __init__(self, device_type: int, device_index: int) -> None:
+        """Arguments: what ``tensor.__dlpack_device__()`` returns."""
+
+    def of(self, *tensors: Tensor | None) -> bytes | None:
+        """For four or five tensors; None if one of them is not a plain, contiguous tensor on the device."""
+
 class LatencyEngine:
     def __init__(self, domain: Domain, num_blocks: int, masks: bool) -> None: ...
     @staticmethod
@@ -523,13 +534,13 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        x: int,
-        topk_idx: int,
-        memory: int,
-        rows: int,
-        scales: int,
-        stats: int,
-        wait_stats: int,
+        x: Tensor,
+        topk_idx: Tensor,
+        memory: Tensor,
+        rows: Tensor,
+        scales: Tensor | None,
+        stats: Tensor | None,
+        wait_stats: Tensor | None,
         stream: int,
         /,
     ) -> int:
@@ -540,14 +551,14 @@ class LatencyEngine:
         self,
         shape: LatencyShape,
         half: int,
-        x: int,
-        topk_idx: int,
+        x: Tensor,
+        topk_idx: Tensor,
         wide_idx: bool,
-        weights: int,
-        memory: int,
-        epoch: int,
-        out: int,
-        wait_stats: int,
+        weights: Tensor,
+        memory: Tensor,
+        epoch: Tensor | None,
+        out: Tensor,
+        wait_stats: Tensor | None,
         stream: int,
         /,
     ) -> int:

@@ -9,8 +9,8 @@ Three engines compute the same layouts: ``cuda`` (low_latency_cuda.py, one NVLin
 for CPUs, and for GPUs without the other two). This module is shared by all: arguments, handles, hooks, and the calls
 themselves.
 
-Arguments are checked once for each combination of shapes and dtypes; later calls find the result in a dictionary. On
-CPUs they are checked in every call, because there the values of the indices are checked too.
+The CUDA engines check arguments once for each combination of shapes and dtypes; later calls find the result in a
+dictionary.
 
 Rounding: combine sums a token's rows times their weights on the rank that computed them, in top-k order, in fp32. Each
 such sum, also a rank's sum for its own token, is rounded to BF16 and sent; the token's rank adds them in rank order in
@@ -38,7 +38,6 @@ from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.extension import is_capturing
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_checks import (
-    NOT_USABLE,
     check_combine,
     check_contiguous,
     check_dispatch,
@@ -46,7 +45,6 @@ from deepep_moe.low_latency_checks import (
     check_out,
     check_switches,
     overlap,
-    signature_of,
 )
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Engine, Format, Half
@@ -59,7 +57,7 @@ _log = logging.getLogger(__name__)
 _MAX_SHAPES = 4096  # of calls that are remembered as checked
 _DONE = EventOverlap()  # of a call on the current stream: nothing to wait for
 _SEND, _BOTH = Half.SEND, Half.BOTH  # reading a member of an enumeration takes as long as a call
-_Key = tuple[object, object, object, object, Any, Any, Any]  # signatures of four arguments, M, experts, switches
+_Key = tuple[object, Any, Any, Any]  # signature of the tensors, M, experts, switches
 
 
 class LowLatencyHandle(Sequence[Any]):
@@ -111,6 +109,7 @@ class LowLatency:
         self.device, self.masks = backend.device, masks
         self.rank, self.world_size = backend.rank, backend.world_size
         self._engine = make_engine(backend, num_sms, masks, nvshmem_bytes)
+        self._signature = self._engine.signature
         self._runner, self._rows = runner, rows
         self._identity = object()
         self._shapes: dict[_Key, DispatchShape] = {}
@@ -152,16 +151,7 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> tuple[DispatchCall, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """See :meth:`deepep_moe.buffer.Buffer.low_latency_dispatch`."""
-        device = self.device
-        key = (
-            signature_of(x, device),
-            signature_of(topk_idx, device),
-            signature_of(stats, device),
-            signature_of(wait_stats, device),
-            max_tokens,
-            num_experts,
-            switches,
-        )
+        key = self._signature(x, topk_idx, stats, wait_stats), max_tokens, num_experts, switches
         try:
             plain = max_tokens.__class__ is num_experts.__class__ is int
             plain = plain and async_finish.__class__ is return_recv_hook.__class__ is bool
@@ -193,7 +183,7 @@ class LowLatency:
         return_recv_hook: bool,
     ) -> DispatchShape:
         """``shape`` or a new one, after the checks that its ``key`` does not spare."""
-        *_, max_tokens, num_experts, switches = key
+        signature, max_tokens, num_experts, switches = key
         try:
             check_switches(async_finish=async_finish, return_recv_hook=return_recv_hook)
             check_switches(**dict(zip(("use_fp8", "round_scale", "use_ue8m0"), switches)))
@@ -203,7 +193,11 @@ class LowLatency:
                 where = self.world_size, self.device
                 check_dispatch(*where, x, topk_idx, max_tokens, num_experts, stats, wait_stats, format)
                 shape = self._new_shape(x, topk_idx, int(max_tokens), int(num_experts), format)
-                self._keep_shape(key, shape)
+                if signature is not None:
+                    if len(self._shapes) >= _MAX_SHAPES:
+                        self._shapes.clear()
+                    with suppress(TypeError):
+                        self._shapes[key] = shape
             self._dispatches.check()
             return shape
         except Exception as error:
@@ -238,15 +232,6 @@ class LowLatency:
             self._engine.dispatch(call, half)
         finally:
             self._dispatches.made += call.sent
-
-    def _keep_shape(self, key: _Key, shape: DispatchShape) -> None:
-        # On a CPU the values of the indices are checked, and those differ from call to call.
-        if NOT_USABLE in key or self.device.type == "cpu":
-            return
-        if len(self._shapes) >= _MAX_SHAPES:
-            self._shapes.clear()
-        with suppress(TypeError):
-            self._shapes[key] = shape
 
     def _new_shape(
         self, x: Tensor, topk_idx: Tensor, max_tokens: int, num_experts: int, format: Format
@@ -324,7 +309,7 @@ class LowLatency:
             or handle.__class__ is not LowLatencyHandle
             or handle.owner is not self._identity
             or not (dispatched := handle.call).received
-            or self._combine_key(x, topk_idx, topk_weights, out, wait_stats) not in dispatched.shape.combines
+            or self._signature(x, topk_idx, topk_weights, out, wait_stats) not in dispatched.shape.combines
             or (out is not None and overlap(out, x))
         ):
             dispatched, x = self._admit_combine(
@@ -338,18 +323,6 @@ class LowLatency:
             return call.out, _DONE, self._hook(self._combines, partial(self._engine.combine, call, Half.RECEIVE))
         self._send_combine(call, _BOTH)
         return call.out, _DONE, None
-
-    def _combine_key(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, out: Tensor | None, wait_stats: Tensor | None
-    ) -> tuple[object, ...]:
-        device = self.device
-        return (
-            signature_of(x, device),
-            signature_of(topk_idx, device),
-            signature_of(topk_weights, device),
-            signature_of(out, device),
-            signature_of(wait_stats, device),
-        )
 
     def _admit_combine(
         self,
@@ -371,12 +344,12 @@ class LowLatency:
             if zero_copy:
                 x = self._lent_to(handle)
             check_modes(async_finish, return_recv_hook)
-            key, known = self._combine_key(x, topk_idx, topk_weights, out, wait_stats), dispatched.shape.combines
-            if key not in known:
+            signature, known = self._signature(x, topk_idx, topk_weights, out, wait_stats), dispatched.shape.combines
+            if signature not in known:
                 where = self.world_size, self.device
                 check_combine(*where, dispatched, self._rows, x, topk_idx, topk_weights, out, wait_stats)
-                if NOT_USABLE not in key and self.device.type != "cpu" and len(known) < _MAX_SHAPES:
-                    known.add(key)
+                if signature is not None and len(known) < _MAX_SHAPES:
+                    known.add(signature)
             if out is not None:
                 check_out(out, x)
             self._combines.check()

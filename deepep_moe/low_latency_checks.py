@@ -1,4 +1,4 @@
-"""Checks of the arguments of low-latency calls, and what of an argument they depend on."""
+"""Checks of the arguments of low-latency calls."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ MAX_TOKENS = 1 << 15
 MAX_TOPK = 32
 MAX_EXPERTS = 1024
 _ROW_BYTES = 16  # rows are moved in units of this
-
-NOT_USABLE = object()
-"""Signature of an argument that is checked in every call, because it is wrong or no plain tensor."""
 
 
 def check_dispatch(
@@ -133,20 +130,3 @@ def check_distinct(topk_idx: Tensor) -> None:
         token, place = twice[0].tolist()
         chosen = int(ordered[token, place + 1])
         raise InputError("topk_idx", f"expert {chosen} twice for token {token}", "experts of a token must differ")
-
-
-def signature_of(tensor: Any, device: torch.device) -> object:
-    """What the checks examine of a tensor or None, except values. NOT_USABLE: no plain tensor on ``device``."""
-    if tensor is None:
-        return None
-    try:
-        if (
-            tensor.__class__ is Tensor
-            and tensor.is_contiguous()  # False, or an error, where the layout is not strided
-            and tensor.device == device
-            and not tensor.is_neg()
-        ):
-            return tensor.shape, tensor.dtype
-    except RuntimeError:  # a nested or sparse tensor
-        pass
-    return NOT_USABLE

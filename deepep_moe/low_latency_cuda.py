@@ -54,12 +54,14 @@ class CudaEngine:
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
         self._last: Tensor | None = None  # begins with the epoch of the last dispatch
+        device_type, index = torch.empty((0,), dtype=torch.uint8, device=self.device).__dlpack_device__()
+        self.signature = _C.TensorSignatures(device_type, index).of
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
-        shape, memory, scales = call.shape, call.memory, call.scales
+        shape, memory = call.shape, call.memory
         launch = shape.launch
         if launch is None:
             launch = shape.launch = self._prepare(shape)
@@ -68,13 +70,13 @@ class CudaEngine:
         told = self._engine.dispatch(
             launch,
             half,
-            call.x.data_ptr(),
-            call.topk_idx.data_ptr(),
-            memory.data_ptr(),
-            call.rows.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
-            0 if call.stats is None else call.stats.data_ptr(),
-            0 if call.wait_stats is None else call.wait_stats.data_ptr(),
+            call.x,
+            call.topk_idx,
+            memory,
+            call.rows,
+            call.scales,
+            call.stats,
+            call.wait_stats,
             enter_stream(self._index),
         )
         if told:
@@ -88,14 +90,14 @@ class CudaEngine:
         told = self._engine.combine(
             dispatched.shape.launch,
             half,
-            call.x.data_ptr(),
-            topk_idx.data_ptr(),
+            call.x,
+            topk_idx,
             topk_idx.dtype is torch.int64,
-            call.topk_weights.data_ptr(),
-            dispatched.memory.data_ptr(),
-            0 if call.state is None else call.state.data_ptr(),
-            call.out.data_ptr(),
-            0 if call.wait_stats is None else call.wait_stats.data_ptr(),
+            call.topk_weights,
+            dispatched.memory,
+            call.state,
+            call.out,
+            call.wait_stats,
             enter_stream(self._index),
         )
         if told:

@@ -145,6 +145,12 @@ class Engine(Protocol):
     def state_words(self, max_tokens: int, topk: int) -> int:
         """int32 words that the engine needs in :attr:`DispatchCall.memory`."""
 
+    def signature(self, *tensors: Tensor | None) -> object:
+        """What the checks examine of four or five arguments, to remember that they have passed.
+
+        None: they must be checked in every call.
+        """
+
     def dispatch(self, call: DispatchCall, half: Half) -> None: ...
     def combine(self, call: CombineCall, half: Half) -> None: ...
     def refuse_dispatch(self, max_tokens: object, hidden: int, problem: DeepEPMoEError) -> bool:

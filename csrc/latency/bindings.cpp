@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "latency/engine.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -28,44 +29,45 @@ struct Shape {
     int ranges_at, src_info_at, counts_at;  // in the call's memory, in words; its places come first
 };
 
-// Addresses are positional: looking up a name costs as much as passing the number.
-int dispatch(LatencyEngine& self, const Shape& shape, int half, Address x, Address topk_idx, Address memory,
-             Address rows, Address scales, Address stats, Address wait_stats, Address stream) {
-    int* const words = at<int>(memory);
+// Arguments are positional: looking up a name costs as much as passing the value.
+int dispatch(LatencyEngine& self, const Shape& shape, int half, py::handle x, py::handle topk_idx, py::handle memory,
+             py::handle rows, py::handle scales, py::handle stats, py::handle wait_stats, Address stream) {
+    int* const words = at<int>(address_of(memory));
     DispatchArgs args{};
     args.arena = shape.arena;
-    args.x = at<char>(x);
-    args.topk_idx = {at<void>(topk_idx), shape.wide_idx};
+    args.x = at<char>(address_of(x));
+    args.topk_idx = {at<void>(address_of(topk_idx)), shape.wide_idx};
     args.num_tokens = shape.num_tokens;
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
     args.places = {words};
-    args.rows = at<char>(rows);
-    args.scales = at<void>(scales);
+    args.rows = at<char>(address_of(rows));
+    args.scales = at<void>(address_of(scales));
     args.counts = words + shape.counts_at;
     args.src_info = words + shape.src_info_at;
     args.layout_range = reinterpret_cast<int64_t*>(words + shape.ranges_at);
-    args.stats = at<int>(stats);
-    args.wait_stats = at<unsigned long long>(wait_stats);
+    args.stats = at<int>(address_of(stats));
+    args.wait_stats = at<unsigned long long>(address_of(wait_stats));
     return self.dispatch(args, static_cast<Half>(half), stream);
 }
 
-int combine(LatencyEngine& self, const Shape& shape, int half, Address x, Address topk_idx, bool wide_idx,
-            Address weights, Address memory, Address epoch, Address out, Address wait_stats, Address stream) {
+int combine(LatencyEngine& self, const Shape& shape, int half, py::handle x, py::handle topk_idx, bool wide_idx,
+            py::handle weights, py::handle memory, py::handle epoch, py::handle out, py::handle wait_stats,
+            Address stream) {
     CombineArgs args{};
     args.arena = shape.arena;
-    args.x = at<char>(x);
-    args.topk_idx = {at<void>(topk_idx), wide_idx};
-    args.weights = at<float>(weights);
+    args.x = at<char>(address_of(x));
+    args.topk_idx = {at<void>(address_of(topk_idx)), wide_idx};
+    args.weights = at<float>(address_of(weights));
     args.num_tokens = shape.num_tokens;
     args.num_topk = shape.num_topk;
     args.num_experts = shape.num_experts;
     args.format = shape.format;
-    args.places = {at<int>(memory)};
-    args.epoch = at<int>(epoch);
-    args.out = at<char>(out);
-    args.wait_stats = at<unsigned long long>(wait_stats);
+    args.places = {at<int>(address_of(memory))};
+    args.epoch = at<int>(address_of(epoch));
+    args.out = at<char>(address_of(out));
+    args.wait_stats = at<unsigned long long>(address_of(wait_stats));
     return self.combine(args, static_cast<Half>(half), stream);
 }
 
@@ -105,6 +107,10 @@ void bind_latency(py::module_& m) {
              py::kw_only(), py::arg("arena"), py::arg("format"), py::arg("num_tokens"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("wide_idx"), py::arg("ranges_at"), py::arg("src_info_at"),
              py::arg("counts_at"));
+    py::class_<TensorSignatures>(m, "TensorSignatures")
+        .def(py::init<int, int>(), py::arg("device_type"), py::arg("device_index"))
+        .def("of", &TensorSignatures::of<py::handle, py::handle, py::handle, py::handle>)
+        .def("of", &TensorSignatures::of<py::handle, py::handle, py::handle, py::handle, py::handle>);
     using Engine = LatencyEngine;
     py::class_<Engine>(m, "LatencyEngine")
         .def(py::init<std::shared_ptr<DomainRuntime>, int, bool>(), py::arg("domain"), py::arg("num_blocks"),

@@ -11,10 +11,12 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from deepep_moe import low_latency, low_latency_cuda, low_latency_reference
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, UnsupportedError
 from deepep_moe.events import StreamRunner
+from deepep_moe.extension import _C
 from deepep_moe.low_latency import LowLatency
 from deepep_moe.low_latency_cuda import CudaEngine
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Half
@@ -35,6 +37,12 @@ class Recorder:
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return 10
+
+    def signature(self, *tensors: Any) -> object:
+        """As that of the CUDA engine, which takes no tensors without memory."""
+        if any(t is not None and not (t.device == META and t.is_contiguous()) for t in tensors):
+            return None
+        return tuple(t if t is None else (t.shape, t.dtype) for t in tensors)
 
     def dispatch(self, call: DispatchCall | CombineCall, half: Half) -> None:
         self.calls.append((call, half))
@@ -348,6 +356,61 @@ def test_what_is_remembered_is_bounded(calls: LowLatency, monkeypatch: pytest.Mo
     for count in range(9):
         dispatch(calls, x=tokens(count), topk_idx=indices(count))
         assert len(calls._shapes) <= 3
+
+
+def _is_negative(count: int) -> Tensor:
+    return torch.zeros(count, 1, dtype=torch.complex64, device="cpu").conj().imag
+
+
+@pytest.mark.skipif(_C is None, reason="needs the CUDA extension")
+def test_the_signature_has_what_the_checks_examine() -> None:
+    """A wrong argument must not have the signature of one that has passed the checks."""
+    signature = _C.TensorSignatures(*torch.empty(0, dtype=torch.int32, device="cpu").__dlpack_device__()).of
+    size = torch.zeros(8, 16, dtype=torch.bfloat16, device="cpu")
+    x, weights = size[:4], torch.zeros(4, 2, dtype=torch.float32, device="cpu")
+    plain = signature(x, weights, None, None)
+    assert plain is not None and plain == signature(size[4:], weights + 1, None, None)
+    others = [
+        (weights, x, None, None),
+        (x, weights, weights, None),
+        (x, weights, None, weights),
+        (x, None, weights, None),
+        (size[:3], weights, None, None),
+        (x.half(), weights, None, None),
+        (x.view(torch.int16), weights, None, None),
+        (x.view(torch.uint16), weights, None, None),
+        (x.view(torch.float8_e4m3fn), weights, None, None),
+        (x.view(torch.float8_e5m2), weights, None, None),
+        (x.view(2, 2, 16), weights, None, None),
+        (x.flatten(), weights, None, None),
+        (size[:0], weights, None, None),
+        (x, weights.view(torch.int32), None, None),
+        (x, weights.view(2, 4), None, None),
+    ]
+    signatures = [plain, *(signature(*arguments) for arguments in others)]
+    assert None not in signatures and len(set(signatures)) == len(signatures)
+    assert signature(x, weights, None, None, None) not in signatures
+
+    with FakeTensorMode():
+        fake = torch.zeros(4, 16, dtype=torch.bfloat16, device="cpu")
+    not_plain = [
+        x.t(),
+        size[::2],
+        torch.nn.Parameter(x),
+        x.to_sparse(),
+        torch._neg_view(x),
+        _is_negative(1),
+        x.to(META),
+        fake,
+        x.view(1, 1, 2, 2, 16),
+        x.tolist(),
+        3,
+    ]
+    for argument in not_plain:
+        assert signature(None, argument, None, None) is None, argument
+    assert _C.TensorSignatures(2, 0).of(x, weights, None, None) is None, "another device"
+    with pytest.raises(TypeError):
+        signature(x)
 
 
 @pytest.mark.parametrize(
