@@ -12,8 +12,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "runtime/domain.h"
-
 namespace deepep_moe {
 
 namespace dlpack {
@@ -67,11 +65,11 @@ inline int describe(PyObject* tensor, dlpack::Tensor* description) {
 }
 
 // The address of a tensor's data; 0 for None.
-inline Address address_of(pybind11::handle tensor) {
+inline std::uintptr_t address_of(pybind11::handle tensor) {
     if (tensor.is_none()) return 0;
     dlpack::Tensor description;
     if (describe(tensor.ptr(), &description)) throw pybind11::error_already_set();
-    return reinterpret_cast<Address>(description.data) + description.byte_offset;
+    return reinterpret_cast<std::uintptr_t>(description.data) + description.byte_offset;
 }
 
 // Dtypes and sizes of several tensors on one device, as a value that Python can compare and hash.

@@ -59,33 +59,35 @@ enum Half : int {
 
 enum class Format : int { kBf16, kFp8, kFp8Rounded, kFp8Ue8m0 };
 
-// What a rank tells the others about a call, in packets of three words and the epoch.
+// What a rank tells the others about a call, in one packet.
 struct Facts {
-    // Index of each word. Words below kNumAgreed must be equal on all ranks.
-    enum Word : int {
-        kFactMaxTokens,
-        kFactHidden,
-        kFactTopk,
-        kFactExperts,
-        kFactFormat,
-        kFactHandle,  // combine: the epoch of its dispatch
-        kNumAgreed,
-        kFactTokens = kNumAgreed,
-        kFactRefused,  // this rank refused its input: it has no tokens and sends no rows
-        // These packets were sent before the call, of which they contain either the words that must agree or only that
-        // the rank refused its input. Unless they show that a word differs, a reader keeps waiting for the packets of
-        // the call itself, which contain the number of tokens.
-        kFactAnnounced,
-        kNumWords
-    };
-    static_assert(kNumWords % 3 == 0, "three words in a packet");
-    static constexpr int kPackets = kNumWords / 3;
-    int word[kNumWords];
+    int max_tokens, num_topk, num_experts, format;
+    int key;  // dispatch: the hidden size; combine: the epoch of its dispatch
+    int tokens;
+    bool refused;  // this rank refused its input: it has no tokens and sends no rows
+    // The packet was sent before the call: either with what must agree, or only to say that the rank refused its input.
+    // Unless it shows that something differs, a reader keeps waiting for the packet of the call itself, which contains
+    // the number of tokens.
+    bool announced;
+
+    // Words x and y, and these bits of word z, must be equal on all ranks.
+    static constexpr int kAgreedBits = 0xfff << 16;
+
+    __host__ __device__ int4 pack(int epoch) const {
+        return {max_tokens | num_experts << 16, key,
+                tokens | num_topk << 16 | format << 24 | int{refused} << 28 | int{announced} << 29, epoch};
+    }
+    static __host__ __device__ Facts unpack(int4 packet) {
+        const int x = packet.x, z = packet.z;
+        return {x & 0xffff, z >> 16 & 0xff,     x >> 16,           z >> 24 & 0xf, packet.y,
+                z & 0xffff, (z >> 28 & 1) != 0, (z >> 29 & 1) != 0};
+    }
 };
+static_assert(kTokenLimit <= 0xffff && kMaxExperts <= 0xffff && kMaxTopk <= 0xff, "bits of a field");
 
 // Symmetric memory, one for all arenas.
 struct Control {
-    int4 facts[kNumKinds][2][kMaxRanks][Facts::kPackets];  // [kind][epoch % 2][source]
+    int4 facts[kNumKinds][2][kMaxRanks];     // [kind][epoch % 2][source] Facts
     int consumed[kMaxRanks][kNumKinds * 2];  // [source][2 * kind + epoch % 2] last epoch that rank has received
     int4 meeting[2][kMaxRanks];              // [first, second half][source] its epochs of both kinds, 0, barrier number
 };

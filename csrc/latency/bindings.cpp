@@ -74,12 +74,12 @@ int combine(LatencyEngine& self, const Shape& shape, int half, py::handle x, py:
 void announce(LatencyEngine& self, int max_tokens, int hidden, int num_topk, int num_experts, int format,
               bool withdrawn, Address stream) {
     Facts facts{};
-    facts.word[Facts::kFactMaxTokens] = max_tokens;
-    facts.word[Facts::kFactHidden] = hidden;
-    facts.word[Facts::kFactTopk] = num_topk;
-    facts.word[Facts::kFactExperts] = num_experts;
-    facts.word[Facts::kFactFormat] = format;
-    facts.word[Facts::kFactAnnounced] = 1;
+    facts.max_tokens = max_tokens;
+    facts.key = hidden;
+    facts.num_topk = num_topk;
+    facts.num_experts = num_experts;
+    facts.format = format;
+    facts.announced = true;
     self.announce(facts, withdrawn, stream);
 }
 

@@ -26,8 +26,8 @@ constexpr int kRanksAtOnce = 4;   // rows that come home
 constexpr int kNoExpert = 0xffff;
 
 __device__ __forceinline__ Facts facts_of(const CombineArgs& args) {
-    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             args.places.epoch(), args.num_tokens, 0, 0}};
+    return {args.arena.max_tokens,         args.num_topk,       args.num_experts,
+            static_cast<int>(args.format), args.places.epoch(), args.num_tokens};
 }
 
 // -- tables --------------------------------------------------------------------------------------------------
@@ -95,10 +95,8 @@ __device__ __forceinline__ bool read_weights(const CombineArgs& args, const Wait
     };
     // a rank that refused its input sends no weights, only that fact
     const auto refused = [&] {
-        constexpr int kWord = Facts::kFactRefused;
-        const int4* facts = rt.control[rt.domain.rank]->facts[kCombine][waiting.epoch & 1][piece.home];
-        const int4 told = load_packet(facts + kWord / 3);
-        return told.w == waiting.epoch && (kWord % 3 == 0 ? told.x : kWord % 3 == 1 ? told.y : told.z) != 0;
+        const int4 told = load_packet(&rt.control[rt.domain.rank]->facts[kCombine][waiting.epoch & 1][piece.home]);
+        return told.w == waiting.epoch && Facts::unpack(told).refused;
     };
     if (!waiting.warp(piece.home, arrived, refused)) return false;
     const int of = lane / kWeightsPerPacket;

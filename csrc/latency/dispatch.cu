@@ -393,16 +393,15 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
 
 // Called by all threads of the block. `piece`: the first of this warp, begun; it is item number `item`, and the next
 // one `step` further.
-template <bool kFp8, int kHalf>
+template <bool kFp8>
 __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
                                         Arriving<kFp8>& piece, int item, int step) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks;
     piece.load(args, waiting.epoch);
-    // A kernel that also sends reads only the counts that its routes need: those of other sources may arrive much
-    // later. A kernel that only receives reads all of them together with the rows, before its stores delay loads. With
-    // masks all blocks must treat a lost rank alike, so each of them reads all counts.
-    const bool counted = kHalf == kReceive || reports || rt.masks;
+    // Each warp reads only the counts that its routes need: those of other sources may arrive much later. With masks
+    // all blocks must treat a lost rank alike, so each of them reads all counts.
+    const bool counted = reports || rt.masks;
     if (counted) {
         place_sources(args, shared, waiting, reports);
     } else {
@@ -473,7 +472,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     if constexpr ((kHalf & kReceive) != 0) {
         if (block >= receivers) return;
         if constexpr (kHalf != kReceive) arriving.begin(args, received);
-        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, arriving, received, receivers * kWarps);
+        receive<kFp8>(args, shared.receiving, waiting, reports, arriving, received, receivers * kWarps);
     }
 }
 

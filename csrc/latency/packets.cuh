@@ -205,13 +205,11 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int* pass
     return shared;
 }
 
-// Called by at least three lanes. `withdrawn`: as if nothing had been sent for this call.
+// Called by a warp. `withdrawn`: as if nothing had been sent for this call.
 __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epoch, int peer, const Facts& facts,
                                            bool withdrawn = false) {
-    const int i = threadIdx.x % kWarpSize;
-    if (i < Facts::kPackets)
-        store_packet(&rt.control[peer]->facts[kind][epoch & 1][rt.domain.rank][i],
-                     {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], withdrawn ? 0 : epoch});
+    if (threadIdx.x % kWarpSize == 0)
+        store_packet(&rt.control[peer]->facts[kind][epoch & 1][rt.domain.rank], facts.pack(withdrawn ? 0 : epoch));
 }
 
 // Sends facts of the next dispatch, before the kernel that executes it. Called by a warp, with a lane per rank.
@@ -230,54 +228,53 @@ __device__ __forceinline__ void send_early(const Runtime& rt, int epoch, const F
 // The facts of a rank that refuses its input, which knows nothing of the call.
 __device__ __forceinline__ Facts refusal_facts(bool announced) {
     Facts facts{};
-    facts.word[Facts::kFactRefused] = 1;
-    facts.word[Facts::kFactAnnounced] = announced;
+    facts.refused = true;
+    facts.announced = announced;
     return facts;
 }
 
-// The first word that must agree and differs, or -1.
-__device__ __forceinline__ int first_difference(const Facts& own, const Facts& theirs) {
-    int word = -1;
-#pragma unroll
-    for (int i = Facts::kNumAgreed - 1; i >= 0; --i)
-        if (own.word[i] != theirs.word[i]) word = i;
-    return word;
+// Whether everything that must agree does.
+__device__ __forceinline__ bool equal(const Facts& own, const Facts& theirs) {
+    const int4 a = own.pack(0), b = theirs.pack(0);
+    return a.x == b.x && a.y == b.y && ((a.z ^ b.z) & Facts::kAgreedBits) == 0;
 }
 
 // One thread waits for the facts of `peer`, and for more if enough(facts) is false; false: they did not arrive.
 template <typename Enough>
 __device__ __forceinline__ bool read_facts(const Waiting& waiting, int peer, Facts& facts, const Enough& enough) {
     const Runtime& rt = waiting.runtime;
-    const int4* from = rt.control[rt.domain.rank]->facts[waiting.kind][waiting.epoch & 1][peer];
-    int4 packets[Facts::kPackets];
+    const int4* from = &rt.control[rt.domain.rank]->facts[waiting.kind][waiting.epoch & 1][peer];
+    int4 packet;
     const auto arrived = [&] {
-        bool all = true;
-#pragma unroll
-        for (int i = 0; i < Facts::kPackets; ++i) packets[i] = load_packet(from + i);
-#pragma unroll
-        for (int i = 0; i < Facts::kPackets; ++i) {
-            all = all && packets[i].w == waiting.epoch;
-            facts.word[3 * i] = packets[i].x;
-            facts.word[3 * i + 1] = packets[i].y;
-            facts.word[3 * i + 2] = packets[i].z;
-        }
-        return all && enough(facts);
+        packet = load_packet(from);
+        facts = Facts::unpack(packet);
+        return packet.w == waiting.epoch && enough(facts);
     };
-    return waiting.thread(peer, arrived, packets[0].w);
+    return waiting.thread(peer, arrived, packet.w);
+}
+
+// Reports the first of the facts that must agree and differ. Not inlined: see above.
+inline __device__ __noinline__ void report_difference(const Domain& domain, int phase, int peer, int4 own_packet,
+                                                      int4 packet) {
+    const Facts own = Facts::unpack(own_packet), theirs = Facts::unpack(packet);
+    const bool dispatches = phase == kLowLatencyDispatch;
+    const auto differ = [&](int field, int mine, int other) {
+        if (mine != other) report_mismatch(domain, phase, peer, field, mine, other);
+        return mine != other;
+    };
+    if (differ(kMaxTokens, own.max_tokens, theirs.max_tokens)) return;
+    if (dispatches && differ(kHidden, own.key, theirs.key)) return;
+    if (differ(kNumTopk, own.num_topk, theirs.num_topk)) return;
+    if (differ(kNumExperts, own.num_experts, theirs.num_experts)) return;
+    if (differ(kRowFormat, own.format, theirs.format)) return;
+    differ(kHandle, own.key, theirs.key);
 }
 
 // Reports a failure that lasts and returns false if facts that must agree differ.
 __device__ __forceinline__ bool agree(const Waiting& waiting, int peer, const Facts& own, const Facts& theirs) {
-    constexpr int kFields[] = {kMaxTokens, kHidden, kNumTopk, kNumExperts, kRowFormat, kHandle};
-    const int word = first_difference(own, theirs);
-    if (word >= 0) {
-        int field = 0, mine = 0, other = 0;
-#pragma unroll
-        for (int i = 0; i < Facts::kNumAgreed; ++i)
-            if (i == word) field = kFields[i], mine = own.word[i], other = theirs.word[i];
-        report_mismatch(waiting.runtime.domain, waiting.phase(), peer, field, mine, other);
-    }
-    return word < 0;
+    if (equal(own, theirs)) return true;
+    report_difference(waiting.runtime.domain, waiting.phase(), peer, own.pack(0), theirs.pack(0));
+    return false;
 }
 
 // Facts about the ranks of a call, in shared memory.
@@ -312,13 +309,12 @@ struct Ranks {
         const Domain& domain = waiting.runtime.domain;
         Facts facts{};
         const bool came = read_facts(waiting, r, facts, [&](const Facts& theirs) {
-            if (!theirs.word[Facts::kFactAnnounced]) return true;
-            return !theirs.word[Facts::kFactRefused] && first_difference(own, theirs) >= 0;
+            return !theirs.announced || (!theirs.refused && !equal(own, theirs));
         });
-        refused[r] = came && facts.word[Facts::kFactRefused];
+        refused[r] = came && facts.refused;
         if (refused[r]) report_notice(domain, kBadPeerInput, waiting.phase(), r, 0, 0);
         lost[r] = !came || (!refused[r] && !agree(waiting, r, own, facts));
-        tokens[r] = lost[r] || refused[r] ? 0 : facts.word[Facts::kFactTokens];
+        tokens[r] = lost[r] || refused[r] ? 0 : facts.tokens;
     }
 };
 

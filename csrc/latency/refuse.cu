@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kWarpSize) announce_refusal_kernel(const __gri
     if (r < rt.domain.num_ranks && r != rt.domain.rank && !waiting.is_masked(r)) {
         Facts facts{};
         const bool came = read_facts(waiting, r, facts, [](const Facts&) { return true; });
-        allocates = came && facts.word[Facts::kFactAnnounced] && !facts.word[Facts::kFactRefused];
+        allocates = came && facts.announced && !facts.refused;
     }
     const bool any = __any_sync(kFullMask, allocates);
     if (r == 0) *others = any ? kAllocating : kInCall;
@@ -32,16 +32,15 @@ struct Sender {
 };
 
 __device__ __forceinline__ Sender sender_of(const RefusalArgs& args, const Facts& facts) {
-    const int* word = facts.word;
     Sender sender{};
-    if (args.kind != kDispatch || word[Facts::kFactRefused]) return sender;
+    if (args.kind != kDispatch || facts.refused) return sender;
     for (int i = 0; i < args.num_arenas; ++i) {
         const Arena& arena = args.arenas[i];
-        if (arena.max_tokens != word[Facts::kFactMaxTokens] || arena.hidden != word[Facts::kFactHidden]) continue;
-        const bool fp8 = word[Facts::kFactFormat] != static_cast<int>(Format::kBf16);
+        if (arena.max_tokens != facts.max_tokens || arena.hidden != facts.key) continue;
+        const bool fp8 = facts.format != static_cast<int>(Format::kBf16);
         const int packets = arena.hidden / (fp8 ? 16 : 8);
-        sender = {word[Facts::kFactTokens], word[Facts::kFactTopk], word[Facts::kFactExperts],
-                  packets + (fp8 ? ceil_div(packets, kWarpSize) : 0), &arena};
+        sender = {facts.tokens, facts.num_topk, facts.num_experts, packets + (fp8 ? ceil_div(packets, kWarpSize) : 0),
+                  &arena};
     }
     return sender;
 }
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) refusal_kernel(const _
         if (sends) send_facts(rt, args.kind, entered.epoch, peer, refusal_facts(false));
         if (lane < ranks) {
             Facts facts{};
-            const auto of_the_call = [](const Facts& theirs) { return !theirs.word[Facts::kFactAnnounced]; };
+            const auto of_the_call = [](const Facts& theirs) { return !theirs.announced; };
             const bool came = lane != own && !waiting.is_masked(lane) && read_facts(waiting, lane, facts, of_the_call);
             senders[lane] = came ? sender_of(args, facts) : Sender{};
         }

@@ -20,8 +20,8 @@ struct Tables {
 };
 
 __device__ __forceinline__ Facts facts_of(const DispatchArgs& args) {
-    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             0, args.num_tokens, 0, 0}};
+    return {args.arena.max_tokens,         args.num_topk,     args.num_experts,
+            static_cast<int>(args.format), args.arena.hidden, args.num_tokens};
 }
 
 // The routes of the packet that this thread makes: three routes of a token of the tile.

@@ -63,9 +63,9 @@ __device__ __forceinline__ void put_tables(const ExchangeArgs& args, int epoch, 
     const void *to, *from;
     int64_t bytes;
     if (table == kFactsTable) {
-        to = rt.control[self]->facts[kKind][epoch & 1][self];
-        from = rt.control[rank]->facts[kKind][epoch & 1][self];
-        bytes = Facts::kPackets * sizeof(int4);
+        to = &rt.control[self]->facts[kKind][epoch & 1][self];
+        from = &rt.control[rank]->facts[kKind][epoch & 1][self];
+        bytes = sizeof(int4);
     } else if (table == kCountsTable) {
         to = arena.counts(self, epoch, self);
         from = arena.counts(rank, epoch, self);
@@ -115,38 +115,25 @@ __device__ __forceinline__ void put_rows(const ExchangeArgs& args, int epoch, in
 // The facts of a dispatch that `rank` has announced, if any.
 __device__ __forceinline__ bool read_announcement(const Remote& remote, int epoch, int rank, Facts& facts) {
     const Runtime& rt = remote.runtime;
-    const int4* from = rt.control[rt.domain.rank]->facts[kDispatch][epoch & 1][rank];
+    const int4* from = &rt.control[rt.domain.rank]->facts[kDispatch][epoch & 1][rank];
     if (is_remote(remote, rank)) {
         uint64_t* signal = &remote.signals->early[epoch & 1][rank];
         if (static_cast<int>(load_acquire_system(signal)) != epoch) return false;
         data_visible(signal, static_cast<uint32_t>(epoch));
-        from = remote.signals->early_facts[epoch & 1][rank];
+        from = &remote.signals->early_facts[epoch & 1][rank];
     }
-    bool all = true;
-    for (int i = 0; i < Facts::kPackets; ++i) {
-        const int4 packet = load_packet(from + i);
-        all = all && packet.w == epoch;
-        facts.word[3 * i] = packet.x;
-        facts.word[3 * i + 1] = packet.y;
-        facts.word[3 * i + 2] = packet.z;
-    }
-    return all && facts.word[Facts::kFactAnnounced];
+    const int4 packet = load_packet(from);
+    facts = Facts::unpack(packet);
+    return packet.w == epoch && facts.announced;
 }
 
 __device__ __forceinline__ Facts own_facts(const ExchangeArgs& args, Kind kind) {
-    return {{args.arena.max_tokens, args.arena.hidden, args.num_topk, args.num_experts, static_cast<int>(args.format),
-             kind == kCombine ? args.places.epoch() : 0}};
+    return {args.arena.max_tokens, args.num_topk, args.num_experts, static_cast<int>(args.format),
+            kind == kCombine ? args.places.epoch() : args.arena.hidden};
 }
 
 __device__ __forceinline__ Facts facts_of(const Runtime& rt, Kind kind, int epoch, int rank) {
-    Facts facts{};
-    for (int i = 0; i < Facts::kPackets; ++i) {
-        const int4 packet = load_packet(&rt.control[rt.domain.rank]->facts[kind][epoch & 1][rank][i]);
-        facts.word[3 * i] = packet.x;
-        facts.word[3 * i + 1] = packet.y;
-        facts.word[3 * i + 2] = packet.z;
-    }
-    return facts;
+    return Facts::unpack(load_packet(&rt.control[rt.domain.rank]->facts[kind][epoch & 1][rank]));
 }
 
 // Reports a failure and returns true if a rank has announced another dispatch than this one. Such a rank waits on its
@@ -158,7 +145,7 @@ __device__ __forceinline__ bool others_differ(const ExchangeArgs& args, const Wa
     for (int rank = 0; rank < domain.num_ranks; ++rank) {
         Facts facts{};
         if (rank == domain.rank || !read_announcement(args.remote, waiting.epoch, rank, facts)) continue;
-        if (!facts.word[Facts::kFactRefused] && !agree(waiting, rank, own, facts)) return true;
+        if (!facts.refused && !agree(waiting, rank, own, facts)) return true;
     }
     return false;
 }
@@ -207,17 +194,17 @@ struct Arrivals {
     // Tokens of a rank that sends rows; -1: it is masked or refused its input, or the call has failed. Called by a
     // thread.
     __device__ __forceinline__ int tokens_of(int rank, const Facts& facts) const {
-        if (facts.word[Facts::kFactRefused]) {
+        if (facts.refused) {
             if (kKind == kDispatch && !args.refuses)  // it sends no counts: it does not know where they belong
                 for (int l = 0; l < args.num_experts / waiting.runtime.domain.num_ranks; ++l)
                     store_tagged_system(args.arena.counts(waiting.runtime.domain.rank, waiting.epoch, rank) + l, 0,
                                         waiting.epoch);
             return -1;
         }
-        const bool of_arena = facts.word[Facts::kFactMaxTokens] == args.arena.max_tokens &&
-                              facts.word[Facts::kFactHidden] == args.arena.hidden;
+        const bool of_arena =
+            facts.max_tokens == args.arena.max_tokens && (kKind == kCombine || facts.key == args.arena.hidden);
         const bool agrees = args.refuses ? of_arena : agree(waiting, rank, own_facts(args, kKind), facts);
-        return agrees ? facts.word[Facts::kFactTokens] : -1;
+        return agrees ? facts.tokens : -1;
     }
 
     __device__ __forceinline__ void read_tokens() const {
@@ -228,7 +215,7 @@ struct Arrivals {
             if (is_expected(rank) && *static_cast<const volatile int*>(&rt.domain.state->failed) == 0) {
                 const Facts facts = facts_of(rt, kKind, waiting.epoch, rank);
                 tokens[rank] = tokens_of(rank, facts);
-                topk[rank] = facts.word[Facts::kFactTopk];
+                topk[rank] = facts.num_topk;
             }
         }
         __syncthreads();
@@ -313,8 +300,8 @@ __device__ __forceinline__ void put_announcement(const Remote& remote, int epoch
     const int self = remote.runtime.domain.rank, half = epoch & 1, pe = remote.pes[rank];
     nvshmem_fence();
     delay_put();
-    nvshmem_putmem_signal(remote.signals->early_facts[half][self],
-                          remote.runtime.control[rank]->facts[kDispatch][half][self], Facts::kPackets * sizeof(int4),
+    nvshmem_putmem_signal(&remote.signals->early_facts[half][self],
+                          &remote.runtime.control[rank]->facts[kDispatch][half][self], sizeof(int4),
                           &remote.signals->early[half][self], withdrawn ? 0 : static_cast<uint32_t>(epoch),
                           NVSHMEM_SIGNAL_SET, pe);
 }
@@ -352,7 +339,7 @@ __global__ void __launch_bounds__(kWarpSize)
         };
         const bool came = is_far ? waiting.thread(rank, in_call, seen)
                                  : read_facts(waiting, rank, facts, [](const Facts&) { return true; });
-        allocates = came && facts.word[Facts::kFactAnnounced] && !facts.word[Facts::kFactRefused];
+        allocates = came && facts.announced && !facts.refused;
     }
     const bool any = __any_sync(kFullMask, allocates);
     if (rank == 0) *others = any ? kAllocating : kInCall;
@@ -371,13 +358,11 @@ __global__ void __launch_bounds__(kWarpSize)
     const int *consumed = &rt.control[self]->consumed[rank][2 * kind + (epoch & 1)], pe = remote.pes[rank];
     int seen = 0;
     if (!waiting.thread(rank, [&] { return half_is_free(seen = load_relaxed_system(consumed), epoch); }, seen)) return;
-    const Facts facts = refusal_facts(false);
-    int4* staged = rt.control[rank]->facts[kind][epoch & 1][self];
-    for (int i = 0; i < Facts::kPackets; ++i)
-        store_packet(staged + i, {facts.word[3 * i], facts.word[3 * i + 1], facts.word[3 * i + 2], epoch});
+    int4* staged = &rt.control[rank]->facts[kind][epoch & 1][self];
+    store_packet(staged, refusal_facts(false).pack(epoch));
     __threadfence_system();
     delay_put();
-    nvshmem_putmem_signal(rt.control[self]->facts[kind][epoch & 1][self], staged, Facts::kPackets * sizeof(int4),
+    nvshmem_putmem_signal(&rt.control[self]->facts[kind][epoch & 1][self], staged, sizeof(int4),
                           table_signal(remote, kind, epoch, self, kFactsTable), static_cast<uint32_t>(epoch),
                           NVSHMEM_SIGNAL_SET, pe);
     for (int table = kRoutesTable; table < (kind == kDispatch ? kNumTables : kCountsTable); ++table)

@@ -49,7 +49,7 @@ struct Signals {
     uint64_t tables[kNumKinds][2][kMaxRanks][kNumTables];  // [kind][epoch % 2][source][table]
     uint64_t met[2][kMaxRanks];                            // [first, second half][source]
     uint64_t early[2][kMaxRanks];                          // [epoch % 2][source] of a dispatch that was announced
-    int4 early_facts[2][kMaxRanks][Facts::kPackets];       // [epoch % 2][source] what was announced
+    int4 early_facts[2][kMaxRanks];                        // [epoch % 2][source] what was announced
 };
 
 // Device memory of this rank: the words that remote ranks were sent last.

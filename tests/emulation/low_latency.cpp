@@ -328,8 +328,8 @@ struct Program {
             if (self != 1) call.check(sides);
         // all others allocate
         Facts facts{};
-        facts.word[Facts::kFactMaxTokens] = 1000;
-        facts.word[Facts::kFactAnnounced] = 1;
+        facts.max_tokens = 1000;
+        facts.announced = true;
         for (Group* group : groups) {
             Rank& rank = group->ranks[self];
             if (self == 1)
@@ -448,8 +448,8 @@ void differ(emulation::Network& network, size_t begin, int per_node, unsigned se
             const uint64_t began = emulation::now();
             if (self == 1 && announces) {
                 Facts facts{};
-                facts.word[Facts::kFactMaxTokens] = 1000;
-                facts.word[Facts::kFactAnnounced] = 1;
+                facts.max_tokens = 1000;
+                facts.announced = true;
                 announce(call.rank, facts, false);
                 return;
             }
@@ -457,12 +457,31 @@ void differ(emulation::Network& network, size_t begin, int per_node, unsigned se
             const auto failure = group.ranks[self].domain->failure();
             CHECK(failure && (failure->failure == kMismatch || failure->failure == kPeerFailed));
             CHECK(emulation::now() - began < 100000000);
-            found += failure->failure == kMismatch;
+            if (failure->failure != kMismatch) return;
+            ++found;
+            const int format = static_cast<int>(self == 1 ? other.format : same.format);
+            CHECK(announces ? failure->field == kMaxTokens && failure->expected == 5 && failure->seen == 1000
+                            : failure->field == kRowFormat && failure->expected == format && failure->seen != format);
         };
         emulation::start_program(self, program, true);
     }
     emulation::run_programs(seed);
     CHECK(found > 0);
+}
+
+// Each of the facts at its largest, alone: a packet returns it and leaves the others at zero.
+void pack_facts() {
+    for (int field = 0; field < 8; ++field) {
+        const auto of = [&](int number, int largest) { return number == field ? largest : 0; };
+        const Facts facts{of(0, kTokenLimit), of(1, kMaxTopk),    of(2, kMaxExperts), of(3, 3),
+                          of(4, -1),          of(5, kTokenLimit), field == 6,         field == 7};
+        const int4 packet = facts.pack(9);
+        const Facts same = Facts::unpack(packet);
+        CHECK(packet.w == 9 && same.max_tokens == facts.max_tokens && same.num_topk == facts.num_topk);
+        CHECK(same.num_experts == facts.num_experts && same.format == facts.format && same.key == facts.key);
+        CHECK(same.tokens == facts.tokens && same.refused == facts.refused && same.announced == facts.announced);
+        CHECK((packet.x || packet.y || packet.z & Facts::kAgreedBits) == (field < 5));
+    }
 }
 
 }  // namespace
@@ -474,6 +493,7 @@ int main(int count, char** arguments) {
     if (count > 4) emulation::fault = static_cast<emulation::Fault>(std::atoi(arguments[4]));
     std::mt19937 random(seed);
     const int max_tokens = 5 + random() % 8, hidden = 128 * (1 + random() % 6);
+    pack_facts();
     emulation::Network network(num_ranks, 32 << 20);
     Group nodes(network, "nodes", 0, per_node, max_tokens, hidden, true, 300.0);
     Group domain(network, "one domain", nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
