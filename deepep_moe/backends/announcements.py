@@ -97,7 +97,7 @@ class Announcements:
             self._formats.add(form)
             headers = self._headers(call)
             exchange.transfer(phase, [headers])
-            self._copy_to_host(call, headers.out)
+            self._copy_to_host(call, call.headers)
         self._watch(call)
         return call
 
@@ -231,9 +231,9 @@ class Announcements:
             out=both.data_ptr(),
             stream=extension.current_stream(exchange.device),
         )
-        sent, call.headers = both[0], both[1]
-        ones = [1] * exchange.world_size
-        return Transfer(sent, ones, ones, call.headers)
+        call.headers, ones = both[1], [1] * exchange.world_size
+        sent, arriving = both.view(torch.uint8).unbind(0)
+        return Transfer(sent, ones, ones, arriving)
 
     def _copy_to_host(self, call: Announced, headers: Tensor | None) -> None:
         """Let the device write ``headers``, or anything without them, to pinned memory of ``call``."""

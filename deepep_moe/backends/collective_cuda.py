@@ -162,7 +162,7 @@ class CollectiveOnGPU(CollectiveBackend):
                 with self._announcements.waiting("plan", facts, header):
                     messages = self._swap(sent)
                     counts = messages[:, : _FIRST_COUNT + ranks + room.expert_words].contiguous()
-                    host = exchange.to_host("plan", counts)
+                    host = exchange.read("plan", counts)
             self._check_messages(facts, host, num_experts)
             counts = host[:, _FIRST_COUNT:]
             row_words = -(-int(counts[:, :ranks].max()) * (1 + topk_idx.shape[1]) // 2)
@@ -171,14 +171,17 @@ class CollectiveOnGPU(CollectiveBackend):
             # The same on all ranks. Loads vary from batch to batch, hence the margin.
             exchange.room = Room(max(room.expert_words, num_experts), max(room.row_words, row_words + row_words // 4))
         crossing = Crossing.of(counts[:, :ranks], self.rank)
-        per_expert = counts[:, ranks : ranks + num_experts].sum(0).view(ranks, local_experts)
-        rows = (per_expert + alignment - 1).div(alignment, rounding_mode="floor").sum(1) * alignment
-        if not topk_idx.shape[1]:
-            rows = torch.zeros_like(rows)
+        has_rows = topk_idx.shape[1] > 0
         if fixed:  # only sizes that were fixed beforehand can be too small
+            per_expert = counts[:, ranks : ranks + num_experts].sum(0).view(ranks, local_experts)
+            rows = (per_expert + alignment - 1).div(alignment, rounding_mode="floor").sum(1) * (alignment * has_rows)
             self._raise_overflow(host, counts[:, :ranks].sum(0), rows)
+        first = ranks + self.rank * local_experts
+        per_expert = counts[:, first : first + local_experts].sum(0)
         num_recv = crossing.num_received if max_recv is None else max_recv
-        num_rows = int(rows[self.rank]) if max_rows is None or not topk_idx.shape[1] else max_rows
+        if max_rows is None:
+            max_rows = sum(-(-count // alignment) * alignment for count in per_expert.tolist())
+        num_rows = max_rows if has_rows else 0
         with exchange.moving("plan"):
             counted, received, row_recv = self._place_rows(
                 messages, room, topk_idx.shape[1], local_experts, alignment, crossing.num_received, num_recv, num_rows
@@ -192,7 +195,7 @@ class CollectiveOnGPU(CollectiveBackend):
             counted=counted,
             received=received,
             row_recv=row_recv,
-            expert_counts_host=None if fixed else per_expert[self.rank].clone(),
+            expert_counts_host=None if fixed else per_expert,
             crossing=crossing,
             starts=starts,
         )
@@ -236,7 +239,8 @@ class CollectiveOnGPU(CollectiveBackend):
     def _swap(self, messages: Tensor) -> Tensor:
         """The messages of all ranks to this one, [R, words]."""
         ones, arrived = [1] * self.world_size, torch.empty_like(messages)
-        self._open().transfer("plan", [Transfer(messages, ones, ones, arrived)])
+        in_bytes = Transfer(messages.view(torch.uint8), ones, ones, arrived.view(torch.uint8))
+        self._open().transfer("plan", [in_bytes])
         return arrived
 
     def _starts(self, messages: Tensor, room: Room) -> Tensor:

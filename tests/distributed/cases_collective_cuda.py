@@ -123,10 +123,11 @@ def without_expert_indices(group: dist.ProcessGroup) -> None:
 def the_host_waits_once_in_a_plan_and_never_later(group: dist.ProcessGroup) -> None:
     waits: list[str] = []
     with backends(group) as (gpu, _), pytest.MonkeyPatch.context() as monkeypatch:
-        to_host = Exchange.to_host
+        read = Exchange.read
         monkeypatch.setattr(
-            Exchange, "to_host", lambda self, phase, tensor: waits.append(phase) or to_host(self, phase, tensor)
+            Exchange, "read", lambda self, phase, tensor: waits.append(phase) or read(self, phase, tensor)
         )
+        monkeypatch.setattr(Exchange, "to_host", lambda self, phase, tensor: waits.append(phase) or tensor)
         for limits in ({}, {"max_recv": 5, "max_rows": 9}):
             plan = gpu.plan(torch.tensor([[0, 1], [1, 2]]), 4, **limits)
             sent = gpu.dispatch(plan, torch.ones(2, 8), layout=Layout.BY_EXPERT, weights=torch.ones(2, 2))
@@ -274,7 +275,8 @@ def headers_go_ahead_of_the_rows_of_a_new_format_and_with_those_of_a_known_one(g
         transfer = Exchange.transfer
 
         def noted(self: Exchange, phase: str, transfers: list[Transfer]) -> None:
-            moved.append([phase, *(t.rows.dtype == torch.int64 for t in transfers)])
+            headers = (ranks, 8 * HEADER_WORDS)
+            moved.append([phase, *(t.rows.shape == headers for t in transfers)])
             transfer(self, phase, transfers)
 
         monkeypatch.setattr(Exchange, "transfer", noted)

@@ -227,13 +227,13 @@ def test_fixed_sizes(ranks: Ranks, collective: CollectiveOnGPU, reference: Colle
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The phases in which the host waited for the device."""
     phases: list[str] = []
-    to_host = Exchange.to_host
+    wait_for = Exchange.wait_for
 
-    def counted(self: Exchange, phase: str, tensor: Tensor) -> Tensor:
+    def counted(self: Exchange, phase: str, event: torch.cuda.Event) -> None:
         phases.append(phase)
-        return to_host(self, phase, tensor)
+        wait_for(self, phase, event)
 
-    monkeypatch.setattr(Exchange, "to_host", counted)
+    monkeypatch.setattr(Exchange, "wait_for", counted)
     return phases
 
 
