@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from threading import RLock
+from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -354,22 +355,9 @@ class Exchange:
 
     # -- failure -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _waiting(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            with span(f"deepep_moe.wait {phase}"):
-                yield
-        except DeepEPMoEError:
-            raise
-        except RuntimeError as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._give_up(phase, time.monotonic() - began, said)
-        except BaseException as error:  # KeyboardInterrupt, or what a signal handler raised: the operation goes on
-            self.break_off(phase, repr(error))
-            raise
-        finally:
-            self.waited[phase] = self.waited.get(phase, 0.0) + time.monotonic() - began
+    def _waiting(self, phase: str) -> _Waiting:
+        """Context of an operation that may wait for peers. Gives the group up where it fails."""
+        return _Waiting(self, phase)
 
     def _give_up(self, phase: str, waited: float, said: str) -> NoReturn:
         """Give the group up: find the missing ranks, and raise an error that names them, now and in later calls."""
@@ -441,8 +429,39 @@ class Exchange:
         raise kind(f"{phase}: the group was given up after an earlier error. Make a new group. ({text})")
 
 
+# Contexts are classes, because entering a generator takes more host time.
+
+
+class _Waiting:
+    """See :meth:`Exchange._waiting`."""
+
+    __slots__ = ("_began", "_exchange", "_phase", "_span")
+
+    def __init__(self, exchange: Exchange, phase: str) -> None:
+        self._exchange, self._phase, self._span = exchange, phase, span(f"deepep_moe.wait {phase}")
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        self._span.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._span.__exit__(kind, error, traceback)
+        exchange, phase = self._exchange, self._phase
+        try:
+            if isinstance(error, RuntimeError) and not isinstance(error, DeepEPMoEError):
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                exchange._give_up(phase, time.monotonic() - self._began, said)
+            elif error is not None and not isinstance(error, DeepEPMoEError):
+                # KeyboardInterrupt, or what a signal handler raised: the operation goes on.
+                exchange.break_off(phase, repr(error))
+        finally:
+            exchange.waited[phase] = exchange.waited.get(phase, 0.0) + time.monotonic() - self._began
+
+
 class _Moving:
-    """See :meth:`Exchange.moving`. (A class, because entering a generator takes more host time.)"""
+    """See :meth:`Exchange.moving`."""
 
     __slots__ = ("_exchange", "_phase")
 
