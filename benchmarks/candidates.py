@@ -39,12 +39,12 @@ def measure(
     candidates: list[Candidate],
     repeats: int,
     done: Callable[[str], None],
-    busy_too: bool = False,
+    busy_ms: int = 0,
 ) -> Table:
     """Fill ``table`` with the phases of each candidate. Collective; the first candidate is the reference.
 
-    Steps start from an idle GPU; with ``busy_too`` also, in further columns, from one that is busy. A CPU has no such
-    steps: what it computes it does in the call.
+    Steps start from an idle GPU; with ``busy_ms`` also, in further columns, behind so many milliseconds of other work.
+    A CPU has no such steps: what it computes it does in the call.
     """
     reference: Tensor | None = None
     for name, build in candidates:
@@ -52,7 +52,7 @@ def measure(
         step = build()
         samples = step_samples(world, step, repeats)
         memory = watch.peak()
-        busy = step_samples(world, step, repeats, busy=True) if busy_too and world.on_gpu else {}
+        busy = step_samples(world, step, repeats, busy_ms) if busy_ms and world.on_gpu else {}
         for phase, times in samples.items():
             of_total = memory if phase == "total" else None
             table.rows.append(Measurement(phase, times, name, busy_us=busy.get(phase, []), memory=of_total))

@@ -92,7 +92,7 @@ def dispatcher_table(
         table.notes.append(f"Megatron's flex dispatcher is not timed: {missing}.")
     if world.on_gpu:
         table.notes.append(BUSY_NOTE)
-    return measure(world, table, candidates, repeats, done, busy_too=True)
+    return measure(world, table, candidates, repeats, done, busy_ms=1)
 
 
 def token_dispatcher(world: World, shape: Shape) -> Step:

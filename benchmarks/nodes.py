@@ -33,6 +33,7 @@ from deepep_moe.topology import find_nodes, node_groups
 BACKENDS = ("collective", "hierarchical")
 NETWORK_MEBIBYTES = (16, 64)
 ROWS, FLOOR = "rows across per token", "floor"
+_AHEAD_MS = 6  # longer than the host needs for a step
 _WITHOUT_TRANSFER = {"nvlink": "over all ranks", "hierarchical": "without rows between nodes"}
 _RANKS_PER_NODE = f"{ENV_PREFIX}RANKS_PER_NODE"
 
@@ -129,34 +130,41 @@ def network_table(world: World, size: int, repeats: int, done: Callable[[str], N
 def own_cost_table(world: World, shape: Shape, size: int, repeats: int, done: Callable[[str], None]) -> Table:
     """What ``hierarchical`` costs beside the transfer between nodes, which is left out. Collective.
 
-    Beside it ``nvlink`` over all ranks where it can run: that is the same work on one node.
+    Beside it ``nvlink`` over all ranks where it can run: that is the same work on one node. Both also with fixed sizes.
     """
     nodes = world.size // size
     title = f"Own cost over {nodes} nodes of {size}: {shape}"
     notes = [
         "hierarchical without rows between nodes: all that a step does but the transfer itself; nvlink: all ranks as "
         "one node. Results are not compared.",
+        f"GPU busy before: the clock starts when the GPU ends {_AHEAD_MS} ms of other work, in which the host begins "
+        "the step. With fixed sizes the host then is ahead all the time, and what is left is the time of the GPU.",
     ]
     table = Table(title, {**shape._asdict(), "ranks": world.size, "nodes": nodes}, notes)
     found, group = [], dist.group.WORLD
     assert group is not None
-    for name in ("nvlink", "hierarchical"):
-        if why_not(name, group, world.device) is None:
-            build = with_settings(lambda: dispatcher.token_dispatcher(world, shape), backend=name)
-            found.append(
-                Candidate(f"{name} {_WITHOUT_TRANSFER.get(name, '')}".strip(), partial(_without_transfer, build))
-            )
-    return measure(world, table, found, repeats, done)
+    for sizes, factor in (("", 0.0), (", fixed sizes", dispatcher.capacity_factor(shape, world.size))):
+        for name, what in _WITHOUT_TRANSFER.items():
+            if why_not(name, group, world.device) is None:
+                build = with_settings(
+                    lambda: dispatcher.token_dispatcher(world, shape), backend=name, capacity_factor=factor
+                )
+                found.append(Candidate(f"{name} {what}{sizes}", partial(_without_transfer, build)))
+    return measure(world, table, found, repeats, done, busy_ms=_AHEAD_MS)
 
 
 def _without_transfer(build: Callable[[], Step]) -> Step:
     step = build()
 
     def without(phase: Phases) -> Tensor:
-        with mock.patch.object(TorchRail, "start", return_value=lambda: None):
+        with mock.patch.object(TorchRail, "start", _start_nothing):
             return torch.ones_like(step(phase))  # the values of rows that were not sent mean nothing
 
     return without
+
+
+def _start_nothing(self: TorchRail, *arguments: object) -> Callable[[], None]:
+    return lambda: None
 
 
 def layer_table(world: World, layer: Layer, size: int, tokens: int, repeats: int, done: Callable[[str], None]) -> Table:

@@ -107,20 +107,18 @@ class Phases:
         return [(b - a) * 1e6 for a, b in zip(self._stamps, self._stamps[1:])]
 
 
-def step_samples(
-    world: World, step: Callable[[Phases], Any], repeats: int, busy: bool = False
-) -> dict[str, list[float]]:
+def step_samples(world: World, step: Callable[[Phases], Any], repeats: int, busy_ms: int = 0) -> dict[str, list[float]]:
     """Times of a step's phases and of their sum (``total``), host waits included, each step from an idle device.
 
-    Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock. ``busy``
-    (GPUs only): the clock starts when the GPUs end about a millisecond of other work, in which the host begins the
-    step, as it does in training. Only what the GPU waits for the host is in the times then, not all the host does.
+    Phases are cut by CUDA events on the current stream, nothing waits between them; on a CPU by wall clock.
+    ``busy_ms`` (GPUs only): the clock starts when the GPUs end so many milliseconds of other work, in which the host
+    begins the step, as it does in training. Of the host's time only what the GPU waits for is in the times then.
     """
     samples: list[list[float]] = []
     names: list[str] = []
     for _ in range(WARMUP + repeats):
-        if busy:
-            world.align(busy=True)
+        if busy_ms:
+            world.align(busy_ms)
         else:
             world.meet()
         phases = Phases(world)

@@ -41,20 +41,20 @@ class World:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
-    def align(self, busy: bool = False) -> None:
+    def align(self, busy: int = 0) -> None:
         """Let all ranks start together. With NCCL the devices meet, and what is enqueued next starts on all at once.
 
-        ``busy``: the GPUs spin for about a millisecond before, and the host goes on meanwhile.
+        ``busy``: for about so many milliseconds the GPUs spin before, and the host goes on meanwhile.
         """
         self.synchronize()
         if busy:
-            self.spin()
+            self.spin(busy)
         meeting = self.device if self.collectives == "nccl" else torch.device("cpu")
         dist.all_reduce(torch.zeros(1, dtype=torch.float32, device=meeting))
 
-    def spin(self) -> None:
-        """Keep this rank's GPU busy for about a millisecond, in which the host can enqueue more work."""
-        torch.cuda._sleep(_SPIN_CYCLES)
+    def spin(self, milliseconds: int = 1) -> None:
+        """Keep this rank's GPU busy for about so long, while the host can enqueue more work."""
+        torch.cuda._sleep(milliseconds * _SPIN_CYCLES)
 
     def meet(self) -> None:
         """:meth:`align`, and go on when the device is idle again."""

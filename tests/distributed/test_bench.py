@@ -129,7 +129,8 @@ def test_nodes(tmp_path: Path) -> None:
         shown = [row["setting"] for row in layers[0]["measurements"] if row["name"] == "total"]
         assert shown == ["alltoall", "deepep, collective", "deepep, hierarchical"]
     shown = [row["setting"] for row in own_cost["measurements"] if row["name"] == "total"]
-    assert shown == ["hierarchical without rows between nodes"]
+    name = "hierarchical without rows between nodes"
+    assert shown == [name, f"{name}, fixed sizes"]
     totals = [row for row in table["measurements"] if row["name"] == "total"]
     assert [row["setting"] for row in totals] == settings
     assert table["title"].startswith("Dispatchers over 2 nodes of 1: ")

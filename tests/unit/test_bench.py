@@ -197,7 +197,7 @@ def test_on_a_busy_gpu_a_step_pays_for_waits_only(monkeypatch: pytest.MonkeyPatc
         phase("waited")
 
     idle = timing.step_samples(world, step, repeats=2)
-    busy = timing.step_samples(world, step, repeats=2, busy=True)
+    busy = timing.step_samples(world, step, repeats=2, busy_ms=1)
     expected = {"launched": 300.0 + 100, "waited": 20.0 + 40 + 100, "total": 560.0}
     assert {name: pytest.approx([time] * 2) for name, time in expected.items()} == idle
     expected.update(launched=100.0, total=260.0)
