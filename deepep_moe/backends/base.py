@@ -211,6 +211,10 @@ class Plan(Protocol):
         """[any] int32: data that only the backend that made the plan reads."""
         ...
 
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Addresses of ``send_slot``, ``counted``, ``received`` and ``row_recv``, for kernels."""
+        ...
+
     def tensors(self) -> list[Tensor | None]:
         """The tensors that custom operators take, in the order of ``TensorPlan.from_tensors``."""
         ...

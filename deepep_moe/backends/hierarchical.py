@@ -322,8 +322,9 @@ class HierarchicalBackend(Shared):
         for wait in finish:
             wait()
         headers = None
-        if plan.way.bad is not self._geometry.none_bad:  # headers that differ make the sums NaN
-            headers = torch.cat([self._geometry.none_bad, plan.way.bad]).long().unsqueeze(1).repeat(1, HEADER_WORDS)
+        if not plan.way.checked:  # headers that differ make the sums NaN
+            bad = torch.cat([self._geometry.none_bad, plan.way.tables.tensor("bad")])
+            headers = bad.long().unsqueeze(1).repeat(1, HEADER_WORDS)
         return Tokens(*sum_packed_rows(back, parts.home_rows, format, bias=bias, headers=headers))
 
     def _combine_inside(
@@ -387,7 +388,16 @@ class HierarchicalBackend(Shared):
         if isinstance(plan, HierarchicalPlan):
             return plan
         assert isinstance(plan, TensorPlan) and plan.extra is not None  # it went through operators
-        return HierarchicalPlan(plan, Way.unpack(self._geometry, plan.extra, plan.num_tokens), self.engine.number)
+        return HierarchicalPlan(
+            Way.unpack(self._geometry, plan.extra, plan),
+            plan.num_experts,
+            plan.alignment,
+            plan.identity,
+            plan.topk_idx,
+            plan.known_sizes(),
+            self.engine.number,
+            plan.expert_counts_host,
+        )
 
     def _check_row(self, argument: str, x: Tensor, dtype: torch.dtype) -> None:
         """What the nvlink backend asks of rows, before anything moves."""

@@ -1,8 +1,8 @@
 """What the ranks of several nodes tell each other about a batch before they plan it, and what follows from it.
 
 Every rank sends one message to each rank (:class:`Room` of hierarchical_geometry.py says what it holds), in one
-all-to-all. What follows from the messages is a :class:`Digest` on the device. Where the host waits, it reads the first
-words of it, the :class:`Findings`, and knows all sizes of the plan.
+all-to-all. :func:`digest` computes on the device what follows from the messages. Where the host waits, it reads a part
+of that, the :class:`Findings`, and knows all sizes of the plan.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from deepep_moe.backends.checks import overflow_text
 from deepep_moe.backends.exchange import to_device
 from deepep_moe.backends.headers import HEADER_WORDS, reason_of, refused_by
 from deepep_moe.backends.hierarchical_geometry import NUM_HEAD, SHARES, Crossing, Geometry, Room, share_of
+from deepep_moe.backends.tables import Tables
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, DeepEPMoEError, InputError
 
@@ -29,17 +30,6 @@ _DIFFER, _NUM_BAD, _MOST_TOKENS, _NUM_RECV, _NUM_ROWS, _MOST, _MOST_OF_SHARE, _M
 _RECEIVED = NUM_HEAD  # rows that a rank receives, and its expert rows: what a digest adds to the head of each rank
 _ROWS, _NUM_ABOUT = _RECEIVED + 1, _RECEIVED + 2
 NO_LIMIT = 2**31 - 1
-
-
-class Counted(NamedTuple):
-    """A batch, counted on this rank alone."""
-
-    messages: Tensor
-    """[words of all messages, 8] uint8: what this rank tells each rank, in rank order."""
-    send_slot: Tensor
-    """[T, R] int32: the number of each token among those for a rank, or -1."""
-    send_position: Tensor
-    """[T, N] int32: the same for the ranks of the rail; -1 for this rank."""
 
 
 class Batch(NamedTuple):
@@ -56,17 +46,31 @@ class Batch(NamedTuple):
     max_rows: int | None
 
 
-def count(geometry: Geometry, batch: Batch, header: list[int], room: Room) -> Counted:
-    """Count a batch, without a host wait. What there is no ``room`` for is left out of the messages."""
+def count(geometry: Geometry, batch: Batch, header: list[int], room: Room, tables: Tables) -> Tensor:
+    """Count a batch on this rank alone, without a host wait.
+
+    Args:
+        room: what there is no room for is left out of the messages.
+        tables: gets ``send_slot`` and ``send_position`` (see :class:`Way`), and memory for :func:`digest`.
+
+    Returns:
+        [words of all messages, 8] uint8: what this rank tells each rank, in rank order.
+    """
     limits = [NO_LIMIT if limit is None else limit for limit in (batch.max_recv, batch.max_rows)]
     (tokens, topk), device = batch.topk_idx.shape, geometry.device
     if geometry.kernels is None or not topk:
-        return _count_by_operators(geometry, batch, header, room, limits)
-    counted = Counted(
-        torch.empty((sum(geometry.message_sizes(room)), 8), dtype=torch.uint8, device=device),
-        torch.empty((tokens, geometry.num_ranks), dtype=torch.int32, device=device),
-        torch.empty((tokens, geometry.num_nodes), dtype=torch.int32, device=device),
+        return _count_by_operators(geometry, batch, header, room, limits, tables)
+    ranks, nodes, local = geometry.num_ranks, geometry.num_nodes, room.experts // geometry.num_ranks
+    tables.allocate(
+        int64={
+            "found": (_NUM_FOUND + 2 * nodes * SHARES + local + ranks * (HEADER_WORDS + _NUM_ABOUT),),
+            "counted": (ranks * ranks + 2 * local + 1,),
+            "moved": (ranks, 1 + local),
+            "rail_tokens": (nodes,),
+        },
+        int32={"send_slot": (tokens, ranks), "send_position": (tokens, nodes), "bad": (1,)},
     )
+    messages = torch.empty((sum(geometry.message_sizes(room)), 8), dtype=torch.uint8, device=device)
     geometry.kernels.summarize(
         topk_idx=batch.topk_idx.data_ptr(),
         num_tokens=tokens,
@@ -75,14 +79,13 @@ def count(geometry: Geometry, batch: Batch, header: list[int], room: Room) -> Co
         max_recv=limits[0],
         max_rows=limits[1],
         header=header,
-        messages=counted.messages.data_ptr(),
+        messages=messages.data_ptr(),
         experts=room.experts,
         room=room.route_words,
-        send_slot=counted.send_slot.data_ptr(),
-        send_position=counted.send_position.data_ptr(),
+        **tables.addresses("send_slot", "send_position"),
         stream=extension.current_stream(device),
     )
-    return counted
+    return messages
 
 
 def no_batch(geometry: Geometry, header: list[int], room: Room) -> Tensor:
@@ -99,7 +102,9 @@ def _messages(geometry: Geometry, words: Tensor, routes: Tensor) -> Tensor:
     return torch.cat(parts).view(torch.uint8).view(-1, 8)
 
 
-def _count_by_operators(geometry: Geometry, batch: Batch, header: list[int], room: Room, limits: list[int]) -> Counted:
+def _count_by_operators(
+    geometry: Geometry, batch: Batch, header: list[int], room: Room, limits: list[int], tables: Tables
+) -> Tensor:
     topk_idx, num_experts, in_rank, device = batch.topk_idx, batch.num_experts, batch.in_rank, geometry.device
     tokens = topk_idx.shape[0]
     if in_rank is None:
@@ -138,9 +143,8 @@ def _count_by_operators(geometry: Geometry, batch: Batch, header: list[int], roo
         to_node.t().reshape(-1),
         to_expert,
     ]
-    return Counted(
-        _messages(geometry, torch.cat(words), routes.view(torch.int64)), positions(in_rank, 0), positions(crossing, 0)
-    )
+    tables.put(send_slot=positions(in_rank, 0), send_position=positions(crossing, 0))
+    return _messages(geometry, torch.cat(words), routes.view(torch.int64))
 
 
 def positions(marks: Tensor, dim: int) -> Tensor:
@@ -175,52 +179,33 @@ class Arrived(NamedTuple):
         return numbers[:, : tokens * columns].view(geometry.num_nodes, tokens, columns)
 
 
-class Digest(NamedTuple):
-    """What follows from the messages of all ranks; int64 on the device unless said."""
+def digest(
+    geometry: Geometry, arrived: Arrived, tables: Tables, *, has_routes: bool, alignment: int, most_tokens: int
+) -> None:
+    """What follows from the messages of all ranks: ``found`` (see :class:`Findings`), ``counted`` (as in
+    :class:`Plan`), and ``moved``, ``rail_tokens``, ``send_shares``, ``recv_shares`` and ``bad`` (see :class:`Way`).
 
-    found: Tensor
-    """What the host reads; see :class:`Findings`."""
-    counted: Tensor
-    """``Plan.counted`` of this rank."""
-    moved: Tensor
-    """[R, 1 + L] how far the rows of each source rank move from the order of the node's plan to that of the protocol:
-    among all rows, and within the rows of each local expert."""
-    rail_tokens: Tensor
-    """[N] tokens of each rank of the rail."""
-    sent: Tensor
-    """[N, SHARES] tokens of this rank for each rank of its rail, by share."""
-    received: Tensor
-    """[N, SHARES] tokens of each rank of the rail for this rank."""
-    bad: Tensor
-    """[1] int32, not 0 where ranks disagree or the part of a rank in the plan is an error."""
-
-
-def digest(geometry: Geometry, arrived: Arrived, *, has_routes: bool, alignment: int, most_tokens: int) -> Digest:
-    """``most_tokens``: the part of a rank with more tokens is an error."""
+    Args:
+        tables: of :func:`count`; gets the results.
+        most_tokens: the part of a rank with more tokens is an error.
+    """
     room = arrived.room
     if geometry.kernels is None or not has_routes:
-        return Counts(geometry, arrived.summaries(geometry), room.experts, has_routes, alignment).digest(most_tokens)
-    ranks, nodes, local = geometry.num_ranks, geometry.num_nodes, room.experts // geometry.num_ranks
-    found_words = _NUM_FOUND + 2 * nodes * SHARES + local + ranks * (HEADER_WORDS + _NUM_ABOUT)
-    sizes = [found_words, ranks * ranks + 2 * local + 1, ranks * (1 + local), nodes]
-    memory = torch.empty(sum(sizes) + 1, dtype=torch.int64, device=geometry.device)
-    found, counted, moved, rail_tokens, bad = memory.split([*sizes, 1])
-    sent, received = found[_NUM_FOUND:][: 2 * nodes * SHARES].view(2, nodes, SHARES).unbind(0)
-    made = Digest(found, counted, moved.view(ranks, -1), rail_tokens, sent, received, bad.view(torch.int32)[:1])
+        counts = Counts(geometry, arrived.summaries(geometry), room.experts, has_routes, alignment)
+        tables.put(**counts.digest(most_tokens))
+        return
+    shares = (geometry.num_nodes, SHARES)
+    tables.name_part("send_shares", "found", _NUM_FOUND, shares)
+    tables.name_part("recv_shares", "found", _NUM_FOUND + geometry.num_nodes * SHARES, shares)
     geometry.kernels.digest(
         messages=arrived.words.data_ptr(),
         experts=room.experts,
         room=room.route_words,
         alignment=alignment,
         most_tokens=most_tokens,
-        found=found.data_ptr(),
-        counted=counted.data_ptr(),
-        moved=moved.data_ptr(),
-        rail_tokens=rail_tokens.data_ptr(),
-        bad=bad.data_ptr(),
+        **tables.addresses("found", "counted", "moved", "rail_tokens", "bad"),
         stream=extension.current_stream(geometry.device),
     )
-    return made
 
 
 class Counts:
@@ -257,7 +242,7 @@ class Counts:
         rows = self.padded.sum(1) if self.has_routes else torch.zeros_like(received)
         return torch.cat([self.head, received.unsqueeze(1), rows.unsqueeze(1)], dim=1)
 
-    def digest(self, most_tokens: int) -> Digest:
+    def digest(self, most_tokens: int) -> dict[str, Tensor]:
         """The rows of one source rank are a run in the order of the node's plan and in that of the protocol, and so are
         those of a source rank and an expert: a run moves as a whole, and nothing needs to be sorted."""
         geometry, me, device = self.geometry, self.geometry.nodes.rank, self.to_rank.device
@@ -284,15 +269,15 @@ class Counts:
             self.routes[me],
             torch.cat([self.headers, self.about], dim=1).reshape(-1),
         ]
-        return Digest(
-            found=torch.cat(found),
-            counted=torch.cat([self.to_rank.cumsum(0).reshape(-1), self.routes[me], offsets]),
-            moved=moved + runs.cumsum(0) - runs,
-            rail_tokens=tokens[geometry.rail_members],
-            sent=sent,
-            received=received,
-            bad=(differ | (num_bad > 0)).to(torch.int32).view(1),
-        )
+        return {
+            "found": torch.cat(found),
+            "counted": torch.cat([self.to_rank.cumsum(0).reshape(-1), self.routes[me], offsets]),
+            "moved": moved + runs.cumsum(0) - runs,
+            "rail_tokens": tokens[geometry.rail_members],
+            "send_shares": sent,
+            "recv_shares": received,
+            "bad": (differ | (num_bad > 0)).to(torch.int32).view(1),
+        }
 
     def _bad(self, most_tokens: int) -> Tensor:
         """[R] bool: ranks whose part in the plan is an error."""
@@ -314,22 +299,28 @@ class Findings:
     """What the host reads of a digest.
 
     Args:
-        found: ``Digest.found`` on the CPU.
+        found: ``found`` of :func:`digest`, on the CPU.
     """
 
     def __init__(self, geometry: Geometry, found: Tensor) -> None:
         ranks, shares = geometry.num_ranks, geometry.num_nodes * SHARES
         self._geometry = geometry
-        about = found.shape[0] - ranks * (HEADER_WORDS + _NUM_ABOUT)
+        self._found, self._about_first = found, found.shape[0] - ranks * (HEADER_WORDS + _NUM_ABOUT)
         numbers = found[: _NUM_FOUND + 2 * shares].tolist()
         self.num_bad, self.most_tokens, self.num_recv, self.num_rows = numbers[_NUM_BAD:_MOST]
         self.differ = bool(numbers[_DIFFER])
         """Whether ranks disagree or one of them refuses the plan."""
         self._most = numbers[_MOST:_NUM_FOUND]
         self._sent, self._received = numbers[_NUM_FOUND:][:shares], numbers[_NUM_FOUND + shares :]
-        self.expert_rows = found[_NUM_FOUND + 2 * shares : about]
+
+    @property
+    def expert_rows(self) -> Tensor:
         """[L] int64."""
-        self._about = found[about:].view(ranks, -1)
+        return self._found[_NUM_FOUND + len(self._sent) + len(self._received) : self._about_first]
+
+    @property
+    def _about(self) -> Tensor:
+        return self._found[self._about_first :].view(self._geometry.num_ranks, -1)
 
     @property
     def headers(self) -> Tensor:

@@ -6,27 +6,16 @@ part is a plan for the backend of the node, and all parts write into the same ou
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from deepep_moe import extension
 from deepep_moe.backends.base import Layout
 from deepep_moe.backends.hierarchical_geometry import SHARES, share_of
-from deepep_moe.backends.hierarchical_plan import (
-    BATCH_INDEX,
-    FIRST_ROUTE,
-    POSITION,
-    RUN,
-    SHARE,
-    HierarchicalPlan,
-    Streams,
-    Way,
-)
+from deepep_moe.backends.hierarchical_plan import BATCH_INDEX, FIRST_ROUTE, POSITION, RUN, SHARE, HierarchicalPlan, Way
 from deepep_moe.backends.rail import Blocks
-from deepep_moe.backends.tensor_plan import TensorPlan
+from deepep_moe.backends.tables import Tables
+from deepep_moe.backends.tensor_plan import PlanBase
 
 
 class Parts:
@@ -44,115 +33,149 @@ class Parts:
     """
 
     def __init__(self, plan: HierarchicalPlan, layout: Layout, chunks: int) -> None:
-        way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
-        self._streams = Streams(geometry.device)
+        geometry, crossing = plan.way.geometry, plan.way.crossing
         send_sizes = crossing.block_sizes(crossing.sent, chunks, geometry)
         recv_sizes = crossing.block_sizes(crossing.received, chunks, geometry)
         chunk_rows = [sum(sizes) for sizes in recv_sizes]
         self.num_sent, self.num_received = sum(map(sum, send_sizes)), sum(chunk_rows)
         by_expert = layout is Layout.BY_EXPERT
-        if geometry.kernels is not None and plan.num_topk:
-            tables = tables_by_kernels(plan, by_expert, chunks, self.num_received)
-        else:
-            tables = tables_by_operators(plan, by_expert, chunks, self.num_received)
-        self.send_rows, self.home_rows = tables.send_rows, tables.home_rows
-        used = (tables.send_used, tables.recv_used)
-        send_used, recv_used = ([None] * chunks if crossing.exact else list(rows.unbind(0)) for rows in used)
+        self.tables = Tables(geometry.device)
+        make = tables_by_operators if geometry.kernels is None or not plan.num_topk else tables_by_kernels
+        make(self.tables, plan, by_expert, chunks, self.num_received)
+        if not by_expert:
+            self.tables.put(row_recv=plan.recv_src_idx.contiguous())
+        self.send_rows, self.home_rows = self.tables.tensor("send_rows"), self.tables.tensor("home_rows")
+        send_used: list[Tensor] | list[None] = [None] * chunks
+        recv_used: list[Tensor] | list[None] = send_used
+        if not crossing.exact:
+            send_used, recv_used = (list(self.tables.tensor(name).unbind(0)) for name in ("send_used", "recv_used"))
         self.send = [Blocks(*blocks) for blocks in zip(send_sizes, send_used)]
         self.recv = [Blocks(*blocks) for blocks in zip(recv_sizes, recv_used)]
 
-        row_recv = plan.row_recv if by_expert else plan.recv_src_idx.contiguous()
-        ranks, topk = geometry.node_size, (tables.placed.shape[2] - 1) // 2
-        rows = [plan.num_tokens, *chunk_rows]
-        slots = [tables.own_slots, *tables.chunk_slots.split(chunk_rows)]
-        self.own, *self.crossing = (
-            TensorPlan(
-                num_experts=(way.node_counted.shape[0] - ranks * ranks) // 2 * ranks,
-                alignment=plan.alignment,
-                identity=(plan.engine, plan.number),
-                topk_idx=geometry.no_routes.expand(rows[part], topk),
-                send_slot=slots[part],
-                counted=tables.counted[part],
-                received=tables.placed[part],
-                row_recv=tables.no_padding if part else row_recv,  # the first part zeroes padding
-                expert_counts_host=None,
-            )
-            for part in range(1 + chunks)
-        )
+        self.own = Part(plan, self.tables, by_expert, 0, 0, plan.num_tokens)
+        self.crossing = []
+        first = 0
+        for part, rows in enumerate(chunk_rows, 1):
+            self.crossing.append(Part(plan, self.tables, by_expert, part, first, rows))
+            first += rows
 
     @classmethod
     def of(cls, plan: HierarchicalPlan, layout: Layout, chunks: int) -> Parts:
         """Kept with the plan for the way back."""
         parts = plan.kept_parts.get((layout, chunks))
-        plan.way.use_on_current_stream()
-        if not isinstance(parts, Parts):
+        plan.way.use_on_current_stream()  # it may have been made on another
+        if parts is None:
             parts = plan.kept_parts[layout, chunks] = cls(plan, layout, chunks)
-        parts.use_on_current_stream()
+        assert isinstance(parts, Parts)
+        parts.tables.on_new_stream()
         return parts
 
-    def use_on_current_stream(self) -> None:
-        """They may have been made on another stream."""
-        self._streams.use_on_current(self._tensors)
 
-    def _tensors(self) -> list[Tensor]:
-        used = [blocks.used for blocks in (*self.send, *self.recv) if blocks.used is not None]
-        tensors = [self.send_rows, self.home_rows, *used]
-        for part in (self.own, *self.crossing):
-            tensors += [part.send_slot, part.counted, part.received, part.row_recv]
-        return tensors
+class Part(PlanBase):
+    """One part as a plan for the backend of the node.
+
+    Args:
+        plan: of all parts.
+        tables: of all parts, see :func:`tables_by_operators`.
+        part: its number.
+        first: its first row of the receive buffer.
+        num_tokens: its rows there, or the rank's own tokens.
+    """
+
+    extra = expert_counts_host = None
+
+    def __init__(
+        self, plan: HierarchicalPlan, tables: Tables, by_expert: bool, part: int, first: int, num_tokens: int
+    ) -> None:
+        # The plan keeps its parts: with a reference to it, it would not be freed before garbage collection.
+        self._tables, self._part, self._first, self._no_routes = tables, part, first, plan.way.geometry.no_routes
+        self.num_experts, self.num_ranks = plan.way.node_plan.num_experts, plan.way.geometry.node_size
+        self.alignment, self.identity = plan.alignment, (plan.mover, plan.number)
+        self.num_tokens, self.num_topk = num_tokens, plan.num_topk if by_expert else 1
+        self.num_recv, self.num_rows = plan.num_recv, plan.num_rows if by_expert else plan.num_recv
+        self._row_recv = plan.way.tables if by_expert else tables  # where it is: the first part zeroes padding
+
+    def known_sizes(self) -> tuple[int, int]:
+        return self.num_recv, self.num_rows
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        tables, part, ranks = self._tables, self._part, self.num_ranks
+        counted_size = ranks * ranks + 2 * (self.num_experts // ranks) + 1
+        return (
+            tables.address("chunk_slots") + 4 * self._first * ranks if part else tables.address("own_slots"),
+            tables.address("counted") + 8 * part * counted_size,
+            tables.address("placed") + 4 * part * self.num_recv * (1 + 2 * self.num_topk),
+            tables.address("no_padding") if part else self._row_recv.address("row_recv"),
+        )
+
+    @property
+    def topk_idx(self) -> Tensor:
+        return self._no_routes.expand(self.num_tokens, self.num_topk)
+
+    @property
+    def send_slot(self) -> Tensor:
+        if self._part:
+            return self._tables.tensor("chunk_slots")[self._first : self._first + self.num_tokens]
+        return self._tables.tensor("own_slots")
+
+    @property
+    def counted(self) -> Tensor:
+        return self._tables.tensor("counted")[self._part]
+
+    @property
+    def received(self) -> Tensor:
+        return self._tables.tensor("placed")[self._part]
+
+    @property
+    def row_recv(self) -> Tensor:
+        return self._tables.tensor("no_padding") if self._part else self._row_recv.tensor("row_recv")
 
 
-class Tables(NamedTuple):
-    """The tensors of :class:`Parts`; P parts, the first of them this rank's own tokens."""
+def tables_by_operators(tables: Tables, plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> None:
+    """Make the tensors of :class:`Parts`, by PyTorch's operators. P parts, the first of them this rank's own tokens:
 
-    send_used: Tensor
-    """[chunks, N] int32: rows used of each block."""
-    recv_used: Tensor
-    """[chunks, N] int32"""
-    send_rows: Tensor
-    home_rows: Tensor
-    counted: Tensor
-    """[P, ...] int64: ``counted`` of each part."""
-    own_slots: Tensor
-    """[T, G] int32: ``send_slot`` of the first part."""
-    chunk_slots: Tensor
-    """[rows of the receive buffer, G] int32: of the others, one after the other."""
-    no_padding: Tensor
-    """[rows of the output] int32 zeros: ``row_recv`` of all parts but the first."""
-    placed: Tensor
-    """[P, M, 1 + 2 * K] int32: ``received`` of each part. In rank layout every rank has one expert, so to speak, and
-    rows are placed among its rows (K = 1): the backend of a node knows no other way to be told the order."""
+    * ``send_used``, ``recv_used`` [chunks, N] int32: rows used of each block.
+    * ``send_rows``, ``home_rows``: see :class:`Parts`.
+    * ``counted`` [P, ...] int64: ``counted`` of each part.
+    * ``own_slots`` [T, G] int32: ``send_slot`` of the first part.
+    * ``chunk_slots`` [rows of the receive buffer, G] int32: of the others, one after the other.
+    * ``no_padding`` [rows of the output] int32 zeros: ``row_recv`` of all parts but the first, which zeroes padding.
+    * ``placed`` [P, N, 1 + 2 * K] int32: ``received`` of each part. The rank layout is an expert layout with one expert
+      per rank (K = 1), because only expert rows can be placed in another order than the node's plan has.
 
-
-def tables_by_operators(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> Tables:
-    """By PyTorch's operators; ``recv_rows``: of the receive buffer."""
+    Args:
+        tables: gets them.
+        recv_rows: rows of the receive buffer.
+    """
     way, geometry, tokens = plan.way, plan.way.geometry, plan.way.crossing.tokens
+    slots, node_counted = way.node_plan.send_slot, way.node_plan.counted
+    rail_tokens, arrived = way.tables.tensor("rail_tokens"), way.tables.tensor("arrived").long()
+    recv_position = way.tables.tensor("recv_position")
     device, ranks, nodes, me = geometry.device, geometry.node_size, geometry.num_nodes, geometry.rail_rank
     parts = 1 + chunks
-    sent, received = _Rows(way, way.sent, chunks), _Rows(way, way.received, chunks)
+    sent, received = (_Rows(way, way.tables.tensor(name), chunks) for name in ("send_shares", "recv_shares"))
 
     token = torch.arange(plan.num_tokens, dtype=torch.int64, device=device)
-    send_rows = sent.rows(share_of(token, plan.num_tokens) * chunks // SHARES, way.send_position)
+    send_rows = sent.rows(share_of(token, plan.num_tokens) * chunks // SHARES, way.tables.tensor("send_position"))
     home_rows = torch.where(send_rows >= 0, send_rows + tokens, -1)
     home_rows[:, me] = token
 
     # Rows of the batch: the row of the receive buffer, the part and the run of tokens with equal part.
     token = torch.arange(tokens, dtype=torch.int64, device=device)
-    chunk = share_of(token.unsqueeze(0), way.rail_tokens.unsqueeze(1)).clamp(max=SHARES - 1) * chunks // SHARES
-    rows = received.rows(chunk.t(), way.recv_position.t()).t()  # [N, C]
+    chunk = share_of(token.unsqueeze(0), rail_tokens.unsqueeze(1)).clamp(max=SHARES - 1) * chunks // SHARES
+    rows = received.rows(chunk.t(), recv_position.t()).t()  # [N, C]
     part = chunk + 1
     part[me].fill_(0)
     rank = torch.arange(nodes, dtype=torch.int64, device=device)
     run = (rank.unsqueeze(1) * parts + part).reshape(-1)
-    goes = way.slots >= 0
+    goes = slots >= 0
     counts = torch.zeros((nodes * parts, ranks), dtype=torch.int64, device=device).index_add_(0, run, goes.long())
-    slots = torch.where(goes, way.slots - _moved(counts, parts)[run], -1).to(torch.int32)
+    slots = torch.where(goes, slots - _moved(counts, parts)[run], -1).to(torch.int32)
     chunk_slots = torch.full((recv_rows + 1, ranks), -1, dtype=torch.int32, device=device)
     chunk_slots[torch.where(rows >= 0, rows, recv_rows).reshape(-1)] = slots
     goes_to = counts.view(nodes, parts, ranks).sum(0)  # [P, G]
 
     # Rows that reached this rank.
-    arrived = way.arrived.long()
     used, place = arrived[:, RUN] >= 0, torch.div(arrived[:, RUN], nodes, rounding_mode="floor")
     remote = geometry.run_crosses[arrived[:, RUN].clamp(min=0)]
     part_of = torch.where(remote, arrived[:, SHARE] * chunks // SHARES + 1, 0)
@@ -166,7 +189,7 @@ def tables_by_operators(plan: HierarchicalPlan, by_expert: bool, chunks: int, re
     between[:, :, geometry.nodes.place] = counts.view(ranks, nodes, parts).sum(1).t()
     between[:, geometry.nodes.place, :] = goes_to
     prefix = between.cumsum(1).view(parts, -1)
-    prefix = torch.where(way.node_counted[0] < 0, -1, prefix)  # a plan that failed on the device
+    prefix = torch.where(node_counted[0] < 0, -1, prefix)  # a plan that failed on the device
 
     # This rank's own rows are read where they are in the part.
     starts = torch.cat([received.starts.new_zeros(1), received.starts[:, 0]])  # of each part
@@ -175,35 +198,36 @@ def tables_by_operators(plan: HierarchicalPlan, by_expert: bool, chunks: int, re
     in_part = torch.where(remote, rows.reshape(-1)[batch_row] - starts[part_of], batch_row - me * tokens)
     source = torch.where(mine, in_part, 0)
     places = arrived[:, FIRST_ROUTE:] if by_expert else arrived[:, POSITION : POSITION + 1]
-    experts = way.experts if by_expert else torch.zeros_like(places)
+    experts = way.node_plan.recv_topk_idx if by_expert else torch.zeros_like(places)
     entries = torch.cat([source.unsqueeze(1), experts, places], dim=1).to(torch.int32)
     placed = torch.full((parts, entries.shape[0] + 1, entries.shape[1]), -1, dtype=torch.int32, device=device)
     placed[part_of, index] = entries
-    return Tables(
+    tables.put(
         send_used=sent.used,
         recv_used=received.used,
         send_rows=send_rows.to(torch.int32),
         home_rows=home_rows[:, geometry.rail_rank_of_node].to(torch.int32).contiguous(),
-        counted=torch.cat([prefix, way.node_counted[ranks * ranks :].expand(parts, -1)], dim=1),
+        counted=torch.cat([prefix, node_counted[ranks * ranks :].expand(parts, -1)], dim=1),
         own_slots=slots[me * tokens : me * tokens + plan.num_tokens],
         chunk_slots=chunk_slots[:-1],
         no_padding=torch.zeros(plan.num_rows if by_expert else plan.num_recv, dtype=torch.int32, device=device),
-        placed=placed[:, :-1],
+        placed=placed[:, :-1].contiguous(),
     )
 
 
-def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> Tables:
-    """The same in three kernels (csrc/nodes/parts.cu), in one piece of memory."""
+def tables_by_kernels(tables: Tables, plan: HierarchicalPlan, by_expert: bool, chunks: int, recv_rows: int) -> None:
+    """The same in three kernels (csrc/nodes/parts.cu)."""
     way, geometry, crossing = plan.way, plan.way.geometry, plan.way.crossing
     ranks, nodes, parts, topk = geometry.node_size, geometry.num_nodes, 1 + chunks, plan.num_topk
-    tokens, counted_size = plan.num_tokens, way.node_counted.shape[0]
-    shapes: dict[str, tuple[int, ...]] = {
-        "counted": (parts, 2 * counted_size),  # int64; the others are int32
-        # Zero beforehand.
+    tokens, node_plan = plan.num_tokens, way.node_plan
+    slots, node_counted, node_received, _ = node_plan.addresses()
+    counted_size = ranks * ranks + 2 * (node_plan.num_experts // ranks) + 1
+    shapes = {
+        # Zeroed by the kernels.
         "batch_counts": (nodes * parts * ranks,),
         "arrived_counts": (nodes * parts * ranks,),
         "no_padding": (plan.num_rows if by_expert else plan.num_recv,),
-        # -1 beforehand.
+        # Filled with -1 by the kernels.
         "chunk_slots": (recv_rows, ranks),
         "placed": (parts, plan.num_recv, 1 + 2 * topk if by_expert else 3),
         "own_slots": (tokens, ranks),
@@ -215,12 +239,7 @@ def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv
         "recv_moves": (chunks, nodes),
         "recv_starts": (chunks,),
     }
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    memory = torch.empty(sum(sizes), dtype=torch.int32, device=geometry.device)
-    base, addresses = memory.data_ptr(), {}
-    for name, size in zip(shapes, sizes):  # words of 4 bytes
-        addresses[name] = base
-        base += 4 * size
+    tables.allocate(int64={"counted": (parts, counted_size)}, int32=shapes)
     assert geometry.kernels is not None
     geometry.kernels.parts(
         num_tokens=tokens,
@@ -232,19 +251,16 @@ def tables_by_kernels(plan: HierarchicalPlan, by_expert: bool, chunks: int, recv
         most_of_share=crossing.most_of_share,
         by_expert=by_expert,
         counted_size=counted_size,
-        experts_stride=way.experts.stride(0),
-        **{
-            name: getattr(way, name).data_ptr()
-            for name in ("sent", "received", "rail_tokens", "send_position", "recv_position", "slots", "node_counted")
-        },
-        experts=way.experts.data_ptr(),
-        arrived=way.arrived.data_ptr(),
-        **addresses,
+        sent=way.tables.address("send_shares"),
+        received=way.tables.address("recv_shares"),
+        slots=slots,
+        node_counted=node_counted,
+        experts=node_received + 4,
+        experts_stride=1 + 2 * topk,
+        **way.tables.addresses("rail_tokens", "send_position", "recv_position", "arrived"),
+        **tables.addresses("counted", *shapes),
         stream=extension.current_stream(geometry.device),
     )
-    made = {name: part.view(shapes[name]) for name, part in zip(shapes, memory.split(sizes)) if name in Tables._fields}
-    made["counted"] = made["counted"].view(torch.int64)
-    return Tables(**made)
 
 
 class _Rows:

@@ -11,7 +11,6 @@ Nothing here waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,191 +19,194 @@ from torch import Tensor
 from deepep_moe import extension
 from deepep_moe.backends.base import Plan
 from deepep_moe.backends.exchange import to_device
-from deepep_moe.backends.hierarchical_counts import Arrived, Digest
+from deepep_moe.backends.hierarchical_counts import Arrived
 from deepep_moe.backends.hierarchical_geometry import SHARES, Crossing, Geometry, share_of
-from deepep_moe.backends.tensor_plan import TensorPlan
+from deepep_moe.backends.tables import Tables
+from deepep_moe.backends.tensor_plan import PlanBase, TensorPlan
 
 # Columns of what is known about each row that reached this rank, before those of its routes' expert rows.
 RUN, SHARE, POSITION, BATCH_INDEX, FIRST_ROUTE = range(5)
 
 
-class Streams:
-    """The streams that use the tensors of one object, which the current stream makes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._index = device.index if device.type == "cuda" else None
-        self._known = {self._current()}
-
-    def _current(self) -> int:
-        address: int = 0 if self._index is None else torch._C._cuda_getCurrentRawStream(self._index)
-        return address
-
-    def made_elsewhere(self) -> None:
-        """The tensors are those of any stream."""
-        self._known.clear()
-
-    def use_on_current(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """When ``tensors()`` are freed, their memory is kept until the current stream has done what it has then."""
-        current = self._current()
-        if self._index is None or current in self._known:
-            return
-        self._known.add(current)
-        stream = torch.cuda.current_stream(self._index)
-        for tensor in tensors():
-            tensor.record_stream(stream)
-
-
 @dataclass(eq=False)
 class Way:
-    """The way of a batch through the nodes: what a plan of this backend has beside the tensors of every plan.
-
-    All tensors are int64 or int32 on the device.
-    """
+    """The way of a batch through the nodes: what a plan of this backend has beside the tensors of every plan."""
 
     geometry: Geometry
     crossing: Crossing
-    sent: Tensor
-    """[N, SHARES] tokens of this rank for each rank of the rail, by share."""
-    received: Tensor
-    """[N, SHARES] tokens of each rank of the rail for this rank, by share."""
-    rail_tokens: Tensor
-    """[N] tokens of each rank of the rail."""
-    send_position: Tensor
-    """[T, N]: the number of each token among those for a rank of the rail, or -1."""
-    recv_position: Tensor
-    """[N, C]: the number of each token of a rank of the rail among those for this rank, or -1."""
-    slots: Tensor
-    """[N * C, G]: ``send_slot`` of the node's plan."""
-    node_counted: Tensor
-    """``counted`` of the node's plan."""
-    experts: Tensor
-    """[N, K] int32: local experts of each row that reached this rank, in the order of the node's plan."""
-    arrived: Tensor
-    """[N, 4 + K] int32 about each such row: its place and rail rank in one number (``Geometry.runs``), its share, its
-    position in rank layout, its index in the batch of the rank that handed it on, and its expert rows. The first is -1
-    in rows that are not used."""
-    bad: Tensor
-    """[1] int32: not 0 where the device found that the plan is an error; only in plans of fixed size."""
+    tables: Tables
+    """On the device, beside ``send_slot``, ``counted``, ``received`` and ``row_recv`` of :class:`Plan`:
 
-    def __post_init__(self) -> None:
-        self._streams = Streams(self.geometry.device)
-
-    def use_on_current_stream(self) -> None:
-        """The plan may have been made on another stream."""
-        self._streams.use_on_current(lambda: [getattr(self, name) for name in _WAY_TENSORS])
+    * ``send_shares`` [N, SHARES] int64: tokens of this rank for each rank of the rail, by share.
+    * ``recv_shares`` [N, SHARES] int64: tokens of each rank of the rail for this rank, by share.
+    * ``rail_tokens`` [N] int64: tokens of each rank of the rail.
+    * ``send_position`` [T, N] int32: the number of each token among those for a rank of the rail, or -1.
+    * ``recv_position`` [N, C] int32: the number of each token of a rank of the rail among those for this rank, or -1.
+    * ``moved`` [R, 1 + L] int64, while the plan is made: how far the rows of each source rank move from the order of
+      the node's plan to that of the protocol, among all rows and within the rows of each local expert.
+    * ``arrived`` [N, 4 + K] int32 about each row that reached this rank, in the order of the node's plan: its place and
+      rail rank in one number (``Geometry.runs``), its share, its position in rank layout, its index in the batch of the
+      rank that handed it on, and its expert rows. The first is -1 in rows that are not used.
+    * ``bad`` [1] int32: not 0 where ranks disagree, or the part of a rank in the plan is an error.
+    """
+    node_plan: Plan
+    """The plan of the node, for the batch."""
+    checked: bool
+    """Whether the host knows that ``bad`` is 0."""
 
     def pack(self) -> Tensor:
         """All of it in one int32 tensor, so that it can go through operators with the tensors of the plan."""
-        crossing = self.crossing
+        crossing, node = self.crossing, self.node_plan
         numbers = (crossing.tokens, crossing.most, crossing.most_of_share, crossing.most_received)
-        header = [int(crossing.exact), *numbers, *self.arrived.shape]
+        header = [int(crossing.exact), int(self.checked), *numbers]
         parts = [to_device(torch.tensor(header, dtype=torch.int32, device="cpu"), self.geometry.device)]
-        parts += [getattr(self, name) for name in _WAY_TENSORS]
+        parts += [self.tables.tensor(name) for name in _PACKED]
+        parts += [node.send_slot, node.received, node.counted]
         return torch.cat([part.reshape(-1).to(torch.int32) for part in parts])
 
     @classmethod
-    def unpack(cls, geometry: Geometry, packed: Tensor, num_tokens: int) -> Way:
-        """Inverse of :meth:`pack`. On a GPU it waits for the host."""
-        exact, tokens, most, most_of_share, most_received, rows, columns = packed[:7].tolist()
-        nodes, topk = geometry.num_nodes, columns - FIRST_ROUTE
+    def unpack(cls, geometry: Geometry, packed: Tensor, plan: TensorPlan) -> Way:
+        """Inverse of :meth:`pack`, for the ``plan`` that came with it. On a GPU it waits for the host."""
+        exact, checked, tokens, most, most_of_share, most_received = packed[:6].tolist()
+        nodes, topk, rows = geometry.num_nodes, plan.num_topk, plan.num_recv
         shapes = {
-            "sent": (nodes, SHARES),
-            "received": (nodes, SHARES),
+            "send_shares": (nodes, SHARES),
+            "recv_shares": (nodes, SHARES),
             "rail_tokens": (nodes,),
-            "send_position": (num_tokens, nodes),
-            "recv_position": (nodes, tokens),
-            "slots": (nodes * tokens, geometry.node_size),
-            "experts": (rows, topk),
-            "arrived": (rows, columns),
             "bad": (1,),
-            "node_counted": (-1,),
+            "send_position": (plan.num_tokens, nodes),
+            "recv_position": (nodes, tokens),
+            "arrived": (rows, FIRST_ROUTE + topk),
+            "node_send_slot": (nodes * tokens, geometry.node_size),
+            "node_received": (rows, 1 + 2 * topk),
         }
-        rest, tensors = packed[7:], {}
+        rest, tensors = packed[6:], {}
         for name, shape in shapes.items():
-            size = rest.shape[0] if shape == (-1,) else torch.Size(shape).numel()
-            tensors[name], rest = rest[:size].view(shape), rest[size:]
-        sent, received = (tensors[name].tolist() if exact else None for name in ("sent", "received"))
-        way = cls(geometry, Crossing(tokens, most, most_of_share, most_received, sent, received), **tensors)
-        way._streams.made_elsewhere()
-        return way
+            part, rest = rest.tensor_split([torch.Size(shape).numel()])
+            tensors[name] = part.view(shape).to(_PACKED.get(name, torch.int32))
+        node_plan = TensorPlan(
+            num_experts=plan.num_experts // nodes,
+            alignment=plan.alignment,
+            identity=(0, 0),
+            topk_idx=geometry.no_routes.expand(nodes * tokens, topk),
+            send_slot=tensors.pop("node_send_slot"),
+            counted=rest.long(),
+            received=tensors.pop("node_received"),
+            row_recv=plan.row_recv,
+            expert_counts_host=None,
+        )
+        tables = Tables(geometry.device, made_here=False)
+        tables.put(send_slot=plan.send_slot, counted=plan.counted, received=plan.received, row_recv=plan.row_recv)
+        tables.put(**tensors)
+        sent, received = (tensors[name].tolist() if exact else None for name in ("send_shares", "recv_shares"))
+        crossing = Crossing(tokens, most, most_of_share, most_received, sent, received)
+        return cls(geometry, crossing, tables, node_plan, bool(checked))
+
+    def use_on_current_stream(self) -> None:
+        """The plan may have been made on another stream."""
+        if (stream := self.tables.on_new_stream()) is not None:
+            for tensor in (self.node_plan.send_slot, self.node_plan.counted, self.node_plan.received):
+                tensor.record_stream(stream)
 
 
-_WAY_TENSORS = (
-    "sent",
-    "received",
-    "rail_tokens",
-    "send_position",
-    "recv_position",
-    "slots",
-    "experts",
-    "arrived",
-    "bad",
-    "node_counted",
-)
+_PACKED = {
+    "send_shares": torch.int64,
+    "recv_shares": torch.int64,
+    "rail_tokens": torch.int64,
+    "bad": torch.int32,
+    "send_position": torch.int32,
+    "recv_position": torch.int32,
+    "arrived": torch.int32,
+}
 
 
-class HierarchicalPlan(TensorPlan):
+class HierarchicalPlan(PlanBase):
     """A :class:`Plan` that knows the :class:`Way` of its rows.
 
     Args:
-        plan: as every backend has it.
-        engine: number of the node's backend that moves the rows.
+        identity: as of every plan.
+        topk_idx: [T, K] int64.
+        sizes: N and M.
+        mover: number of the node's backend that moves the rows.
+        expert_counts_host: as of every plan.
     """
 
-    def __init__(self, plan: TensorPlan, way: Way, engine: int) -> None:
-        self.__dict__.update(plan.__dict__)
-        self.way, self.engine = way, engine
+    def __init__(
+        self,
+        way: Way,
+        num_experts: int,
+        alignment: int,
+        identity: tuple[int, int] | Tensor,
+        topk_idx: Tensor,
+        sizes: tuple[int, int],
+        mover: int,
+        expert_counts_host: Tensor | None,
+    ) -> None:
+        self.way, self.num_experts, self.alignment, self.identity = way, num_experts, alignment, identity
+        self.topk_idx, self.mover, self.expert_counts_host = topk_idx, mover, expert_counts_host
+        self.num_tokens, self.num_topk = topk_idx.shape
+        self.num_recv, self.num_rows = sizes
+        self.num_ranks = way.geometry.num_ranks
         self.kept_parts: dict[object, object] = {}
 
-    def tensors(self) -> list[Tensor | None]:
-        return [*super().tensors()[:-1], self.way.pack()]
+    def known_sizes(self) -> tuple[int, int]:
+        return self.num_recv, self.num_rows
+
+    @property
+    def send_slot(self) -> Tensor:
+        return self.way.tables.tensor("send_slot")
+
+    @property
+    def counted(self) -> Tensor:
+        return self.way.tables.tensor("counted")
+
+    @property
+    def received(self) -> Tensor:
+        return self.way.tables.tensor("received")
+
+    @property
+    def row_recv(self) -> Tensor:
+        return self.way.tables.tensor("row_recv")
+
+    @property
+    def extra(self) -> Tensor:
+        return self.way.pack()
 
 
-@dataclass(eq=False)
-class Placed:
-    """What a :class:`HierarchicalPlan` takes from :func:`place`; see there and in :class:`Plan`."""
-
-    received: Tensor
-    row_recv: Tensor
-    arrived: Tensor
-
-
-def place(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, tokens: int) -> Placed:
-    """The final places of the rows that reach this rank.
+def place(
+    geometry: Geometry, messages: Arrived, tables: Tables, node_plan: Plan, tokens: int, sizes: tuple[int, int]
+) -> None:
+    """The final places of the rows that reach this rank: ``received``, ``row_recv`` and ``arrived`` in ``tables``.
 
     Args:
         node_plan: of as many rows as the plan has.
         tokens: C.
+        sizes: N and M.
     """
-    if geometry.kernels is None or not node_plan.num_topk:
-        return _place_by_operators(geometry, messages, made, node_plan, tokens)
-    topk, (num_recv, num_rows) = node_plan.num_topk, node_plan.known_sizes()
-    placed = Placed(
-        torch.empty((num_recv, 1 + 2 * topk), dtype=torch.int32, device=geometry.device),
-        torch.empty(num_rows, dtype=torch.int32, device=geometry.device),
-        torch.empty((num_recv, FIRST_ROUTE + topk), dtype=torch.int32, device=geometry.device),
-    )
+    topk, (num_recv, num_rows) = node_plan.num_topk, sizes
+    if geometry.kernels is None or not topk:
+        tables.put(**_place_by_operators(geometry, messages, tables.tensor("moved"), node_plan, tokens))
+        return
+    _, node_counted, node_received, _ = node_plan.addresses()
     geometry.kernels.place(
         messages=messages.words.data_ptr(),
         experts=messages.room.experts,
         message_room=messages.room.route_words,
-        node_received=node_plan.received.data_ptr(),
-        node_counted=node_plan.counted.data_ptr(),
-        moved=made.moved.data_ptr(),
+        node_received=node_received,
+        node_counted=node_counted,
         num_recv=num_recv,
         num_rows=num_rows,
         room=tokens,
         num_topk=topk,
-        received=placed.received.data_ptr(),
-        row_recv=placed.row_recv.data_ptr(),
-        arrived=placed.arrived.data_ptr(),
+        **tables.addresses("moved", "received", "row_recv", "arrived"),
         stream=extension.current_stream(geometry.device),
     )
-    return placed
 
 
-def _place_by_operators(geometry: Geometry, messages: Arrived, made: Digest, node_plan: Plan, tokens: int) -> Placed:
-    device, moved = geometry.device, made.moved
+def _place_by_operators(
+    geometry: Geometry, messages: Arrived, moved: Tensor, node_plan: Plan, tokens: int
+) -> dict[str, Tensor]:
+    device = geometry.device
     num_recv, num_rows, topk = node_plan.num_recv, node_plan.num_rows, node_plan.num_topk
     batch_index = node_plan.recv_src_idx.long()
     used, number = batch_index >= 0, torch.arange(num_recv, dtype=torch.int64, device=device)
@@ -226,4 +228,4 @@ def _place_by_operators(geometry: Geometry, messages: Arrived, made: Digest, nod
     share = torch.where(used, share_of(token, messages.tokens(geometry)[source]), 0)
     about = [torch.where(used, run, -1), share, torch.where(used, position, -1), batch_index]
     arrived = torch.cat([torch.stack(about, dim=1), rows], dim=1).to(torch.int32)
-    return Placed(received[:-1], row_recv[:-1], arrived)
+    return {"received": received[:-1], "row_recv": row_recv[:-1], "arrived": arrived}

@@ -25,9 +25,7 @@ from deepep_moe.backends.hierarchical_counts import (
     NO_LIMIT,
     Arrived,
     Batch,
-    Counted,
     Counts,
-    Digest,
     Findings,
     count,
     digest,
@@ -36,10 +34,10 @@ from deepep_moe.backends.hierarchical_counts import (
     too_many_tokens,
 )
 from deepep_moe.backends.hierarchical_geometry import SHARES, Crossing, Geometry, Room
-from deepep_moe.backends.hierarchical_plan import HierarchicalPlan, Way, place
+from deepep_moe.backends.hierarchical_plan import FIRST_ROUTE, HierarchicalPlan, Way, place
 from deepep_moe.backends.nvlink import NVLinkBackend
 from deepep_moe.backends.rail import Rail
-from deepep_moe.backends.tensor_plan import TensorPlan
+from deepep_moe.backends.tables import Tables
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import CapacityError, PeerError, UnsupportedError
 
@@ -185,8 +183,8 @@ class Planner:
             self._room = self._room._replace(experts=request.num_experts)
         while True:
             with exchange.moving("plan"):
-                counted, arrived, made = self._exchange_counts(request, batch, facts, NO_LIMIT)
-                findings = Findings(geometry, exchange.read("plan", made.found))
+                tables, arrived = self._exchange_counts(request, batch, facts, NO_LIMIT)
+                findings = Findings(geometry, exchange.read("plan", tables.tensor("found")))
             if findings.differ:
                 exchange.compare_headers("plan", facts, findings.headers, None)
             most_tokens = max(1, findings.most_tokens)
@@ -199,18 +197,16 @@ class Planner:
         with self.moving:
             if without_wait:
                 self._known.add(request.kind)
-                size = made.found.shape[0]
-                if size not in self._deferred:  # now: a capture cannot allocate pinned memory
-                    self._deferred[size] = Deferred(made.found)
+                found = tables.tensor("found")
+                if found.shape[0] not in self._deferred:  # now: a capture cannot allocate pinned memory
+                    self._deferred[found.shape[0]] = Deferred(found)
                 crossing = self._most_crossing()
             else:
                 crossing = findings.crossing(most_tokens, exact=self.rail.moves_unused_rows)
             num_recv = findings.num_recv if request.max_recv is None else request.max_recv
             num_rows = findings.num_rows if request.max_rows is None else request.max_rows
-            plan = self._make(crossing, arrived, made, request, batch, counted, num_recv, num_rows, None)
-            if not request.fixed:
-                plan.expert_counts_host = findings.expert_rows.clone()
-            return plan
+            counts = None if request.fixed else findings.expert_rows.clone()
+            return self._make(crossing, arrived, tables, request, batch, (num_recv, num_rows), counts, checked=True)
 
     @contextmanager
     def agreement(self, phase: Phase) -> Iterator[Agreement]:
@@ -260,12 +256,14 @@ class Planner:
 
     def _exchange_counts(
         self, request: Request, batch: Batch, facts: dict[str, Fact], most_tokens: int
-    ) -> tuple[Counted, Arrived, Digest]:
+    ) -> tuple[Tables, Arrived]:
+        """The tables of the plan, as far as they follow from the messages of all ranks, and those messages."""
         geometry, (_, topk, alignment) = self.geometry, request.kind
-        counted = count(geometry, batch, self.exchange.header("plan", facts), self._room)
-        arrived = self._swap("plan", counted.messages)
-        made = digest(geometry, arrived, has_routes=topk > 0, alignment=alignment, most_tokens=most_tokens)
-        return counted, arrived, made
+        tables = Tables(geometry.device)
+        messages = count(geometry, batch, self.exchange.header("plan", facts), self._room, tables)
+        arrived = self._swap("plan", messages)
+        digest(geometry, arrived, tables, has_routes=topk > 0, alignment=alignment, most_tokens=most_tokens)
+        return tables, arrived
 
     def _facts(self, request: Request, history: int) -> dict[str, Fact]:
         num_experts, topk, alignment = request.kind
@@ -282,11 +280,12 @@ class Planner:
         """A plan of fixed size, of a kind that all ranks have made before. Where the device finds that it is an error,
         it drops all tokens and makes the sums NaN, until the next plan raises the error."""
         self._room = self._room._replace(experts=request.num_experts)
-        counted, arrived, made = self._exchange_counts(request, batch, facts, self._most_tokens)
-        self._deferred[made.found.shape[0]].put(made.found, facts, request.num_experts)
+        tables, arrived = self._exchange_counts(request, batch, facts, self._most_tokens)
+        found = tables.tensor("found")
+        self._deferred[found.shape[0]].put(found, facts, request.num_experts)
         assert request.max_recv is not None
         sizes = request.max_recv, request.max_rows or 0
-        return self._make(self._most_crossing(), arrived, made, request, batch, counted, *sizes, made.bad)
+        return self._make(self._most_crossing(), arrived, tables, request, batch, sizes, None, checked=False)
 
     def _most_crossing(self) -> Crossing:
         """What crosses at most by a plan of fixed size."""
@@ -309,72 +308,51 @@ class Planner:
         self,
         crossing: Crossing,
         arrived: Arrived,
-        made: Digest,
+        tables: Tables,
         request: Request,
         batch: Batch,
-        counted: Counted,
-        num_recv: int,
-        num_rows: int,
-        bad: Tensor | None,
+        sizes: tuple[int, int],
+        expert_counts_host: Tensor | None,
+        *,
+        checked: bool,
     ) -> HierarchicalPlan:
-        """A plan of sizes that the host knows. Makes no host wait. Where ``bad [1]`` is not 0 nothing moves."""
+        """A plan of ``sizes`` N and M that the host knows. Makes no host wait.
+
+        ``checked``: the host knows that the plan is no error; otherwise nothing moves where it is one.
+        """
         geometry, alignment = self.geometry, request.alignment
-        node_plan, recv_position = self._plan_node(arrived, made, batch, alignment, crossing.tokens, num_recv, num_rows)
-        placed = place(geometry, arrived, made, node_plan, crossing.tokens)
-        plan = TensorPlan(
-            num_experts=batch.num_experts,
-            alignment=alignment,
-            identity=(self.number, self.exchange.plans),
-            topk_idx=batch.topk_idx,
-            send_slot=counted.send_slot,
-            counted=made.counted,
-            received=placed.received,
-            row_recv=placed.row_recv,
-            expert_counts_host=None,
+        node_plan = self._plan_node(arrived, tables, batch, alignment, crossing.tokens, sizes)
+        place(geometry, arrived, tables, node_plan, crossing.tokens, sizes)
+        return HierarchicalPlan(
+            Way(geometry, crossing, tables, node_plan, checked),
+            batch.num_experts,
+            alignment,
+            (self.number, self.exchange.plans),
+            batch.topk_idx,
+            sizes,
+            self.mover,
+            expert_counts_host,
         )
-        way = Way(
-            geometry=geometry,
-            crossing=crossing,
-            sent=made.sent,
-            received=made.received,
-            rail_tokens=made.rail_tokens,
-            send_position=counted.send_position,
-            recv_position=recv_position,
-            slots=node_plan.send_slot,
-            node_counted=node_plan.counted,
-            experts=node_plan.recv_topk_idx,
-            arrived=placed.arrived,
-            bad=geometry.none_bad if bad is None else bad,
-        )
-        return HierarchicalPlan(plan, way, self.mover)
 
     def _plan_node(
-        self,
-        arrived: Arrived,
-        made: Digest,
-        batch: Batch,
-        alignment: int,
-        room: int,
-        num_recv: int,
-        num_rows: int,
-    ) -> tuple[Plan, Tensor]:
-        """The node's plan of ``room`` tokens of each rank of the rail, and ``[N, room]`` int32: the number of each of
-        them among those of one rank that cross to this rank, or -1."""
+        self, arrived: Arrived, tables: Tables, batch: Batch, alignment: int, room: int, sizes: tuple[int, int]
+    ) -> Plan:
+        """The node's plan of ``room`` tokens of each rank of the rail. Adds ``recv_position`` to ``tables``."""
         geometry, engine, topk = self.geometry, self.engine, batch.topk_idx.shape[1]
-        experts = batch.num_experts // geometry.num_nodes
+        experts, (num_recv, num_rows) = batch.num_experts // geometry.num_nodes, sizes
         if isinstance(engine, NVLinkBackend):
             engine.reserve(geometry.num_nodes * room, topk)
         if topk:
-            routes, position = self._routes_in_node(arrived, made, batch, room)
-            plan = engine.plan(routes, experts, alignment=alignment, max_recv=num_recv, max_rows=num_rows)
-            return plan, position
+            routes = self._routes_in_node(arrived, tables, batch, room, sizes)
+            return engine.plan(routes, experts, alignment=alignment, max_recv=num_recv, max_rows=num_rows)
         first = geometry.nodes.node * geometry.node_size
         mine = slice(first, first + geometry.node_size)
-        in_rank = self._told(arrived, made, geometry.num_ranks, room, 0)[:, mine] > 0
+        in_rank = self._told(arrived, tables, geometry.num_ranks, room, 0)[:, mine] > 0
         counts = Counts(geometry, arrived.summaries(geometry), batch.num_experts, False, alignment)
         of_rail = counts.to_expert[geometry.rail_members].sum(0).view(geometry.num_ranks, -1)
         per_expert = of_rail[geometry.by_node[mine]].reshape(-1).to(torch.int32)
-        plan = engine.plan(
+        tables.put(recv_position=self._positions(in_rank.any(1), room))
+        return engine.plan(
             None,
             experts,
             alignment=alignment,
@@ -383,37 +361,48 @@ class Planner:
             max_recv=num_recv,
             max_rows=num_rows,
         )
-        return plan, self._positions(in_rank.any(1), room)
 
-    def _routes_in_node(self, arrived: Arrived, made: Digest, batch: Batch, room: int) -> tuple[Tensor, Tensor]:
-        """``[N * C, K]`` int64 experts of the node, and the numbers of the tokens."""
+    def _routes_in_node(
+        self, arrived: Arrived, tables: Tables, batch: Batch, room: int, sizes: tuple[int, int]
+    ) -> Tensor:
+        """``[N * C, K]`` int64 experts of the node. Adds ``recv_position`` to ``tables``, and memory for :func:`place`
+        where kernels run."""
         geometry, topk = self.geometry, batch.topk_idx.shape[1]
         if geometry.kernels is None:
-            told = self._told(arrived, made, topk, room, -1)
+            told = self._told(arrived, tables, topk, room, -1)
             routes = geometry.expert_in_node(told.long(), batch.num_experts)
-            return routes, self._positions((routes >= 0).any(1), room)
+            tables.put(recv_position=self._positions((routes >= 0).any(1), room))
+            return routes
+        num_recv, num_rows = sizes
+        tables.allocate(
+            int64={},
+            int32={
+                "recv_position": (geometry.num_nodes, room),
+                "received": (num_recv, 1 + 2 * topk),
+                "row_recv": (num_rows,),
+                "arrived": (num_recv, FIRST_ROUTE + topk),
+            },
+        )
         routes = torch.empty((geometry.num_nodes * room, topk), dtype=torch.int64, device=geometry.device)
-        position = torch.empty((geometry.num_nodes, room), dtype=torch.int32, device=geometry.device)
         geometry.kernels.batch(
             messages=arrived.words.data_ptr(),
             experts=arrived.room.experts,
             message_room=arrived.room.route_words,
-            bad=made.bad.data_ptr(),
             room=room,
             num_topk=topk,
             routes=routes.data_ptr(),
-            recv_position=position.data_ptr(),
+            **tables.addresses("bad", "recv_position"),
             stream=extension.current_stream(geometry.device),
         )
-        return routes, position
+        return routes
 
-    def _told(self, arrived: Arrived, made: Digest, columns: int, room: int, nothing: int) -> Tensor:
+    def _told(self, arrived: Arrived, tables: Tables, columns: int, room: int, nothing: int) -> Tensor:
         """``[N * room, columns]`` int32 that the ranks of the rail told each other, by operators; ``nothing`` where
         there is no token."""
         geometry = self.geometry
         told = arrived.told(geometry, columns)[:, :room]
         token = torch.arange(room, dtype=torch.int64, device=geometry.device)
-        there = (token < made.rail_tokens.unsqueeze(1)) & (made.bad == 0)
+        there = (token < tables.tensor("rail_tokens").unsqueeze(1)) & (tables.tensor("bad") == 0)
         return torch.where(there.unsqueeze(2), told, nothing).view(geometry.num_nodes * room, columns)
 
     def _positions(self, here: Tensor, room: int) -> Tensor:
@@ -436,7 +425,7 @@ class Deferred:
         self.num_experts = 0
 
     def put(self, found: Tensor, facts: dict[str, Fact], num_experts: int) -> None:
-        """``found``: see :attr:`Digest.found`."""
+        """``found``: see :func:`digest`."""
         self._found.copy_(found, non_blocking=True)
         self.facts, self.num_experts, self.pending = facts, num_experts, True
         if extension.is_capturing(found.device):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deepep_moe.backends.base import Layout, Plan
-from deepep_moe.backends.tensor_plan import PlanBase, TensorPlan
+from deepep_moe.backends.tensor_plan import PlanBase
 from deepep_moe.errors import HandleError
 from deepep_moe.extension import _C
 
@@ -76,7 +76,6 @@ class DevicePlan(PlanBase):
         return self._room is not None
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Addresses of send_slot, counted, received and row_recv."""
         assert self._memory is not None and self._room is not None
         counted = self._memory.data_ptr()
         received = self._room.data_ptr() + _WORD * self._room_starts
@@ -169,14 +168,10 @@ def route_of(plan: Plan, layout: Layout, stream: int) -> _C.Route:
     """The plan as a kernel argument, for a kernel that runs on ``stream``, which must be current."""
     if isinstance(plan, DevicePlan):
         return plan.route(layout, stream)
-    kept = plan.routes.get(layout) if isinstance(plan, TensorPlan) else None
-    if isinstance(kept, _C.Route):
-        return kept
-    parts = (plan.send_slot, plan.counted, plan.received, plan.row_recv)
-    assert all(part.is_contiguous() for part in parts)  # kernels take addresses, not strides
-    route = _route(plan, layout, tuple(part.data_ptr() for part in parts))
-    if isinstance(plan, TensorPlan):
-        plan.routes[layout] = route
+    assert isinstance(plan, PlanBase)
+    route = plan.routes.get(layout)
+    if not isinstance(route, _C.Route):
+        route = plan.routes[layout] = _route(plan, layout, plan.addresses())
     return route
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 
 class PlanBase:
     """Base of all implementations of :class:`Plan`: the members that follow from the others."""
+
+    @cached_property
+    def routes(self) -> dict[Layout, object]:
+        """The plan as an argument of kernels, by layout; made when it is needed."""
+        return {}
+
+    def addresses(self: Plan) -> tuple[int, int, int, int]:
+        parts = (self.send_slot, self.counted, self.received, self.row_recv)
+        assert all(part.is_contiguous() for part in parts)  # kernels take addresses, not strides
+        send_slot, counted, received, row_recv = (part.data_ptr() for part in parts)
+        return send_slot, counted, received, row_recv
 
     @property
     def owner(self: Plan) -> int:
@@ -82,8 +94,6 @@ class TensorPlan(PlanBase):
     row_recv: Tensor
     expert_counts_host: Tensor | None
     extra: Tensor | None = None
-    routes: dict[Layout, object] = field(default_factory=dict, init=False)
-    """The plan as an argument of kernels, by layout; made when it is needed."""
 
     @classmethod
     def from_tensors(cls, num_experts: int, alignment: int, tensors: list[Tensor | None]) -> TensorPlan:

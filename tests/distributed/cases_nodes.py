@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -158,6 +160,24 @@ def property_case(group: dist.ProcessGroup, cut: int) -> None:
         together(group, lambda: random_case(group, cut, seed, chunk_bytes))
 
     check()
+
+
+@case(ranks=(2,))
+def a_plan_is_freed_with_its_last_reference(group: dist.ProcessGroup) -> None:
+    """Its tables would otherwise take GPU memory until the next garbage collection."""
+    _, nodes = both(group, 1)
+    topk_idx, weights = torch.tensor([[0, 1], [1, 3]]), torch.ones(2, 2)
+    plan = nodes.plan(topk_idx, 4)
+    for layout in Layout:
+        rows = nodes.dispatch(plan, torch.ones(2, 8), layout=layout, weights=weights)
+        nodes.combine(plan, rows.x, layout=layout, weights=rows.weights)
+    gone = weakref.ref(plan)
+    gc.disable()
+    try:
+        del plan
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @case(ranks=(2, 3, 4, 6))

@@ -25,6 +25,7 @@ from deepep_moe.backends.collective import CollectiveBackend
 from deepep_moe.backends.hierarchical import HierarchicalBackend
 from deepep_moe.backends.hierarchical_parts import Parts
 from deepep_moe.backends.hierarchical_plan import HierarchicalPlan
+from deepep_moe.backends.tensor_plan import TensorPlan
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError
 from deepep_moe.fp8 import quantize_e4m3
 from tests.gpu.conftest import TIMEOUT_SECONDS, Ranks
@@ -158,8 +159,10 @@ def test_kernels_make_the_plans_that_operators_make(ranks: Ranks, nodes: Hierarc
         for plan, parts in made[1:]:
             for name in ("send_slot", "counted", "received", "row_recv", "expert_counts_host"):
                 assert_same(getattr(made[0][0], name), _cpu(getattr(plan, name)), f"{name}, seed {seed}")
-            for name in ("sent", "received", "rail_tokens", "send_position", "recv_position", "slots", "arrived"):
-                assert_same(getattr(made[0][0].way, name), _cpu(getattr(plan.way, name)), f"{name}, seed {seed}")
+            wanted, way = made[0][0].way, plan.way
+            for name in ("send_shares", "recv_shares", "rail_tokens", "send_position", "recv_position", "arrived"):
+                assert_same(wanted.tables.tensor(name), way.tables.tensor(name).cpu(), f"{name}, seed {seed}")
+            assert_same(wanted.node_plan.send_slot, way.node_plan.send_slot.cpu(), f"slots, seed {seed}")
             for mine, theirs in zip(made[0][1], parts, strict=True):
                 for name in ("send_rows", "home_rows"):
                     assert_same(getattr(mine, name), _cpu(getattr(theirs, name)), f"{name}, seed {seed}")
@@ -188,6 +191,18 @@ def test_fixed_sizes(ranks: Ranks, nodes: HierarchicalBackend, reference: Collec
 
     with pytest.raises(CapacityError, match=r"received tokens, but .* gives room for 1:"):
         overflow()
+
+
+def test_a_plan_that_went_through_operators(
+    ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend
+) -> None:
+    case = Case.draw(ranks, 4, tokens=65, topk=3, local_experts=2)
+    topk_idx = case.topk_idx.to(ranks.device)
+    for limits in ({}, {"max_recv": 65 * ranks.size, "max_rows": 65 * 3 * ranks.size + 300}):
+        plan = nodes.plan(topk_idx, case.num_experts, alignment=case.alignment, **limits)
+        wanted = reference.plan(case.topk_idx, case.num_experts, alignment=case.alignment, **limits)
+        again = TensorPlan.from_tensors(plan.num_experts, plan.alignment, plan.tensors())
+        compare_moves(nodes, reference, (again, wanted), case)
 
 
 def test_without_expert_indices(ranks: Ranks, nodes: HierarchicalBackend, reference: CollectiveBackend) -> None:
