@@ -114,7 +114,7 @@ struct DigestArgs {
     }
 };
 
-// The batch of the node, from the routes that the ranks of the rail told each other.
+// The batch of the node, from the routes in the messages within the rail.
 struct BatchArgs {
     NodeMap map;
     NodeMessages messages;

@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kRowThreads) place_kernel(const __grid_constan
         for (int w = 0; w < PlaceNodesArgs::kNumArrived + topk; ++w) about[w] = w == PlaceNodesArgs::kShare ? 0 : -1;
         return;
     }
-    int place = 0;  // of the rank that handed the row on
+    int place = 0;  // of the rank that forwarded the row
     while (place < map.node_size - 1 && n >= args.node_counted[place * map.node_size + map.place]) ++place;
     const int run = place * map.num_nodes + batch_index / args.room, token = batch_index % args.room;
     const int source = static_cast<int>(map.runs[run]);

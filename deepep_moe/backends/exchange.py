@@ -1,4 +1,4 @@
-"""Calls to torch.distributed that are bounded, name their phase, and let every rank learn of one rank's mistake.
+"""Bounded calls to torch.distributed that name their phase, and raise the error of one rank on all ranks.
 
 Two things can leave a group hanging: a peer that died, and a peer that raised an exception and never joined the
 call. The first ends here as :class:`~deepep_moe.errors.PeerError`: every operation has ``timeout_seconds`` of its own,
@@ -202,7 +202,7 @@ class Exchange:
     def _headers_of_all(self, phase: str, header: list[int], private: Sequence[int]) -> Tensor:
         """``header`` and ``private`` (at most R numbers) of every rank: [R, HEADER_WORDS + R] on the CPU.
 
-        Its size is the same in all calls, so ranks in different calls learn that they are.
+        Its size is the same in all calls, so that ranks in different calls detect it.
         """
         numbers = [*header, *private, *[0] * (self.world_size - len(private))]
         row = torch.tensor([numbers], dtype=torch.int64, device="cpu")

@@ -1,22 +1,22 @@
-"""Several nodes: a token crosses the network once per node that wants it, then NVLink once per rank.
+"""The backend over several nodes: a token crosses the network once per destination node, then NVLink once per rank.
 
-How one batch travels, with G ranks on each of N nodes:
+With G ranks on each of N nodes:
 
-* :meth:`HierarchicalBackend.plan` tells all ranks a summary of each rank's routes (hierarchical_counts.py), and the
-  ranks of a rail all routes of each other. What a rank holds then is a batch for the backend of its node, which plans
-  it (hierarchical_plan.py says how rows come into the order of the protocol).
-* :meth:`HierarchicalBackend.dispatch` sends a token to the rank of its own place in each node that wants it. While rows
-  cross, the backend of the node dispatches the rank's own tokens; then each chunk as it arrives.
-* :meth:`HierarchicalBackend.combine` goes back: the sum of a token's rows in each node crosses as one row, and the rows
-  of the nodes are summed at home.
+* :meth:`HierarchicalBackend.plan` exchanges a summary of each rank's routes among all ranks, and all routes among the
+  ranks of a rail (hierarchical_counts.py). The backend of the node then plans the tokens that these ranks send to the
+  node (hierarchical_plan.py).
+* :meth:`HierarchicalBackend.dispatch` sends a token over its rail to each node that has one of its experts. While rows
+  cross, the backend of the node dispatches the rank's own tokens, then each chunk as it arrives.
+* :meth:`HierarchicalBackend.combine` reverses this: each node sends the sum of its rows for a token back as one row,
+  and the token's own rank sums the rows of the nodes.
 
-The host waits once in a plan, for the summaries. With sizes that are fixed beforehand it waits on GPUs only the first
-time; then everything can be captured in a CUDA graph, and what goes wrong is raised by the next call.
+A plan has one host wait, for the summaries. With fixed sizes, on GPUs, only the first plan of a kind has one; later
+plans can be captured in a CUDA graph, and their errors are raised by the next call.
 
-Rows of other types than fp32 are rounded once per hop: the sum of a rank, the sum of a node, the result. Sums are fp32,
-over the ranks of a node in their order, then over nodes in theirs. FP8 is made once, at the source.
+Sums are fp32, over the ranks of a node in their order, then over nodes in theirs. Rows of other types are rounded once
+per hop: after the sum of a rank, of a node, and of all nodes. Rows are converted to FP8 once, at the source.
 
-Inside a node runs the nvlink backend, on a CPU the collective one: that composition is the reference.
+Inside a node runs the nvlink backend; on CPUs the collective backend, and that composition is the reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ranks of several nodes tell each other about a batch before they plan it, and what follows from it.
+"""The messages that the ranks of several nodes exchange about a batch before they plan it, and what follows from them.
 
 Every rank sends one message to each rank (:class:`Room` of hierarchical_geometry.py says what it holds), in one
 all-to-all. :func:`digest` computes on the device what follows from the messages. Where the host waits, it reads a part
@@ -54,7 +54,7 @@ def count(geometry: Geometry, batch: Batch, header: list[int], room: Room, table
         tables: gets ``send_slot`` and ``send_position`` (see :class:`Way`), and memory for :func:`digest`.
 
     Returns:
-        [words of all messages, 8] uint8: what this rank tells each rank, in rank order.
+        [words of all messages, 8] uint8: the messages of this rank to each rank, in rank order.
     """
     limits = [NO_LIMIT if limit is None else limit for limit in (batch.max_recv, batch.max_rows)]
     (tokens, topk), device = batch.topk_idx.shape, geometry.device

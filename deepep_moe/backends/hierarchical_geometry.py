@@ -24,8 +24,8 @@ class Room(NamedTuple):
 
     A message holds, in int64 words: the header of headers.py, the number of tokens, marks of expert indices that do
     not exist, the limits, tokens for each rank [R], tokens for each node and share [N, SHARES], routes to each expert.
-    Between the ranks of a rail follow the experts of each token ([T, K] int32) or, in plans without routes, whether
-    the ranks want it ([T, R] int32, node by node).
+    Between the ranks of a rail follow the experts of each token ([T, K] int32) or, in plans without routes, which ranks
+    it goes to ([T, R] int32, node by node).
     """
 
     experts: int = 0
@@ -71,7 +71,7 @@ class Geometry:
         self._message_sizes: dict[Room, list[int]] = {}
         self.none_bad = torch.zeros(1, dtype=torch.int32, device=device)
         self.no_routes = torch.zeros((), dtype=torch.int64, device=device)
-        """Stands for the routes of plans whose routes nobody reads."""
+        """Placeholder for the routes of plans whose routes are not read."""
         self.kernels: _C.NodeMap | None = None
         """The kernels of csrc/nodes on these nodes, where the extension serves the device."""
         if why_not_on(device) is None:

@@ -1,10 +1,10 @@
 """The plan of several nodes: which rows cross which rail, and where each lands inside its node.
 
-A token goes over the rail to one rank of every other node that wants it, and from there to the ranks of that node. So
-each rank has a *batch* of N * C tokens: C of each rank of its rail (its own among them), of which those without an
-expert in this node are left out. The backend of the node plans the batch like any other, but it orders received rows by
-the rank that hands them on. The protocol orders them by the rank they come from. A plan is what places rows, so the
-order costs no pass over rows: :func:`place` changes the places.
+A token goes over the rail to one rank of each other node that has one of its experts, and from there to the ranks of
+that node. So each rank has a *batch* of N * C tokens: C of each rank of its rail (its own included), without those that
+have no expert in this node. The backend of the node plans the batch like any other. It orders received rows by the rank
+of the node that forwards them, the protocol by their source rank. :func:`place` changes the places in the plan, so no
+row has to be moved again.
 
 Nothing here waits for the host.
 """
@@ -46,7 +46,7 @@ class Way:
       the node's plan to that of the protocol, among all rows and within the rows of each local expert.
     * ``arrived`` [N, 4 + K] int32 about each row that reached this rank, in the order of the node's plan: its place and
       rail rank in one number (``Geometry.runs``), its share, its position in rank layout, its index in the batch of the
-      rank that handed it on, and its expert rows. The first is -1 in rows that are not used.
+      rank that forwarded it, and its expert rows. The first is -1 in unused rows.
     * ``bad`` [1] int32: not 0 where ranks disagree, or the part of a rank in the plan is an error.
     """
     node_plan: Plan
@@ -210,8 +210,8 @@ def _place_by_operators(
     num_recv, num_rows, topk = node_plan.num_recv, node_plan.num_rows, node_plan.num_topk
     batch_index = node_plan.recv_src_idx.long()
     used, number = batch_index >= 0, torch.arange(num_recv, dtype=torch.int64, device=device)
-    handed_on = node_plan.rank_prefix[:, geometry.nodes.place].contiguous()
-    place_of = torch.searchsorted(handed_on, number, right=True)
+    forwarded = node_plan.rank_prefix[:, geometry.nodes.place].contiguous()
+    place_of = torch.searchsorted(forwarded, number, right=True)
     run = place_of * geometry.num_nodes + torch.div(batch_index, tokens, rounding_mode="floor")
     source = geometry.runs[torch.where(used, run, 0)]
     token = batch_index % tokens

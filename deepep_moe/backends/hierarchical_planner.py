@@ -1,9 +1,8 @@
-"""Making plans of several nodes: what ranks tell each other, and when the host waits for it.
+"""Making plans of several nodes: the exchange between ranks, and when the host waits for it.
 
-Ranks exchange messages once per plan, counts and routes together. The host waits for what follows from them and knows
-all sizes then. With sizes that are fixed beforehand it waits on GPUs only for the first plan of a kind. Later ones
-compute everything on the device and can be captured in a CUDA graph. What the device finds wrong with such a plan, the
-next plan of every rank raises.
+Ranks exchange messages once per plan, with counts and routes together. The host waits for the sizes that follow from
+them. With fixed sizes, on GPUs, it waits only in the first plan of a kind. Later plans are computed on the device alone
+and can be captured in a CUDA graph; an error that the device finds in one is raised by the next plan of every rank.
 """
 
 from __future__ import annotations
@@ -92,12 +91,12 @@ class Request:
 
 
 class Moving:
-    """Wraps what follows an agreement: whoever waits for this rank, in its node, its rail or the group, is told when it
-    fails.
+    """Context of the work after an agreement. If it fails on this rank, the operations in which other ranks may wait
+    for it are aborted: in its node, its rail and the whole group.
 
     Args:
-        phase: of the calls that are wrapped.
-        lines: over which others may wait for this rank.
+        phase: of the calls in the context.
+        lines: the exchanges of these groups.
     """
 
     def __init__(self, phase: Phase, *lines: Exchange | Rail) -> None:
@@ -152,7 +151,7 @@ class Planner:
         self.raise_deferred()
         exchange.check_usable("plan")
         exchange.count_plan()
-        columns = request.kind[1] or geometry.num_ranks  # numbers that ranks of a rail tell each other about a token
+        columns = request.kind[1] or geometry.num_ranks  # numbers per token in the messages within a rail
         without_wait = self.defers and request.max_recv is not None
         known = without_wait and all(isinstance(n, Hashable) for n in request.kind) and request.kind in self._known
         known = known and self._room.serves(self._room.experts, self._most_tokens, columns)
@@ -397,7 +396,7 @@ class Planner:
         return routes
 
     def _told(self, arrived: Arrived, tables: Tables, columns: int, room: int, nothing: int) -> Tensor:
-        """``[N * room, columns]`` int32 that the ranks of the rail told each other, by operators; ``nothing`` where
+        """``[N * room, columns]`` int32 from the messages within the rail, by operators; ``nothing`` where
         there is no token."""
         geometry = self.geometry
         told = arrived.told(geometry, columns)[:, :room]

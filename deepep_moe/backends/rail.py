@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
     """[N] rows of each block. The block of this rank itself has none."""
     used: Tensor | None = None
     """[N] int32 on the device: how many rows of each block, from its first on, carry data. None: all of them. The
-    receiver's numbers are those of the senders. Unused rows may cross or not; nobody reads what arrives in them."""
+    receiver's numbers are those of the senders. Unused rows may cross or not; they are not read."""
 
 
 class Rail(Protocol):
