@@ -274,7 +274,10 @@ __global__ void __launch_bounds__(kThreads) exchange_kernel(const __grid_constan
         RankMask left = args.remote.ranks;
         for (int n = static_cast<int>(blockIdx.x) % count; n > 0; --n) left &= left - 1;
         const int rank = __ffs(left) - 1;
-        if (__syncthreads_or(stopped || waiting.is_masked(rank))) return;
+        // The last block may have found that another rank's arguments differ. That rank must find it too, so the tables
+        // of a dispatch that has begun are sent in any case.
+        const bool ends = kStep == kDispatchStep && piece == 0 ? epoch == 0 : stopped;
+        if (__syncthreads_or(ends || waiting.is_masked(rank))) return;
         if (piece == 0 && kStep != kRowsStep) put_tables<kKind>(args, epoch, rank);
         if (kStep != kTablesStep) put_rows<kKind>(args, epoch, rank, piece);
         return;

@@ -75,6 +75,25 @@ struct Group {
         }
     }
 
+    // As if this many calls of both kinds, modulo 2^32, had been made.
+    void start_after(int epoch) {
+        for (Rank& rank : ranks) {
+            const Runtime& runtime = rank.engine->runtime();
+            runtime.local->meetings = epoch;
+            for (int kind = 0; kind < kNumKinds; ++kind) {
+                std::fill_n(runtime.local->epochs[kind], kMaxBlocks, epoch);
+                for (int call : {epoch - 1, epoch}) {
+                    const int word = 2 * kind + (call & 1);
+                    runtime.local->consumed[word] = call;
+                    for (int other = 0; other < num_ranks; ++other) {
+                        runtime.control[runtime.domain.rank]->consumed[other][word] = call;
+                        rank.posted.consumed[other][word] = call;
+                    }
+                }
+            }
+        }
+    }
+
     bool is_far(int rank, int other) const { return rank / per_node != other / per_node; }
 
     // Symmetric memory as _NodeMemory of low_latency_nodes.py makes it: [rank] the addresses that the rank uses.
@@ -108,7 +127,8 @@ struct Call {
     Rank& rank;
     const Batch& batch;
     int self, hidden, epoch = 0;
-    std::vector<int> places, scales, counts, src_info;
+    std::vector<int> places, scales, counts, src_info, stats;
+    std::vector<int64_t> wide_idx, wide_kept_idx;
     std::vector<char> rows;
     std::vector<int64_t> layout_range;
     std::vector<uint16_t> y, out;
@@ -131,7 +151,12 @@ struct Call {
         DispatchArgs& d = dispatch_args;
         d.arena = rank.arena;
         d.x = reinterpret_cast<const char*>(batch.x[self].data());
-        d.topk_idx = {batch.topk_idx[self].data(), false};
+        wide_idx.assign(batch.topk_idx[self].begin(), batch.topk_idx[self].end());
+        wide_kept_idx.assign(batch.kept_idx[self].begin(), batch.kept_idx[self].end());
+        stats.assign(local, 3);
+        const bool wide = batch.number % 2, wide_kept = batch.number % 4 > 1;  // a combine may have the other type
+        d.topk_idx = {wide ? static_cast<const void*>(wide_idx.data()) : batch.topk_idx[self].data(), wide};
+        d.stats = stats.data();
         d.num_tokens = tokens;
         d.num_topk = batch.topk;
         d.num_experts = batch.experts;
@@ -145,7 +170,8 @@ struct Call {
         CombineArgs& c = combine_args;
         c.arena = rank.arena;
         c.x = reinterpret_cast<const char*>(y.data());
-        c.topk_idx = d.topk_idx;
+        c.topk_idx = {wide_kept ? static_cast<const void*>(wide_kept_idx.data()) : batch.kept_idx[self].data(),
+                      wide_kept};
         c.weights = batch.weights[self].data();
         c.num_tokens = tokens;
         c.num_topk = batch.topk;
@@ -160,7 +186,7 @@ struct Call {
         ExchangeArgs args{};
         args.remote = rank.remote;
         args.arena = rank.arena;
-        args.topk_idx = dispatch_args.topk_idx;
+        args.topk_idx = step == kDispatchStep ? dispatch_args.topk_idx : combine_args.topk_idx;
         args.num_tokens = dispatch_args.num_tokens;
         args.num_topk = batch.topk;
         args.num_experts = batch.experts;
@@ -194,6 +220,7 @@ struct Call {
         const Expected expected(batch, self, static_cast<int>(rank.arena.slots()), sides);
         CHECK(!rank.domain->failure());
         CHECK_EQUAL(counts);
+        for (size_t l = 0; l < stats.size(); ++l) CHECK(stats[l] == 3 + counts[l]);
         CHECK_EQUAL(layout_range);
         CHECK_EQUAL(src_info);
         CHECK_EQUAL(rows);
@@ -436,17 +463,29 @@ void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsign
     CHECK(named > 0);
 }
 
-// Rank 1 makes a call of another format, or announces one of another shape: all that are in a call report it at once.
-void differ(emulation::Network& network, size_t begin, int per_node, unsigned seed, bool announces) {
+enum class Difference { kFormat, kTopk, kExperts, kHandle, kAnnounced };
+
+// Rank 1 makes a call with another argument, or announces one of another shape: all that are in a call report it at
+// once.
+void differ(emulation::Network& network, size_t begin, int per_node, unsigned seed, Difference difference) {
     Group group(network, "nodes", begin, per_node, 5, 128, false, 300.0);
-    Batch same(seed, num_ranks, 5, 128), other = same;
-    other.format = static_cast<Format>((static_cast<int>(same.format) + 1) % 4);
+    const Batch same(seed, num_ranks, 5, 128);
+    Batch other = same;
+    if (difference == Difference::kFormat) other.format = static_cast<Format>((static_cast<int>(same.format) + 1) % 4);
+    if (difference == Difference::kExperts) other.experts += num_ranks;
+    if (difference == Difference::kTopk) {
+        ++other.topk;
+        other.topk_idx[1].clear();
+        other.kept_idx[1].clear();
+    }
     int found = 0;
     for (int self = 0; self < num_ranks; ++self) {
         const auto program = [&, self] {
-            Call call(group, self, self == 1 ? other : same);
+            const bool differs = self == 1;
+            Call call(group, self, differs ? other : same), second(group, self, same);
+            if (emulation::random() % 2) emulation::sleep(emulation::random() % 50000);
             const uint64_t began = emulation::now();
-            if (self == 1 && announces) {
+            if (differs && difference == Difference::kAnnounced) {
                 Facts facts{};
                 facts.max_tokens = 1000;
                 facts.announced = true;
@@ -454,6 +493,11 @@ void differ(emulation::Network& network, size_t begin, int per_node, unsigned se
                 return;
             }
             call.dispatch(kBoth);
+            if (difference == Difference::kHandle) {
+                second.dispatch(kBoth);
+                CHECK(!call.rank.domain->failure());
+                (differs ? second : call).combine(kBoth);
+            }
             const auto failure = group.ranks[self].domain->failure();
             CHECK(failure && (failure->failure == kMismatch || failure->failure == kPeerFailed));
             CHECK(emulation::now() - began < 100000000);
@@ -497,12 +541,17 @@ int main(int count, char** arguments) {
     emulation::Network network(num_ranks, 32 << 20);
     Group nodes(network, "nodes", 0, per_node, max_tokens, hidden, true, 300.0);
     Group domain(network, "one domain", nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
+    if (seed % 2 == 0)
+        for (Group* group : {&nodes, &domain}) group->start_after(-1 - static_cast<int>(random() % 30));
     Barrier all;
     for (int self = 0; self < num_ranks; ++self)
         emulation::start_program(self, [&, self] { Program{nodes, domain, all, self, seed}.run(); }, true);
     emulation::run_programs(seed);
     lose_a_rank(network, domain.used, per_node, seed);
-    for (bool announces : {false, true}) differ(network, (5 + announces) << 22, per_node, seed, announces);
+    for (Difference difference :
+         {Difference::kFormat, Difference::kTopk, Difference::kExperts, Difference::kHandle, Difference::kAnnounced})
+        differ(network, (5 + static_cast<int>(difference)) << 21, seed % 3 == 2 ? num_ranks : per_node, seed,
+               difference);
     std::printf("%d ranks, %d on a node, seed %u: M = %d, H = %d\n", num_ranks, per_node, seed, max_tokens, hidden);
     return 0;
 }

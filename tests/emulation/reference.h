@@ -34,8 +34,8 @@ struct Batch {
     int ranks, hidden, topk, experts;
     unsigned number;
     Format format;
-    std::vector<std::vector<uint16_t>> x;  // [rank][T, H]
-    std::vector<std::vector<int>> topk_idx;
+    std::vector<std::vector<uint16_t>> x;              // [rank][T, H]
+    std::vector<std::vector<int>> topk_idx, kept_idx;  // of dispatch; of combine, which may drop more routes
     std::vector<std::vector<float>> weights;
 
     Batch(unsigned number, int ranks, int max_tokens, int hidden) : ranks(ranks), hidden(hidden), number(number) {
@@ -56,6 +56,9 @@ struct Batch {
                 std::shuffle(order.begin(), order.end(), random);
                 for (int k = 0; k < topk; ++k) topk_idx[r][t * topk + k] = random() % 8 ? order[k] : -1;
             }
+            kept_idx.push_back(topk_idx[r]);
+            for (int& expert : kept_idx[r])
+                if (number % 3 == 0 && random() % 4 == 0) expert = -1;
         }
     }
 
@@ -126,7 +129,7 @@ struct Expected {
         const int local = batch.local_experts();
         float sum = 0.0f;
         for (int k = 0; meets(rank, self) && k < batch.topk; ++k) {
-            const int expert = batch.topk_idx[self][token * batch.topk + k], l = expert - rank * local;
+            const int expert = batch.kept_idx[self][token * batch.topk + k], l = expert - rank * local;
             if (expert < 0 || l < 0 || l >= local) continue;
             const size_t row = static_cast<size_t>(l) * slots + row_of(rank, l, self, token);
             sum += from_bf16(batch.expert_output(rank, row * batch.hidden + channel)) *
