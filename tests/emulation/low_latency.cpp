@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <deque>
 #include <random>
+#include <tuple>
 
 #include "latency/engine.h"
 #include "nvshmem.h"
@@ -503,9 +504,18 @@ void differ(emulation::Network& network, size_t begin, int per_node, unsigned se
             CHECK(emulation::now() - began < 100000000);
             if (failure->failure != kMismatch) return;
             ++found;
-            const int format = static_cast<int>(self == 1 ? other.format : same.format);
-            CHECK(announces ? failure->field == kMaxTokens && failure->expected == 5 && failure->seen == 1000
-                            : failure->field == kRowFormat && failure->expected == format && failure->seen != format);
+            const auto [field, usual, differing] = [&]() -> std::tuple<int, int, int> {
+                switch (difference) {
+                    case Difference::kFormat:
+                        return {kRowFormat, static_cast<int>(same.format), static_cast<int>(other.format)};
+                    case Difference::kTopk: return {kNumTopk, same.topk, other.topk};
+                    case Difference::kExperts: return {kNumExperts, same.experts, other.experts};
+                    case Difference::kHandle: return {kHandle, 1, 2};
+                    default: return {kMaxTokens, 5, 1000};
+                }
+            }();
+            CHECK(failure->field == field && failure->expected == (differs ? differing : usual));
+            CHECK(failure->seen == (differs ? usual : differing));
         };
         emulation::start_program(self, program, true);
     }
@@ -541,7 +551,7 @@ int main(int count, char** arguments) {
     emulation::Network network(num_ranks, 32 << 20);
     Group nodes(network, "nodes", 0, per_node, max_tokens, hidden, true, 300.0);
     Group domain(network, "one domain", nodes.used, num_ranks, max_tokens, hidden, true, 300.0);
-    if (seed % 2 == 0)
+    if ((seed + num_ranks) % 2 == 0)
         for (Group* group : {&nodes, &domain}) group->start_after(-1 - static_cast<int>(random() % 30));
     Barrier all;
     for (int self = 0; self < num_ranks; ++self)
