@@ -2,6 +2,7 @@
 // bit for bit. Arguments: ranks, ranks per node, seed, and 1 or 2 for a fault of the machine.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <random>
 #include <tuple>
@@ -464,12 +465,15 @@ void lose_a_rank(emulation::Network& network, size_t begin, int per_node, unsign
     CHECK(named > 0);
 }
 
+constexpr size_t kDifferBytes = 2 << 20;
 enum class Difference { kFormat, kTopk, kExperts, kHandle, kAnnounced };
 
 // Rank 1 makes a call with another argument, or announces one of another shape: all that are in a call report it at
 // once.
 void differ(emulation::Network& network, size_t begin, int per_node, unsigned seed, Difference difference) {
+    for (int rank = 0; rank < num_ranks; ++rank) std::memset(network.heap(rank) + begin, 0, kDifferBytes);
     Group group(network, "nodes", begin, per_node, 5, 128, false, 300.0);
+    CHECK(group.used <= begin + kDifferBytes);
     const Batch same(seed, num_ranks, 5, 128);
     Batch other = same;
     if (difference == Difference::kFormat) other.format = static_cast<Format>((static_cast<int>(same.format) + 1) % 4);
@@ -558,10 +562,11 @@ int main(int count, char** arguments) {
         emulation::start_program(self, [&, self] { Program{nodes, domain, all, self, seed}.run(); }, true);
     emulation::run_programs(seed);
     lose_a_rank(network, domain.used, per_node, seed);
-    for (Difference difference :
-         {Difference::kFormat, Difference::kTopk, Difference::kExperts, Difference::kHandle, Difference::kAnnounced})
-        differ(network, (5 + static_cast<int>(difference)) << 21, seed % 3 == 2 ? num_ranks : per_node, seed,
-               difference);
+    for (unsigned round = 0; round < 4; ++round)
+        for (Difference difference : {Difference::kFormat, Difference::kTopk, Difference::kExperts, Difference::kHandle,
+                                      Difference::kAnnounced})
+            differ(network, (5 + static_cast<int>(difference)) * kDifferBytes, round % 4 == 3 ? num_ranks : per_node,
+                   4 * seed + round, difference);
     std::printf("%d ranks, %d on a node, seed %u: M = %d, H = %d\n", num_ranks, per_node, seed, max_tokens, hidden);
     return 0;
 }
