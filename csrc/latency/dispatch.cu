@@ -393,15 +393,17 @@ __device__ __forceinline__ void receive_piece(const DispatchArgs& args, const Re
 
 // Called by all threads of the block. `piece`: the first of this warp, begun; it is item number `item`, and the next
 // one `step` further.
-template <bool kFp8>
+template <bool kFp8, int kHalf>
 __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& shared, Waiting waiting, bool reports,
                                         Arriving<kFp8>& piece, int item, int step) {
     const Runtime& rt = args.runtime;
-    const int ranks = rt.domain.num_ranks;
+    const int ranks = rt.domain.num_ranks, pieces = piece.pieces_of_row(args);
     piece.load(args, waiting.epoch);
-    // Each warp reads only the counts that its routes need: those of other sources may arrive much later. With masks
-    // all blocks must treat a lost rank alike, so each of them reads all counts.
-    const bool counted = reports || rt.masks;
+    // Each warp reads only the counts that its routes need: those of other sources may arrive much later. Exceptions:
+    // with masks all blocks must treat a lost rank alike; and a kernel that only receives, with several pieces per
+    // warp, reads all counts together with the first rows, before its stores delay loads.
+    const bool several = kHalf == kReceive && ranks * args.arena.max_tokens * pieces > step;
+    const bool counted = reports || rt.masks || several;
     if (counted) {
         place_sources(args, shared, waiting, reports);
     } else {
@@ -410,7 +412,7 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
     }
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, shared.ranks.tokens[s]);
-    const int items = ranks * most * piece.pieces_of_row(args);
+    const int items = ranks * most * pieces;
     waiting.crowded = items > kCrowd;
     while (item < items) {
         if (piece.token < shared.ranks.tokens[piece.source]) receive_piece(args, shared, counted, waiting, piece);
@@ -472,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     if constexpr ((kHalf & kReceive) != 0) {
         if (block >= receivers) return;
         if constexpr (kHalf != kReceive) arriving.begin(args, received);
-        receive<kFp8>(args, shared.receiving, waiting, reports, arriving, received, receivers * kWarps);
+        receive<kFp8, kHalf>(args, shared.receiving, waiting, reports, arriving, received, receivers * kWarps);
     }
 }
 
