@@ -363,7 +363,7 @@ class Buffer(LowLatencyCalls, Shared):
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             reads=(tokens, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
-            made=lambda result: (*result[0], result[1], *result[3], *result[3].plan.tensors()),
+            made=lambda result: (*result[0], result[1], *result[3], *result[3].plan.memory()),
         )
         received = rows.x if rows.scales is None else (rows.x, rows.scales)
         return received, recv_topk_idx, rows.weights, counts, made, event

@@ -57,9 +57,9 @@ class EPHandle:
     plan: Plan
     owner: object
 
-    def tensors(self) -> list[Tensor | None]:
-        """All tensors of the handle and of its plan."""
-        return [*self.plan.tensors(), *(value for value in vars(self).values() if isinstance(value, Tensor))]
+    def memory(self) -> list[Tensor]:
+        """Tensors that cover the memory of the handle and of its plan on the device."""
+        return [*self.plan.memory(), *(value for value in vars(self).values() if isinstance(value, Tensor))]
 
 
 class ElasticBuffer(Shared):
@@ -286,8 +286,8 @@ class ElasticBuffer(Shared):
             previous_event=previous_events,
             async_finish=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
-            reads=(tokens, scales, topk_idx, topk_weights, stats, *(handle.plan.tensors() if handle else ())),
-            made=lambda result: (*result[0], result[1], *result[2].tensors()),
+            reads=(tokens, scales, topk_idx, topk_weights, stats, *(handle.plan.memory() if handle else ())),
+            made=lambda result: (*result[0], result[1], *result[2].memory()),
         )
         return (
             rows.x if rows.scales is None else (rows.x, rows.scales),
@@ -342,7 +342,7 @@ class ElasticBuffer(Shared):
             previous_event=previous_events,
             async_finish=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
-            reads=(x, topk_weights, *biases, *plan.tensors()),
+            reads=(x, topk_weights, *biases, *plan.memory()),
             made=lambda result: result,
         )
         return tokens.x, tokens.weights, event

@@ -60,18 +60,18 @@ class Overlap(Shared):
         self, x: Tensor, topk_idx: Tensor | Plan, topk_weights: Tensor | None = None
     ) -> InFlight[Dispatched]:
         """Start :meth:`TokenDispatcher.dispatch`. With a plan instead of indices nothing waits for the host."""
-        routing = topk_idx.tensors() if is_plan(topk_idx) else (topk_idx,)
+        routing = topk_idx.memory() if is_plan(topk_idx) else (topk_idx,)
         sent, event = self._runner.run(
             lambda: self.dispatcher.dispatch(x, topk_idx, topk_weights),
             async_finish=True,
             reads=_on_device(x, topk_weights, *routing),
-            made=lambda made: (made.rows, made.weights, *made.plan.tensors()),
+            made=lambda made: (made.rows, made.weights, *made.plan.memory()),
         )
         return InFlight(sent, event)
 
     def begin_combine(self, rows: Tensor, dispatched: Dispatched, *, weights: Tensor | None = None) -> InFlight[Tensor]:
         """Start :meth:`TokenDispatcher.combine`."""
-        plan = dispatched.plan.tensors() if isinstance(dispatched, Dispatched) else ()
+        plan = dispatched.plan.memory() if isinstance(dispatched, Dispatched) else ()
         tokens, event = self._runner.run(
             lambda: self.dispatcher.combine(rows, dispatched, weights=weights),
             async_finish=True,

@@ -219,6 +219,11 @@ class Plan(Protocol):
         """The tensors that custom operators take, in the order of ``TensorPlan.from_tensors``."""
         ...
 
+    def memory(self) -> list[Tensor]:
+        """Tensors that together cover the plan's memory on the device, to record streams with
+        (``Tensor.record_stream``). They exist already: nothing is copied, as it may be in :meth:`tensors`."""
+        ...
+
 
 class Rows(NamedTuple):
     """What dispatch delivers."""

@@ -105,7 +105,7 @@ class Way:
     def use_on_current_stream(self) -> None:
         """The plan may have been made on another stream."""
         if (stream := self.tables.on_new_stream()) is not None:
-            for tensor in (self.node_plan.send_slot, self.node_plan.counted, self.node_plan.received):
+            for tensor in self.node_plan.memory():
                 tensor.record_stream(stream)
 
 
@@ -151,6 +151,9 @@ class HierarchicalPlan(PlanBase):
 
     def known_sizes(self) -> tuple[int, int]:
         return self.num_recv, self.num_rows
+
+    def memory(self) -> list[Tensor]:
+        return [self.topk_idx, *self.way.tables.memory]
 
     @property
     def send_slot(self) -> Tensor:

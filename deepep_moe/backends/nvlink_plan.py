@@ -111,6 +111,11 @@ class DevicePlan(PlanBase):
             self._sizes = finish(self)
         return self._sizes
 
+    def memory(self) -> list[Tensor]:
+        self.known_sizes()  # may allocate
+        assert self._memory is not None and self._room is not None
+        return [self.topk_idx, self._memory, *([] if self._room is self._memory else [self._room])]
+
     @property
     def num_tokens(self) -> int:
         return self._tokens

@@ -27,15 +27,16 @@ class Tables:
     def __init__(self, device: torch.device, *, made_here: bool = True) -> None:
         self._device = device
         self._tensors: dict[str, Tensor] = {}
-        self._memory: list[Tensor] = []
+        self.memory: list[Tensor] = []
+        """The allocations, and the tensors of :meth:`put`."""
         self._places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
-        """Of each allocated tensor: index into ``_memory``, first word of 4 bytes there, shape, dtype."""
+        """Of each allocated tensor: index into ``memory``, first word of 4 bytes there, shape, dtype."""
         self._addresses: dict[str, int] = {}
         self._streams = {current_stream(device)} if made_here and device.type == "cuda" else set()
 
     def allocate(self, int64: _Shapes, int32: _Shapes) -> None:
         """Allocate uninitialised tensors of these shapes, one after the other in one allocation."""
-        number, words = len(self._memory), 0
+        number, words = len(self.memory), 0
         for name, shape in int64.items():
             self._places[name] = (number, words, shape, torch.int64)
             words += 2 * prod(shape)
@@ -43,7 +44,7 @@ class Tables:
             self._places[name] = (number, words, shape, torch.int32)
             words += prod(shape)
         memory = torch.empty_strided((words,), (1,), dtype=torch.int32, device=self._device)
-        self._memory.append(memory)
+        self.memory.append(memory)
         base, addresses, places = memory.data_ptr(), self._addresses, self._places
         for shapes in (int64, int32):
             for name in shapes:
@@ -58,12 +59,13 @@ class Tables:
     def put(self, **tensors: Tensor) -> None:
         """Add tensors that exist already."""
         self._tensors.update(tensors)
+        self.memory += tensors.values()
 
     def tensor(self, name: str) -> Tensor:
         tensor = self._tensors.get(name)
         if tensor is None:
             number, word, shape, dtype = self._places[name]
-            tensor = self._memory[number][word : word + prod(shape) * dtype.itemsize // 4]
+            tensor = self.memory[number][word : word + prod(shape) * dtype.itemsize // 4]
             if dtype == torch.int64:
                 tensor = tensor.view(torch.int64)
             if len(shape) != 1:
@@ -92,6 +94,6 @@ class Tables:
             return None
         self._streams.add(address)
         stream = torch.cuda.current_stream(self._device)
-        for tensor in (*self._memory, *self._tensors.values()):
+        for tensor in self.memory:
             tensor.record_stream(stream)
         return stream

@@ -79,6 +79,10 @@ class PlanBase:
             self.extra,
         ]
 
+    def memory(self: Plan) -> list[Tensor]:
+        parts = (self.topk_idx, self.send_slot, self.counted, self.received, self.row_recv, self.extra)
+        return [part for part in parts if part is not None]
+
 
 @dataclass(eq=False)
 class TensorPlan(PlanBase):

@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -18,13 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepep_moe import Buffer, DispatcherConfig, TokenDispatcher, topology
+from deepep_moe import Buffer, DispatcherConfig, ElasticBuffer, TokenDispatcher, topology
 from deepep_moe.backends import Backend, Layout, Plan, Wire, get_backend
 from deepep_moe.backends.exchange import Exchange, as_bytes
 from deepep_moe.backends.hierarchical import HierarchicalBackend
+from deepep_moe.backends.hierarchical_plan import Way
 from deepep_moe.backends.rail import Blocks, TorchRail
+from deepep_moe.elastic import EPHandle
 from deepep_moe.errors import CapacityError, InputError, PeerError, RankMismatchError, UnsupportedError
+from deepep_moe.events import EventOverlap, StreamRunner
 from deepep_moe.fp8 import quantize_e4m3
+from deepep_moe.overlap import Overlap
 from tests.distributed.cases_dispatcher import (
     TOLERANCE,
     local_matrices,
@@ -324,6 +328,53 @@ def buffer_knows_nodes(group: dist.ProcessGroup) -> None:
     back, back_weights, _ = buffer.internode_combine(recv_x, handle, recv_weights, bias=x)
     torch.testing.assert_close(back, x * (in_rank.sum(1, keepdim=True) + 1))
     torch.testing.assert_close(back_weights, torch.where(topk_idx >= 0, weights, 0.0))
+
+
+@case(ranks=(2,))
+def plans_are_not_packed_to_record_streams(group: dist.ProcessGroup) -> None:
+    """Calls on a communication stream record the tensors that a plan holds, not copies."""
+    recorded: list[set[int]] = []
+
+    def storages(tensors: Iterable[Tensor | None]) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+    def run(self: Any, call: Any, *, reads: Any, made: Any, **options: Any) -> Any:
+        result = call()
+        recorded.append(storages([*reads, *made(result)]))
+        return result, EventOverlap()
+
+    def includes(plan: Plan) -> bool:
+        held = (plan.topk_idx, plan.send_slot, plan.counted, plan.received, plan.row_recv)
+        return storages(held) <= recorded.pop()
+
+    x, topk_idx, weights = (t.detach() for t in random_batch(dist.get_rank(group), 9, 128, 2, 4))
+    settings = {"DEEPEP_MOE_BACKEND": "hierarchical", "DEEPEP_MOE_RANKS_PER_NODE": "1"}
+    with (
+        mock.patch.object(StreamRunner, "run", run),
+        mock.patch.object(Way, "pack", side_effect=AssertionError("the plan was packed")),
+        mock.patch.dict(os.environ, settings),
+    ):
+        overlap = Overlap(TokenDispatcher(group, 4, device=CPU))
+        for routing in (topk_idx, overlap.dispatcher.plan(topk_idx)):
+            sent = overlap.begin_dispatch(x, routing, weights).wait()
+            assert includes(sent.plan)
+            overlap.begin_combine(sent.rows, sent).wait()
+
+        elastic = ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=128, num_topk=2)
+        handle: EPHandle | None = None
+        for _ in range(2):  # the second repeats the routing
+            routing = {"topk_idx": topk_idx, "topk_weights": weights} if handle is None else {}
+            received, _, _, handle, _ = elastic.dispatch(x, num_experts=4, handle=handle, **routing)
+            assert includes(handle.plan)
+        elastic.combine(received, handle)
+        assert includes(handle.plan)
+
+        buffer = Buffer(group)
+        _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+        buffer_handle = buffer.dispatch(
+            x, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx, topk_weights=weights
+        )[4]
+        assert includes(buffer_handle.plan)
 
 
 @case(ranks=(4,))

@@ -46,6 +46,28 @@ def test_a_plan_survives_the_way_through_operators() -> None:
     assert again.expert_counts_host is None and again.extra is None
 
 
+def test_memory_of_a_plan_is_the_tensors_that_it_holds() -> None:
+    plan = tensor_plan()
+    held = [plan.topk_idx, plan.send_slot, plan.counted, plan.received, plan.row_recv]
+    assert all(one is other for one, other in zip(plan.memory(), held, strict=True))
+    plan.extra = torch.zeros(3, dtype=torch.int32)
+    assert plan.memory()[-1] is plan.extra and len(plan.memory()) == 6
+
+
+def test_memory_of_a_device_plan_covers_its_tensors_without_creating_them() -> None:
+    for again in (False, True):  # rows usually have room in the first allocation
+        plan = DevicePlan(4, 1, (7, 3), torch.zeros((3, 2), dtype=torch.int64), 2, inputs=[], sizes=(5, 6))
+        plan.allocate(4 if again else 5, 6, stream=0)
+        if again:
+            plan.allocate(5, 6, stream=0)
+        memory = plan.memory()
+        assert memory[0] is plan.topk_idx and len(memory) == 2 + again
+        assert not {"send_slot", "counted", "received", "row_recv"} & set(vars(plan))
+        storages = [tensor.untyped_storage().data_ptr() for tensor in memory]
+        for name in ("send_slot", "counted", "received", "row_recv"):
+            assert getattr(plan, name).untyped_storage().data_ptr() in storages, name
+
+
 def device_plan(waits: list[int]) -> DevicePlan:
     def finish(plan: DevicePlan) -> tuple[int, int]:
         waits.append(plan.number)

@@ -34,6 +34,20 @@ def test_a_part_of_a_tensor_has_a_name_of_its_own() -> None:
     assert tables.addresses("part") == {"part": tables.address("all") + 16}
 
 
+def test_memory_covers_all_tensors_without_creating_them() -> None:
+    tables = Tables(CPU)
+    tables.allocate({"a": (2, 3)}, {"b": (5,)})
+    tables.allocate({}, {"c": (4,)})
+    rows = torch.zeros((3, 4), dtype=torch.int32, device=CPU)
+    tables.put(rows=rows)
+    assert [tensor.numel() for tensor in tables.memory] == [2 * 6 + 5, 4, 12]
+    assert tables.memory[2] is rows
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tables.memory]
+    for name, number in (("a", 0), ("b", 0), ("c", 1), ("rows", 2)):
+        assert tables.tensor(name).untyped_storage().data_ptr() == storages[number], name
+    assert len(tables.memory) == 3
+
+
 def test_kernels_get_addresses_of_contiguous_tensors_only() -> None:
     tables = Tables(CPU)
     table = torch.zeros((3, 4), dtype=torch.int32)
