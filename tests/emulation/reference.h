@@ -4,6 +4,7 @@
 #include <cuda_fp8.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -59,6 +60,8 @@ struct Batch {
             kept_idx.push_back(topk_idx[r]);
             for (int& expert : kept_idx[r])
                 if (number % 3 == 0 && random() % 4 == 0) expert = -1;
+            for (size_t i = 0; i < weights[r].size(); ++i)  // what a dropped route weighs is not read
+                if (kept_idx[r][i] < 0 && random() % 2) weights[r][i] = NAN;
         }
     }
 
