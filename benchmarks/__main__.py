@@ -56,6 +56,9 @@ class Repeated(argparse.Action):
         setattr(options, self.dest, [value] if given is self.default else [*given, value])
 
 
+_PICTURES = (".png", ".svg", ".pdf")
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type of integers, for ``argparse``."""
 
@@ -65,6 +68,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def picture(text: str) -> Path:
+    """A type of files to draw in, for ``argparse``: a wrong one should not be found after the measurement."""
+    path = Path(text)
+    if path.suffix not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} does not end with one of {', '.join(_PICTURES)}")
+    return path
 
 
 def option(flag: str, default: Any, text: str, **keywords: Any) -> Option:
@@ -94,7 +105,7 @@ OF_EVERY_RUN = (
     option("--repeats", 20, "Samples of each time; tables show their median.", type=at_least(1)),
     option("--json", None, "Write every sample, the command and versions here.", type=Path),
     option("--markdown", None, "Write tables for a document here.", type=Path),
-    option("--plot", None, "Draw a picture here (.png, .svg, .pdf).", type=Path),
+    option("--plot", None, f"Draw a picture here ({', '.join(_PICTURES)}).", type=picture),
     option("--commit", None, "Commit to show where this is no git checkout."),
 )
 
@@ -279,7 +290,7 @@ def deepspeed(options: Namespace) -> None:
     budgets("0,24,48"),
     option("--megatron", True, "Megatron-Core's layer too, if installed.", action=argparse.BooleanOptionalAction),
     option("--trace", None, "Folder for a Chrome trace of one step of each (chrome://tracing, Perfetto).", type=Path),
-    option("--timeline", None, "Draw when each kernel of a step ran, by stream. GPUs only.", type=Path),
+    option("--timeline", None, "Draw when each kernel of a step ran, by stream. GPUs only.", type=picture),
     examples=(
         f"{RUN} 2 -m benchmarks overlap --num-sms 0,24,48 --timeline overlap.png",
         f"{RUN} 8 -m benchmarks overlap --layer mixtral --chunks 2,4,8 --trace traces/",

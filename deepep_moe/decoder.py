@@ -25,7 +25,7 @@ from deepep_moe.backends.checks import check_integer
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError
 from deepep_moe.events import StreamRunner
 from deepep_moe.low_latency import LowLatency, LowLatencyHandle
-from deepep_moe.low_latency_checks import MAX_EXPERTS, MAX_TOKENS
+from deepep_moe.low_latency_checks import MAX_EXPERTS, MAX_TOKENS, check_switches
 from deepep_moe.shared import Shared
 from deepep_moe.tracing import not_compiled
 
@@ -62,6 +62,7 @@ class Decoder(Shared):
     def __init__(self, backend: Backend, num_experts: int, max_tokens_per_rank: int, fp8: bool) -> None:
         check_integer("max_tokens_per_rank", max_tokens_per_rank, 1, MAX_TOKENS)
         check_integer("num_experts", num_experts, 1, MAX_EXPERTS)
+        check_switches(fp8=fp8)
         engine = _engines.get(backend)
         if engine is None:
             engine = LowLatency(backend, backend.config.num_sms, False, StreamRunner(backend.device), rows="y")

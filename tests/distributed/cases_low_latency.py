@@ -425,6 +425,8 @@ def a_dispatcher_decodes_between_training_steps(group: dist.ProcessGroup) -> Non
             dispatcher.decoder(wrong)  # type: ignore[arg-type]
     with raises(InputError, "max_tokens_per_rank = 40000: must be an integer from 1 to 32768"):
         dispatcher.decoder(40000)
+    with raises(InputError, "fp8 = 'no': must be True or False"):
+        dispatcher.decoder(8, fp8="no")  # type: ignore[arg-type]
     assert copy.deepcopy([decoders[0]])[0] is decoders[0]
     with raises(UnsupportedError, "a Decoder cannot be pickled"):
         pickle.dumps(decoders[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import latency, ops, peers, timing
-from benchmarks.__main__ import parse_budgets
+from benchmarks.__main__ import parse_budgets, picture
 from benchmarks.candidates import Candidate, measure, with_settings
 from benchmarks.dispatcher import CAPACITY_FACTOR, capacity_factor
 from benchmarks.megatron_layer import LAYERS, Layer
@@ -55,6 +56,13 @@ def test_budgets() -> None:
     for text in ("", "24,", "-1", "all"):
         with pytest.raises(InputError, match="--num-sms"):
             parse_budgets(text)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_measurement() -> None:
+    assert picture("a/latency.svg") == Path("a/latency.svg")
+    for text in ("latency.foo", "latency"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} does not end with one of .png, .svg, .pdf"):
+            picture(text)
 
 
 @pytest.mark.parametrize("imbalanced", [False, True])
