@@ -47,6 +47,11 @@ inline bool is_contiguous(const Tensor& tensor) {
     return true;
 }
 
+// False where the storage was freed, as some programs do with outputs that they compute again.
+inline bool is_in_memory(const Tensor& tensor) {
+    return tensor.data || std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0;
+}
+
 }  // namespace dlpack
 
 inline pybind11::object tensor_type() { return pybind11::module_::import("torch").attr("Tensor"); }
@@ -80,7 +85,7 @@ class TensorSignatures {
         : device_type_(device_type), device_index_(device_index), tensor_type_(tensor_type()), is_neg_("is_neg") {}
 
     // Some of the arguments may be None. The result is None if one of the others is not a plain tensor: contiguous, on
-    // the device, not a subclass, without the negative bit, with at most kMaxDims dimensions.
+    // the device, in memory, not a subclass, without the negative bit, with at most kMaxDims dimensions.
     template <typename... Handles>
     pybind11::object of(Handles... tensors) const {
         std::array<int64_t, sizeof...(tensors) * (1 + kMaxDims)> words;
@@ -104,7 +109,8 @@ class TensorSignatures {
             return false;
         }
         return seen.device_type == device_type_ && seen.device_index == device_index_ && seen.ndim <= kMaxDims &&
-               seen.lanes == 1 && dlpack::is_contiguous(seen) && !is_negative(tensor, seen);
+               seen.lanes == 1 && dlpack::is_contiguous(seen) && dlpack::is_in_memory(seen) &&
+               !is_negative(tensor, seen);
     }
 
     // Whether the memory holds the negated values. Only floating-point tensors are asked: PyTorch makes such views of

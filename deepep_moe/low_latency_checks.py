@@ -100,6 +100,15 @@ def check_modes(async_finish: bool, return_recv_hook: bool) -> None:
 
 
 def check_contiguous(argument: str, tensor: Tensor) -> None:
+    """Raise InputError unless ``tensor`` is contiguous and in memory."""
+    try:
+        storage = tensor.untyped_storage()
+        in_memory = storage.device == tensor.device and (storage.nbytes() > 0 or not tensor.numel())
+    except (RuntimeError, NotImplementedError):
+        in_memory = False
+    if not in_memory:
+        rule = "must be a plain tensor: not with freed storage, not of torch.func.vmap or grad, no FakeTensor"
+        raise InputError(argument, "a tensor without memory", rule)
     if not tensor.is_contiguous():
         raise InputError(argument, f"strides {tensor.stride()} of shape {tuple(tensor.shape)}", "must be contiguous")
 

@@ -258,6 +258,8 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
     transposed = torch.zeros((HIDDEN, shape.tokens[0]), dtype=torch.bfloat16).t()
     twice = batch.topk_idx[0].clone()
     twice[2] = 1
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
     wrong: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"num_max_dispatch_tokens_per_rank": 2}, ("x = 4 tokens", "num_max_dispatch_tokens_per_rank is 2")),
         ({"num_max_dispatch_tokens_per_rank": 0}, ("num_max_dispatch_tokens_per_rank = 0",)),
@@ -273,6 +275,7 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"cumulative_local_expert_recv_stats": topk_idx}, ("cumulative_local_expert_recv_stats", "shape")),
         ({"dispatch_wait_recv_cost_stats": topk_idx}, ("dispatch_wait_recv_cost_stats", "shape")),
         ({"x": torch.nested.nested_tensor([x.new_zeros(3)])}, ("x = a nested tensor", "dense")),
+        ({"x": freed}, ("x = a tensor without memory", "freed storage")),
         ({"use_fp8": torch.zeros(2, dtype=torch.bool)}, ("use_fp8 = tensor", "True or False")),
         ({"return_recv_hook": torch.zeros(2, dtype=torch.bool)}, ("return_recv_hook = tensor", "True or False")),
     ]
@@ -281,6 +284,8 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
             dispatch(buffer, batch, **(options if first else {}))
     result = dispatch(buffer, batch, use_fp8=False)
     check_dispatch(batch, rank, "bf16", result)
+    with raises(InputError if first else PeerError, "x = a tensor without memory", "vmap"):
+        torch.func.vmap(lambda x: dispatch(buffer, batch, x=x)[1])(x[None]) if first else dispatch(buffer, batch)
     y, weights = expert_outputs(batch, rank, "bf16", result), batch.weights[rank]
     other = topk_idx.clone()
     if first:

@@ -362,6 +362,12 @@ def _is_negative(count: int) -> Tensor:
     return torch.zeros(count, 1, dtype=torch.complex64, device="cpu").conj().imag
 
 
+def _is_freed(size: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(size, dtype=torch.bfloat16, device="cpu")
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 @pytest.mark.skipif(_C is None, reason="needs the CUDA extension")
 def test_the_signature_has_what_the_checks_examine() -> None:
     """A wrong argument must not have the signature of one that has passed the checks."""
@@ -403,6 +409,7 @@ def test_the_signature_has_what_the_checks_examine() -> None:
         x.to(META),
         fake,
         x.view(1, 1, 2, 2, 16),
+        _is_freed((4, 16)),
         x.tolist(),
         3,
     ]
