@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe.backends import Backend
@@ -22,6 +24,10 @@ from deepep_moe.fp8 import BLOCK, E4M3_MAX
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, Format, Half
 
 AMAX_FLOOR = 1e-4  # of a block of 128 channels: this format's, whatever other FP8 formats here use
+
+
+# Dispatches over each group, so far. Not counted by engines, which ranks garbage-collect at different times.
+_dispatches: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 class _Sent(NamedTuple):
@@ -56,7 +62,7 @@ class ReferenceEngine:
         self._exchange = Exchange(backend.group, backend.device, backend.config.timeout_seconds)
         self.rank, self.world_size = self._exchange.rank, self._exchange.world_size
         self._masked = torch.zeros(self.world_size, dtype=torch.bool, device=self.device)
-        self._dispatches = 0
+        self._group = backend.group
 
     def state_words(self, max_tokens: int, topk: int) -> int:
         return 0
@@ -103,7 +109,7 @@ class ReferenceEngine:
             send_counts = destination.bincount(minlength=self.world_size).tolist()
             agreement.facts, agreement.private = self._facts(call), send_counts
         assert agreement.shared is not None
-        self._dispatches += 1
+        number = _dispatches[self._group] = _dispatches.get(self._group, 0) + 1
         recv_counts = agreement.shared[:, self.rank].tolist()
 
         exchange = self._exchange.all_to_all
@@ -122,7 +128,7 @@ class ReferenceEngine:
         flat = local.flatten()
         routes = (flat.unsqueeze(1) == torch.arange(local_experts, dtype=torch.int64, device=self.device)).long()
         place = ((routes.cumsum(0) - 1) * routes).sum(1).view_as(local)
-        number, token = self._dispatches, told[:, 0]
+        token = told[:, 0]
         return _Sent(number, experts, tokens, send_counts, recv_counts, source, token, local, rows, scales, place)
 
     def _deliver(self, call: DispatchCall, sent: _Sent) -> None:

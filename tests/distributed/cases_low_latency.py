@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import time
@@ -351,6 +352,25 @@ def ranks_that_combine_different_dispatches_are_told(group: dist.ProcessGroup) -
                 combine(*pair)
         for batch, result in pairs:
             check_combine(combine(batch, result), combined(batch, rank, "bf16"), "after the errors")
+
+
+@case(ranks=(2,))
+def ranks_may_collect_decoders_at_different_times(group: dist.ProcessGroup) -> None:
+    batch = small(group)
+    rank, shape = dist.get_rank(group), batch.shape
+    kept = []
+
+    def decode() -> None:
+        decoder = TokenDispatcher(group, shape.experts).decoder(shape.max_tokens)
+        if rank == 1:
+            kept.append(decoder)
+        sent = decoder.dispatch(batch.x[rank], batch.topk_idx[rank])
+        y = expert_outputs(batch, rank, "bf16", (sent.rows, sent.counts))
+        check_combine(decoder.combine(y, sent, batch.weights[rank]), combined(batch, rank, "bf16"), "a decoder again")
+
+    for _ in range(3):
+        decode()
+        gc.collect()
 
 
 @case(ranks=(2,))
