@@ -142,7 +142,8 @@ class LowLatencyCalls:
         """[L, R * M, H] bf16 to write the rows of the next combine of ``handle`` into, then combine with ``zero_copy``.
 
         Combine sums a rank's rows before it sends, so this saves nothing over passing a tensor of your own. The memory
-        is allocated at the first call, and at most two are handed out at a time.
+        is allocated at the first call. At most two are handed out at a time, each until it is combined or its handle is
+        dropped.
         """
         return self._opened().next_combine_buffer(handle)
 
