@@ -51,6 +51,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+WIDTH = "namespace deepep_moe::DEEPEP_MOE_WIDTH"  # sources with it are compiled twice (csrc/runtime/ranks.h)
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # where there is no GPU to ask; the last one as PTX too
 
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -271,13 +272,14 @@ class Toolchain:
         assert self.cuda_home is not None
         return [str(self.cuda_home / "bin" / "nvcc"), "-ccbin", self.cxx[0], *gencode_flags(self.archs)]
 
-    def compile(self, module: Module, source: Path) -> list[str]:
-        """Compiler call for one source of ``module``, without its output."""
+    def compile(self, module: Module, source: Path, wide: bool = False) -> list[str]:
+        """Compiler call for one source of ``module``, for more ranks if ``wide``, without its output."""
         assert self.cuda_home is not None
         assert self.pybind11 is not None
         common = ["-c", str(source), "-O3", "-std=c++17", f"-I{CSRC}"]
         common += [word for path in module.include_dirs for word in ("-isystem", path)]
         common += [f"-D{name}" for name, _ in module.define_macros]
+        common += ["-DDEEPEP_MOE_WIDE"] if wide else []
         common += [] if self.aggressive_ptx else ["-DDISABLE_AGGRESSIVE_PTX_INSTRS"]
         if source.suffix == ".cu":
             device = ["-lineinfo", *(["-rdc=true"] if module.device_link else [])]
@@ -334,6 +336,12 @@ class Module(Extension):
         super().__init__(name, sources, **given)
         self.device_link = device_link
 
+    def units(self) -> list[tuple[Path, bool]]:
+        """What to compile: each source, and those of two widths once more, for more ranks."""
+        sources = [ROOT / source for source in self.sources]
+        twice = [source for source in sources if WIDTH in source.read_text()]
+        return [*((source, False) for source in sources), *((source, True) for source in twice)]
+
 
 class BuildExtension(build_ext):
     """Compiles what changed, in parallel, and links without torch."""
@@ -344,7 +352,7 @@ class BuildExtension(build_ext):
         assert isinstance(ext, Module)
         target = Path(self.get_ext_fullpath(ext.name))
         with ThreadPoolExecutor(self.toolchain.jobs) as pool:
-            objects = list(pool.map(lambda source: self.compile_one(ext, ROOT / source), ext.sources))
+            objects = list(pool.map(lambda unit: self.compile_one(ext, *unit), ext.units()))
         name = ext.name.rpartition(".")[2]
         temporary = Path(self.build_temp) / name
         temporary.mkdir(parents=True, exist_ok=True)
@@ -359,9 +367,9 @@ class BuildExtension(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.call(self.toolchain.link(ext, objects, version_script, target))
 
-    def compile_one(self, module: Module, source: Path) -> Path:
+    def compile_one(self, module: Module, source: Path, wide: bool) -> Path:
         """Object file of ``source``; recompiled when the source, any header or the command is new."""
-        command = self.toolchain.compile(module, source)
+        command = self.toolchain.compile(module, source, wide)
         key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
         # the key keeps builds for several Pythons or architectures beside each other
         target = ROOT / "build" / "csrc" / f"{source.stem}-{key}{source.suffix}.o"

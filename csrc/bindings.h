@@ -8,6 +8,7 @@
 #include <array>
 
 #include "local/args.h"
+#include "runtime/ranks.h"
 
 namespace deepep_moe {
 
@@ -23,6 +24,15 @@ void bind_nodes(pybind11::module_& m);
 void bind_local(pybind11::module_& m);
 void bind_throughput(pybind11::module_& m);
 void bind_bench(pybind11::module_& m);
+
+// See csrc/runtime/ranks.h.
+namespace narrow {
+void bind_domain(pybind11::module_& m);
 void bind_latency(pybind11::module_& m);
+}  // namespace narrow
+namespace wide {
+void bind_domain(pybind11::module_& m);
+void bind_latency(pybind11::module_& m);
+}  // namespace wide
 
 }  // namespace deepep_moe

@@ -87,9 +87,9 @@ class LatencyStep(enum.IntEnum):
     ROWS = ...
 
 class LatencyRemote:
-    """The ranks of other nodes. ``ranks``: a bit for each; ``runtime``: of ``_C.LatencyEngine``."""
+    """The ranks of other nodes, ``ranks``. ``runtime``: of ``_C.LatencyEngine``."""
 
-    def __init__(self, *, runtime: bytes, pes: list[int], ranks: int, signals: int, posted: int) -> None: ...
+    def __init__(self, *, runtime: bytes, pes: list[int], ranks: list[int], signals: int, posted: int) -> None: ...
     def exchange(
         self,
         *,
@@ -119,4 +119,10 @@ class LatencyRemote:
     def refuse(self, kind: int, source: int, epoch: int, stream: int) -> None:
         """Tell ranks of other nodes that this one refuses a call; stores its number, or 0 if skipped, at ``epoch``."""
 
-    def meet(self, second: bool, lift: int, stream: int) -> None: ...
+    def meet(self, second: bool, lift: list[int], stream: int) -> None: ...
+
+class wide:
+    """What begins with Latency, compiled for more ranks (csrc/runtime/ranks.h). A submodule."""
+
+    LATENCY_SIGNAL_BYTES: int
+    LATENCY_POSTED_BYTES: int

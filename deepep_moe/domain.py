@@ -27,7 +27,7 @@ from deepep_moe.errors import (
     PeerTimeoutError,
     RankMismatchError,
 )
-from deepep_moe.extension import _C, why_not_on
+from deepep_moe.extension import _C, MAX_LOW_LATENCY_RANKS, MAX_RANKS, module_for, why_not_on
 from deepep_moe.peer_memory import PeerMemory
 from deepep_moe.topology import host_id
 
@@ -93,7 +93,8 @@ class Domain:
             default: :class:`PeerMemory`, which may fail on one rank.
 
     Attributes:
-        runtime: the object of the CUDA extension on which engines are created.
+        module: the part of the CUDA extension that serves so many ranks: engines are created with it.
+        runtime: its object on which engines are created.
         allocates_together: whether an allocation fails on all ranks or on none.
         defers_overflow: whether :meth:`raise_failure` leaves an overflow for later.
         captured: whether a CUDA graph has captured a call; the memory it uses must then not move.
@@ -114,15 +115,20 @@ class Domain:
         self.defers_overflow = False
         self.describe: dict[str, Callable[[int], str]] = {}
         self._index: int = device.index
-        self.runtime = _C.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
+        self.module = module_for(_C, self.size)
+        self.runtime = self.module.Domain(self.rank, self.size, self._index, timeout_seconds, record_waits)
         self.allocates_together = allocate is not None
         self.allocate = allocate or (lambda num_bytes, by_source: PeerMemory(group, device, num_bytes))
-        self._mailboxes = self.allocate(_C.Domain.mailbox_bytes(), False)
+        self._mailboxes = self.allocate(self.module.Domain.mailbox_bytes(), False)
         self.runtime.set_mailboxes(self._mailboxes.addresses)
 
     @staticmethod
-    def supports(group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> str | None:
+    def supports(
+        group: dist.ProcessGroup, device: torch.device, timeout_seconds: float, low_latency: bool = False
+    ) -> str | None:
         """The reason why this rank cannot form a domain with the others of ``group``, or None. Collective.
+
+        ``low_latency``: the domain is for low-latency calls alone, which more ranks can make.
 
         Raises:
             PeerTimeoutError: a rank did not answer within ``timeout_seconds``.
@@ -133,8 +139,9 @@ class Domain:
             return SEVERAL_HOSTS
         if (reason := why_not_on(device)) is not None:
             return reason
-        if ranks > _C.MAX_RANKS:
-            return f"the group has {ranks} ranks, one NVLink domain is served up to {_C.MAX_RANKS}"
+        most = MAX_LOW_LATENCY_RANKS if low_latency else MAX_RANKS
+        if ranks > most:
+            return f"the group has {ranks} ranks, one NVLink domain is served up to {most}"
         for peer, (_, index) in enumerate(places):
             # With CUDA_VISIBLE_DEVICES a peer's GPU may have no index here. Then mapping its memory shows the problem.
             if index < torch.cuda.device_count() and index != device.index:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ else:
 _DTYPE_NAMES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 # The dtypes that kernels compute with, by the name that the extension has for them.
 DTYPE_CODES = {dtype: None if _C is None else getattr(_C.DataType, name) for dtype, name in _DTYPE_NAMES.items()}
+MAX_RANKS, MAX_LOW_LATENCY_RANKS = 32, 128  # of a group whose GPUs map each other's memory
 VECTOR_BYTES = 16  # kernels move rows in units of this
 
 
@@ -47,6 +49,11 @@ def why_not_on(device: torch.device) -> str | None:
         f"extension was built for {', '.join(ARCHITECTURES)}: build it on this machine, or with "
         f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
+
+
+def module_for(module: Any, ranks: int) -> Any:
+    """The part of an extension module that serves so many ranks: itself up to ``MAX_RANKS``, else its ``wide``."""
+    return module if ranks <= MAX_RANKS else module.wide
 
 
 def aligned(rows: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ from torch import Tensor
 
 from deepep_moe.backends import Backend
 from deepep_moe.backends.checks import check_integer, check_num_experts, check_shape
-from deepep_moe.domain import current_stream_of
+from deepep_moe.domain import Domain, current_stream_of
 from deepep_moe.errors import CapacityError, DeepEPMoEError, HandleError, InputError, UnsupportedError
 from deepep_moe.events import EventOverlap, StreamRunner
-from deepep_moe.extension import is_capturing
+from deepep_moe.extension import MAX_RANKS, is_capturing
 from deepep_moe.fp8 import BLOCK
 from deepep_moe.low_latency_checks import (
     check_combine,
@@ -528,13 +528,19 @@ def make_engine(backend: Backend, num_sms: int, masks: bool, nvshmem_bytes: int)
     if backend.device.type == "cpu":
         return ReferenceEngine(backend)
     config = backend.config
+    reason: str | None = f"backend {backend.name} does not map the peers' memory"
+    if backend.world_size > MAX_RANKS:  # more than backend nvlink serves: a domain for these calls alone
+        reason = CudaEngine.why_no_domain(backend)
+        if reason is None:
+            domain = Domain(backend.group, backend.device, config.timeout_seconds, config.debug_waits)
+            return CudaEngine(domain, num_sms, masks)
     if config.rail == "nvshmem" or nvshmem_bytes:
         config = replace(config, nvshmem_bytes=max(config.nvshmem_bytes, nvshmem_bytes))
         reason = NodesEngine.why_not(backend, config)
         if reason is None:
             return NodesEngine(backend, config, num_sms, masks)
     else:
-        reason = f"backend {backend.name} does not map the peers' memory, and rail=nvshmem is not set"
+        reason = f"{reason}, and rail=nvshmem is not set"
     if backend.rank == 0:
         _log.warning(
             "deepep_moe: low-latency calls run on the reference, through torch.distributed: %s. It is right, slow, and "

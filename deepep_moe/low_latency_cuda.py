@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepep_moe.backends import Backend
 from deepep_moe.backends.exchange import gather
 from deepep_moe.domain import Domain, SymmetricMemory, enter_stream
 from deepep_moe.errors import CapacityError, DeepEPMoEError, PeerError, RankMismatchError
@@ -30,6 +31,17 @@ _SEND, _RECEIVE = Half.SEND, Half.RECEIVE  # reading a member of an enumeration 
 class _Arena(NamedTuple):
     memory: SymmetricMemory
     view: _C.LatencyArena
+
+
+def first_reason(backend: Backend, reason: str | None) -> str | None:
+    """What stops the first rank that something stops, with the rank; equal on all ranks. Collective.
+
+    Args:
+        backend: of the ranks.
+        reason: what stops this rank, or None.
+    """
+    reasons = gather("set-up", backend.group, backend.device, backend.config.timeout_seconds, reason)
+    return next((f"rank {rank}: {one}" for rank, one in enumerate(reasons) if one), None)
 
 
 class CudaEngine:
@@ -47,18 +59,29 @@ class CudaEngine:
         self._domain, self.device = domain, domain.device
         self._index: int = domain.device.index
         sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
-        blocks = min(max(_C.LATENCY_BLOCKS_PER_SM * sms, domain.size + 1), _C.LATENCY_MAX_BLOCKS)
+        engine = domain.module.LatencyEngine
+        blocks = min(max(_C.LATENCY_BLOCKS_PER_SM * sms, engine.fewest_blocks(domain.size)), _C.LATENCY_MAX_BLOCKS)
         domain.describe["ROW_FORMAT"] = lambda number: Format(number).name
-        self._engine: _C.LatencyEngine = _C.LatencyEngine(domain.runtime, blocks, masks)
-        self._control = domain.allocate(_C.LatencyEngine.control_bytes(), False)
+        self._engine: _C.LatencyEngine = engine(domain.runtime, blocks, masks)
+        self._control = domain.allocate(engine.control_bytes(), False)
         self._engine.set_control(self._control.addresses)
         self._arenas: dict[tuple[int, int], _Arena] = {}
         self._last: Tensor | None = None  # begins with the epoch of the last dispatch
         device_type, index = torch.empty((0,), dtype=torch.uint8, device=self.device).__dlpack_device__()
         self.signature = _C.TensorSignatures(device_type, index).of
 
+    @staticmethod
+    def why_no_domain(backend: Backend) -> str | None:
+        """The reason a domain for low-latency calls alone cannot serve the group of ``backend``, or None; equal on all
+        ranks. Collective."""
+        config = backend.config
+        if 0 < config.ranks_per_node < backend.world_size:
+            return f"ranks_per_node = {config.ranks_per_node} cuts the group into several nodes"
+        reason = Domain.supports(backend.group, backend.device, config.timeout_seconds, low_latency=True)
+        return first_reason(backend, reason)
+
     def state_words(self, max_tokens: int, topk: int) -> int:
-        return _C.LatencyEngine.places_words(self._domain.size, max_tokens, topk)
+        return self._engine.places_words(self._domain.size, max_tokens, topk)
 
     def dispatch(self, call: DispatchCall, half: Half) -> None:
         shape, memory = call.shape, call.memory
@@ -110,7 +133,7 @@ class CudaEngine:
         arena = self._arenas.get((shape.max_tokens, shape.hidden))
         if arena is None:
             arena = self._make_arena(shape)
-        return _C.LatencyShape(
+        made: _C.LatencyShape = self._domain.module.LatencyShape(
             arena=arena.view,
             format=shape.format,
             num_tokens=shape.tokens,
@@ -121,6 +144,7 @@ class CudaEngine:
             src_info_at=shape.src_info_at,
             counts_at=shape.counts_at,
         )
+        return made
 
     def _tell(self, told: int, call: DispatchCall | CombineCall, half: Half) -> None:
         """Raise what had been reported when ``half`` of a call was launched.
@@ -178,7 +202,7 @@ class CudaEngine:
     def _make_arena(self, shape: DispatchShape) -> _Arena:
         """Symmetric memory for a new (M, hidden size). Collective."""
         max_tokens, hidden = shape.max_tokens, shape.hidden
-        num_bytes = _C.LatencyEngine.arena_bytes(self._domain.size, max_tokens, hidden)
+        num_bytes = self._engine.arena_bytes(self._domain.size, max_tokens, hidden)
         what = f"num_max_dispatch_tokens_per_rank = {max_tokens}, hidden size {hidden}"
         if torch.cuda.is_current_stream_capturing():
             raise CapacityError(
@@ -256,15 +280,15 @@ class CudaEngine:
         if masked:
             self._engine.set_mask(rank, self._domain.enter_stream())
         else:
-            self._lift_masks(1 << rank)
+            self._lift_masks([rank])
 
     def query_mask(self, status: Tensor) -> None:
         self._engine.query_mask(status.data_ptr(), self._domain.enter_stream())
 
     def clean_mask(self) -> None:
-        self._lift_masks((1 << self._domain.size) - 1)
+        self._lift_masks(list(range(self._domain.size)))
 
-    def _lift_masks(self, ranks: int) -> None:
+    def _lift_masks(self, ranks: list[int]) -> None:
         self._engine.lift_masks(ranks, self._domain.enter_stream())
 
     def check(self) -> None:

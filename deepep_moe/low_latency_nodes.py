@@ -24,8 +24,8 @@ from deepep_moe.backends.exchange import gather
 from deepep_moe.config import DispatcherConfig
 from deepep_moe.domain import Domain
 from deepep_moe.errors import UnsupportedError
-from deepep_moe.extension import _C, address, why_not_on
-from deepep_moe.low_latency_cuda import CudaEngine
+from deepep_moe.extension import _C, MAX_LOW_LATENCY_RANKS, address, module_for, why_not_on
+from deepep_moe.low_latency_cuda import CudaEngine, first_reason
 from deepep_moe.low_latency_engine import CombineCall, DispatchCall, DispatchShape, Format, Half
 from deepep_moe.topology import Nodes, find_nodes
 
@@ -88,7 +88,8 @@ class NodesEngine(CudaEngine):
         self._memories: list[_NodeMemory] = []
         self._told_at: set[Half] = set()  # launches of the running call before which something had been reported
         self._packed: dict[tuple[int, int], bytes] = {}
-        signals = peers.take(nvshmem.module().LATENCY_SIGNAL_BYTES)
+        module = module_for(nvshmem.module(), backend.world_size)
+        signals = peers.take(module.LATENCY_SIGNAL_BYTES)
         _check_mapped(signals.address, peers, nodes)
 
         def allocate(num_bytes: int, by_source: bool) -> _NodeMemory:
@@ -98,13 +99,12 @@ class NodesEngine(CudaEngine):
             return memory
 
         super().__init__(Domain(group, device, config.timeout_seconds, config.debug_waits, allocate), num_sms, masks)
-        posted = nvshmem.module().LATENCY_POSTED_BYTES
-        self._posted = torch.zeros(posted, dtype=torch.uint8, device=device)
+        self._posted = torch.zeros(module.LATENCY_POSTED_BYTES, dtype=torch.uint8, device=device)
         torch.cuda.synchronize(device)
-        self._remote = nvshmem.module().LatencyRemote(
+        self._remote = module.LatencyRemote(
             runtime=self._engine.pack_runtime(),
             pes=list(peers.pes),
-            ranks=sum(1 << rank for rank in _remote_ranks(nodes)),
+            ranks=_remote_ranks(nodes),
             signals=signals.address,
             posted=self._posted.data_ptr(),
         )
@@ -114,11 +114,9 @@ class NodesEngine(CudaEngine):
         """The reason this engine does not serve the group of ``backend``, or None; equal on all ranks. Collective."""
         device, ranks = backend.device, backend.world_size
         reason = why_not_on(device) or nvshmem.why_not_on(device)
-        if reason is None and ranks > _C.MAX_RANKS:
-            reason = f"the group has {ranks} ranks, low-latency kernels serve up to {_C.MAX_RANKS}"
-        reasons = gather("set-up", backend.group, device, config.timeout_seconds, reason)
-        told = [f"rank {rank}: {one}" for rank, one in enumerate(reasons) if one]
-        return told[0] if told else None
+        if reason is None and ranks > MAX_LOW_LATENCY_RANKS:
+            reason = f"the group has {ranks} ranks, low-latency kernels serve up to {MAX_LOW_LATENCY_RANKS}"
+        return first_reason(backend, reason)
 
     # -- calls ---------------------------------------------------------------------------------------------------
     # Here a call is several launches. What the first of them reports may be known to the host at the last, but the
@@ -258,11 +256,11 @@ class NodesEngine(CudaEngine):
         self._packed[shape.max_tokens, shape.hidden] = arena.view.pack()
         return arena
 
-    def _lift_masks(self, ranks: int) -> None:
+    def _lift_masks(self, ranks: list[int]) -> None:
         stream = self._domain.enter_stream()
         self._remote.meet(False, ranks, stream)
         self._engine.clear_rows(stream)
-        self._remote.meet(True, 0, stream)
+        self._remote.meet(True, [], stream)
         self._remote.post(stream)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@
 // clears are complete. This wait always ends: the peer's own call e confirms before it waits for anything, and a rank
 // makes call e only after it has received call e - 2.
 //
-// No deadlock. The first R blocks send tables and wait only for `consumed`, and so do the senders of a dispatch's rows;
+// No deadlock. The first blocks send tables and wait only for `consumed`, and so do the senders of a dispatch's rows;
 // senders of a combine's rows wait for the peers' tables; receivers wait for tables, then for rows. These waits form no
 // cycle if all blocks of the grid are resident, so the grid has at most two blocks per SM.
 //
@@ -28,7 +28,7 @@
 #include "device/tagged.h"
 #include "runtime/domain.h"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 constexpr int kMaxTopk = 32;          // one lane of a warp per route of a token
 constexpr int kMaxExperts = 1024;     // limited by shared memory
@@ -241,8 +241,8 @@ cudaError_t launch_announce_refusal(const Runtime& runtime, int* others, cudaStr
 cudaError_t launch_refusal(const RefusalArgs& args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_set_mask(const Runtime& runtime, int rank, cudaStream_t stream);
 cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t stream);
-// A barrier of all ranks that are not masked or whose bit in `lift` is set. Ranks of `lift` that arrive are unmasked.
+// A barrier of all ranks that are not masked or are in `lift`. Ranks of `lift` that arrive are unmasked.
 // All ranks have equal epochs afterwards.
-cudaError_t launch_meet(const Runtime& runtime, bool second, RankMask lift, cudaStream_t stream);
+cudaError_t launch_meet(const Runtime& runtime, bool second, const RankSet& lift, cudaStream_t stream);
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

@@ -8,7 +8,7 @@
 
 namespace py = pybind11;
 
-namespace deepep_moe {
+namespace deepep_moe::DEEPEP_MOE_WIDTH {
 
 namespace {
 
@@ -90,7 +90,7 @@ void bind_latency(py::module_& m) {
     m.attr("LATENCY_MAX_BLOCKS") = kMaxBlocks;
     m.attr("LATENCY_BROKEN") = static_cast<int>(kBroken);
     m.attr("LATENCY_ALLOCATING") = static_cast<int>(kAllocating);
-    py::enum_<Kind>(m, "LatencyKind").value("DISPATCH", kDispatch).value("COMBINE", kCombine);
+    py::enum_<Kind>(m, "LatencyKind", py::arithmetic()).value("DISPATCH", kDispatch).value("COMBINE", kCombine);
     py::class_<Arena>(m, "LatencyArena")
         .def("pack", &pack<Arena>)
         .def_readonly("max_tokens", &Arena::max_tokens)
@@ -107,14 +107,11 @@ void bind_latency(py::module_& m) {
              py::kw_only(), py::arg("arena"), py::arg("format"), py::arg("num_tokens"), py::arg("num_topk"),
              py::arg("num_experts"), py::arg("wide_idx"), py::arg("ranges_at"), py::arg("src_info_at"),
              py::arg("counts_at"));
-    py::class_<TensorSignatures>(m, "TensorSignatures")
-        .def(py::init<int, int>(), py::arg("device_type"), py::arg("device_index"))
-        .def("of", &TensorSignatures::of<py::handle, py::handle, py::handle, py::handle>)
-        .def("of", &TensorSignatures::of<py::handle, py::handle, py::handle, py::handle, py::handle>);
     using Engine = LatencyEngine;
     py::class_<Engine>(m, "LatencyEngine")
         .def(py::init<std::shared_ptr<DomainRuntime>, int, bool>(), py::arg("domain"), py::arg("num_blocks"),
              py::arg("masks"))
+        .def_static("fewest_blocks", &Engine::fewest_blocks)
         .def_static("control_bytes", &Engine::control_bytes)
         .def_static("arena_bytes", &Engine::arena_bytes)
         .def_static("places_words", &Engine::places_words)
@@ -127,11 +124,16 @@ void bind_latency(py::module_& m) {
              py::arg("num_experts"), py::arg("format"), py::arg("withdrawn"), py::arg("stream"))
         .def("add_arena", &Engine::add_arena)
         .def("announce_refusal", &Engine::announce_refusal)
-        .def("refuse", &Engine::refuse, py::kw_only(), py::arg("kind"), py::arg("passed_on"), py::arg("source"),
-             py::arg("stream"))
+        .def(
+            "refuse",
+            [](Engine& self, int kind, Address passed_on, Address source, Address stream) {
+                self.refuse(static_cast<Kind>(kind), passed_on, source, stream);
+            },
+            py::kw_only(), py::arg("kind"), py::arg("passed_on"), py::arg("source"), py::arg("stream"))
         .def("set_mask", &Engine::set_mask)
         .def("query_mask", &Engine::query_mask)
-        .def("lift_masks", &Engine::lift_masks);
+        .def("lift_masks",
+             [](Engine& self, const std::vector<int>& lift, Address stream) { self.lift_masks(set_of(lift), stream); });
 }
 
-}  // namespace deepep_moe
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH

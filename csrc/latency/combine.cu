@@ -1,7 +1,7 @@
 // Combine: the rank that computed a token's rows sums them with their weights and sends one row to the token's rank
 // (its home), which adds the rows of all ranks.
 //
-//   tables   block d < R: weights and local experts of this rank's tokens, for rank d
+//   tables   block d < R (see table_blocks()): weights and local experts of this rank's tokens, for rank d
 //   rows     all other blocks, a warp per 512 channels of a token of any rank: wait for the weights, sum the experts'
 //            rows in top-k order in fp32, round to BF16, store a packet per lane
 //   receive  all blocks, a warp per 256 channels of a token of this rank: wait for the packets of each rank that owns
@@ -14,7 +14,7 @@
 #include "device/sum.cuh"
 #include "latency/packets.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
@@ -154,7 +154,7 @@ __device__ __forceinline__ void send_piece(const CombineArgs& args, const Waitin
 
 // -- receive -------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ RankMask ranks_of(const CombineArgs& args, int token) {
+__device__ __forceinline__ RankSet ranks_of(const CombineArgs& args, int token) {
     return latency::ranks_of(args.topk_idx, token, args.num_topk, args.num_experts,
                              args.num_experts / args.runtime.domain.num_ranks);
 }
@@ -163,14 +163,14 @@ __device__ __forceinline__ RankMask ranks_of(const CombineArgs& args, int token)
 // together, and loaded again if they had not arrived.
 struct Sums {
     int token, at;  // at: of this lane's packet in the row
-    RankMask left;  // ranks that send for the token and have not been added
+    RankSet left;   // ranks that send for the token and have not been added
     int4 v[kRanksAtOnce];
 
     // `item`: at least `items` if there is none.
     __device__ __forceinline__ void begin(const CombineArgs& args, int item, int items, int pieces) {
         token = item / pieces;
         at = item % pieces * kWarpSize + threadIdx.x % kWarpSize;
-        left = item < items ? ranks_of(args, token) : 0;
+        left = item < items ? ranks_of(args, token) : RankSet{};
     }
     __device__ __forceinline__ bool exists(const CombineArgs& args) const { return at < args.arena.hidden / 8; }
     __device__ __forceinline__ int4* from(const CombineArgs& args, int epoch, int rank) const {
@@ -178,25 +178,25 @@ struct Sums {
                static_cast<int64_t>(rank) * (2 * args.arena.block_packets);
     }
     __device__ __forceinline__ void load(const CombineArgs& args, int epoch) {
-        RankMask loading = left;
+        RankSet loading = left;
 #pragma unroll
         for (int n = 0; n < kRanksAtOnce; ++n) {
             v[n] = {0, 0, 0, 1};
-            if (loading && exists(args)) v[n] = load_packet(from(args, epoch, __ffs(loading) - 1));
-            loading &= loading - 1;
+            if (loading.any() && exists(args)) v[n] = load_packet(from(args, epoch, first_of(loading)));
+            remove_first(loading);
         }
     }
     // Adds the rows of all ranks in order. The first have been loaded.
-    __device__ __forceinline__ void finish(const CombineArgs& args, const Waiting& waiting, RankMask sending) {
+    __device__ __forceinline__ void finish(const CombineArgs& args, const Waiting& waiting, RankSet sending) {
         Bf16x8 sum;
         sum.clear();
         while (true) {
 #pragma unroll
             for (int n = 0; n < kRanksAtOnce; ++n) {
-                if (left == 0) break;
-                const int rank = __ffs(left) - 1;
-                left &= left - 1;
-                if (!(sending >> rank & 1)) continue;
+                if (!left.any()) break;
+                const int rank = first_of(left);
+                remove_first(left);
+                if (!sending.has(rank)) continue;
                 const auto arrived = [&] {
                     if (!is_sealed(v[n])) v[n] = load_packet(from(args, waiting.epoch, rank));
                     return is_sealed(v[n]);
@@ -208,7 +208,7 @@ struct Sums {
                 if (exists(args)) store_packet(from(args, waiting.epoch, rank), {0, 0, 0, 0});
                 sum.add(unseal(v[n]));
             }
-            if (left == 0) break;
+            if (!left.any()) break;
             load(args, waiting.epoch);
         }
         int4* const out =
@@ -228,12 +228,12 @@ template <int kHalf>
 __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& waiting, bool reports, Sums& sums,
                                         int item, int step) {
     __shared__ Ranks ranks;
-    __shared__ RankMask sending;
+    __shared__ RankSet sending;
     // Without a sending half the rows are usually there: they are loaded together with the facts.
     constexpr bool kEarly = kHalf == kReceive;
     const int pieces = receive_pieces(args), items = args.num_tokens * pieces;
     if (kEarly) sums.load(args, waiting.epoch);
-    if (threadIdx.x < kWarpSize) {
+    if (threadIdx.x < kMaxRanks) {
         const Facts own = facts_of(args);
         const int r = threadIdx.x;
         const bool exists = r < args.runtime.domain.num_ranks;
@@ -241,8 +241,8 @@ __device__ __forceinline__ void receive(const CombineArgs& args, const Waiting& 
         if (exists && args.runtime.masks) ranks.agree_on_lost(waiting, own, r);
         __syncwarp();
         const bool sends = exists && !ranks.lost[r] && !ranks.refused[r];
-        const RankMask mask = __ballot_sync(kFullMask, sends);
-        if (r == 0) sending = mask;
+        const unsigned word = __ballot_sync(kFullMask, sends);
+        if (kRankWords == 1 ? r == 0 : r % kWarpSize == 0) sending.words[kRankWords == 1 ? 0 : r / kWarpSize] = word;
     }
     __syncthreads();
     for (bool loaded = kEarly; item < items; loaded = false) {
@@ -259,13 +259,14 @@ template <int kHalf>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const __grid_constant__ CombineArgs args) {
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < ranks;
+    const int tables = table_blocks(ranks);
+    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < tables;
     const int pieces = ceil_div(args.arena.hidden / 8, kSendVectors * kWarpSize);
-    const int senders = (gridDim.x - ranks) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
+    const int senders = (gridDim.x - tables) * kWarps, peer = (rt.domain.rank + blockIdx.x) % ranks;
     const int packets = ceil_div(args.num_topk, kWeightsPerPacket);
     constexpr bool kSendsTables = (kHalf & kTables) != 0, kSendsRows = (kHalf & kRows) != 0;
     const int in_tables = sends_tables ? args.num_tokens * packets : 0;
-    int items = 0, item = sends_tables ? 0 : (blockIdx.x - ranks) * kWarps + warp;
+    int items = 0, item = sends_tables ? 0 : (blockIdx.x - tables) * kWarps + warp;
     int4 packet{};
     Piece piece;
     Sums sums;
@@ -296,19 +297,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) combine_kernel(const _
     }
     const Waiting waiting{rt, kCombine, epoch};
     if constexpr (kSendsTables) {
-        if (sends_tables && (entered.writable >> peer & 1)) {
-            if (warp == 0) send_facts(rt, kCombine, epoch, peer, facts_of(args));
-            int4* to = args.arena.weights(peer, epoch, rt.domain.rank, 0, packets);
+        const auto send_tables = [&](int rank, int made) {  // `made`: packets that this block has made before
+            if (!entered.writable.has(rank)) return;
+            if (warp == 0) send_facts(rt, kCombine, epoch, rank, facts_of(args));
+            int4* to = args.arena.weights(rank, epoch, rt.domain.rank, 0, packets);
             for (int i = threadIdx.x; i < in_tables; i += kThreads) {
-                if (i >= kThreads) packet = weights_packet(args, peer, i, packets);
+                if (i >= made) packet = weights_packet(args, rank, i, packets);
                 packet.w = epoch;
                 store_packet(to + i, packet);
             }
-        }
+        };
+        if (sends_tables) send_tables(peer, kThreads);
+        for (int next = block + tables; kRankWords > 1 && sends_tables && next < ranks; next += tables)
+            send_tables((rt.domain.rank + next) % ranks, 0);
     }
     if constexpr (kSendsRows) {
         while (item < items) {
-            if (piece.exists && (entered.writable >> piece.home & 1)) send_piece(args, waiting, piece);
+            if (piece.exists && entered.writable.has(piece.home)) send_piece(args, waiting, piece);
             item += senders;
             if (item < items) piece.load(args, item, pieces);
         }
@@ -333,4 +338,4 @@ cudaError_t launch_combine(const CombineArgs& args, Half half, int num_blocks, c
     return cudaGetLastError();
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

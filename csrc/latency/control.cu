@@ -1,11 +1,11 @@
 // Announcements, masks, and the barrier that ends masks.
 #include "latency/meeting.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
-__global__ void __launch_bounds__(kWarpSize)
+__global__ void __launch_bounds__(kMaxRanks)
     announce_kernel(const __grid_constant__ Runtime rt, const __grid_constant__ Facts facts, bool withdrawn) {
     if (!is_stopped(rt.domain)) send_early(rt, next_epoch(rt.local->epochs[kDispatch][0]), facts, withdrawn);
 }
@@ -16,8 +16,8 @@ __global__ void query_mask_kernel(const __grid_constant__ Runtime rt, int* statu
     if (threadIdx.x < rt.domain.num_ranks) status[threadIdx.x] = rt.local->masked[threadIdx.x] != 0;
 }
 
-__global__ void __launch_bounds__(kWarpSize)
-    meet_kernel(const __grid_constant__ Runtime rt, bool second, RankMask lift) {
+__global__ void __launch_bounds__(kMaxRanks)
+    meet_kernel(const __grid_constant__ Runtime rt, bool second, const __grid_constant__ RankSet lift) {
     const int self = rt.domain.rank;
     meet(
         rt, second, lift,
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kWarpSize)
 }  // namespace
 
 cudaError_t launch_announce(const Runtime& runtime, const Facts& facts, bool withdrawn, cudaStream_t stream) {
-    announce_kernel<<<1, kWarpSize, 0, stream>>>(runtime, facts, withdrawn);
+    announce_kernel<<<1, kMaxRanks, 0, stream>>>(runtime, facts, withdrawn);
     return cudaGetLastError();
 }
 
@@ -45,9 +45,9 @@ cudaError_t launch_query_mask(const Runtime& runtime, int* status, cudaStream_t 
     return cudaGetLastError();
 }
 
-cudaError_t launch_meet(const Runtime& runtime, bool second, RankMask lift, cudaStream_t stream) {
-    meet_kernel<<<1, kWarpSize, 0, stream>>>(runtime, second, lift);
+cudaError_t launch_meet(const Runtime& runtime, bool second, const RankSet& lift, cudaStream_t stream) {
+    meet_kernel<<<1, kMaxRanks, 0, stream>>>(runtime, second, lift);
     return cudaGetLastError();
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

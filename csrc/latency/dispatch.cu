@@ -1,7 +1,7 @@
 // Dispatch: a row crosses once to each rank that has one of the token's experts. Its place there is known beforehand;
 // the receiver copies it to its experts' rows.
 //
-//   tables   block d < R: the routes of this rank's tokens at rank d (tables.cuh)
+//   tables   block d < R (see table_blocks()): the routes of this rank's tokens at rank d (tables.cuh)
 //   rows     the next kSenders blocks, a warp per 512 channels of a token: load, quantise, store a packet per lane and
 //            rank
 //   receive  all blocks, those without other work first, a warp per 1024 bytes of a row: read the packets, the token's
@@ -14,7 +14,7 @@
 #include "device/fp8.cuh"
 #include "latency/tables.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
@@ -92,7 +92,7 @@ __device__ __forceinline__ int4 quantise(int4 a, int4 b, bool rounded, float& sc
 // The unit of work of a sending warp: 512 channels of a token.
 struct Piece {
     int4 a, b;  // of this lane
-    RankMask ranks;
+    RankSet ranks;
     int begin;  // the rank that it is sent to first: pieces begin with different ones, so that all links are busy
 
     template <bool kFp8>
@@ -111,17 +111,17 @@ struct Piece {
     }
 
     // Take the next rank out of `left`.
-    __device__ __forceinline__ int next(RankMask& left) const {
-        const RankMask behind = left & ~0u << begin;
-        const int rank = __ffs(behind ? behind : left) - 1;
-        left &= ~(RankMask{1} << rank);
+    __device__ __forceinline__ int next(RankSet& left) const {
+        const RankSet behind = left.from(begin);
+        const int rank = first_of(behind.any() ? behind : left);
+        left.remove(rank);
         return rank;
     }
 };
 
 template <bool kFp8>
 __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch, int item, int pieces,
-                                            const Piece& piece, RankMask ranks) {
+                                            const Piece& piece, const RankSet& ranks) {
     const Arena& arena = args.arena;
     const int token = item / pieces, lane = threadIdx.x % kWarpSize, number = item % pieces;
     if (kFp8) {
@@ -135,7 +135,7 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
         scales.z = __float_as_int(__shfl_sync(kFullMask, scale, 2 * kLanesPerScale));
         scales.w = __float_as_int(__shfl_sync(kFullMask, scale, 3 * kLanesPerScale));
 #pragma unroll 1
-        for (RankMask left = ranks; left;) {
+        for (RankSet left = ranks; left.any();) {
             int4* row = arena.row(kDispatch, piece.next(left), epoch, args.runtime.domain.rank, token);
             if (at < packets) store_packet(row + at, packet);
             if (lane == 0) store_packet(row + packets + number, seal(scales));
@@ -144,7 +144,7 @@ __device__ __forceinline__ void store_piece(const DispatchArgs& args, int epoch,
         const int packets = arena.hidden / 8, at = number * 2 * kWarpSize + lane;
         const int4 a = seal(piece.a), b = seal(piece.b);
 #pragma unroll 1
-        for (RankMask left = ranks; left;) {
+        for (RankSet left = ranks; left.any();) {
             int4* row = arena.row(kDispatch, piece.next(left), epoch, args.runtime.domain.rank, token);
             if (at < packets) store_packet(row + at, a);
             if (at + kWarpSize < packets) store_packet(row + at + kWarpSize, b);
@@ -167,7 +167,7 @@ __device__ void place_sources(const DispatchArgs& args, Receiving& shared, const
         const bool came = !masked && waiting.thread(source, arrived, count.tag);
         shared.first[i] = came ? count.value : -1;
     };
-    if (threadIdx.x / kWarpSize == kWarps - 1)
+    if (threadIdx.x / kMaxRanks == kThreads / kMaxRanks - 1)
         shared.ranks.read(waiting, facts_of(args), report ? args.wait_stats : nullptr);
 #pragma unroll 1
     for (int i = threadIdx.x; i < args.num_experts; i += kThreads) read_count(i, waiting.is_masked(i / local_experts));
@@ -401,13 +401,14 @@ __device__ __forceinline__ void receive(const DispatchArgs& args, Receiving& sha
     piece.load(args, waiting.epoch);
     // Each warp reads only the counts that its routes need: those of other sources may arrive much later. Exceptions:
     // with masks all blocks must treat a lost rank alike; and a kernel that only receives, with several pieces per
-    // warp, reads all counts together with the first rows, before its stores delay loads.
+    // warp, reads all counts together with the first rows, before its stores delay loads. A wide kernel reads all as
+    // well: one route may need the counts of 127 sources.
     const bool several = kHalf == kReceive && ranks * args.arena.max_tokens * pieces > step;
-    const bool counted = reports || rt.masks || several;
+    const bool counted = reports || rt.masks || several || kRankWords > 1;
     if (counted) {
         place_sources(args, shared, waiting, reports);
     } else {
-        if (threadIdx.x < kWarpSize) shared.ranks.read(waiting, facts_of(args), nullptr);
+        if (threadIdx.x < kMaxRanks) shared.ranks.read(waiting, facts_of(args), nullptr);
         __syncthreads();
     }
     int most = 0;
@@ -430,19 +431,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     __shared__ Shared<kHalf> shared;
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, warp = threadIdx.x / kWarpSize;
-    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < ranks;
-    const int send_blocks = min(static_cast<int>(gridDim.x) - ranks, kSenders), senders = send_blocks * kWarps;
+    const int tables = table_blocks(ranks);
+    const bool reports = reports_here(), sends_tables = static_cast<int>(blockIdx.x) < tables;
+    const int send_blocks = min(static_cast<int>(gridDim.x) - tables, kSenders), senders = send_blocks * kWarps;
     const int block = static_cast<int>(blockIdx.x), pieces = ceil_div(args.arena.hidden, kSendChannels);
     const int packets = ceil_div(args.num_topk, kRoutesPerPacket);
-    const int items = args.num_tokens * pieces, peer = (rt.domain.rank + blockIdx.x) % ranks;
-    int item = sends_tables || block >= ranks + send_blocks ? items : (block - ranks) * kWarps + warp;
+    const int items = args.num_tokens * pieces;
+    int peer = (rt.domain.rank + blockIdx.x) % ranks;
+    int item = sends_tables || block >= tables + send_blocks ? items : (block - tables) * kWarps + warp;
     Piece piece;
     PacketRoutes routes;
     Arriving<kFp8> arriving;
     // A kernel that only receives: neighbouring items in different blocks, so that all SMs have equally many; none in
     // the last block, which starts with something slow. Else: blocks without other work first.
     const int grid = static_cast<int>(gridDim.x), receivers = kHalf == kReceive ? grid - 1 : grid;
-    const int busy = ranks + send_blocks, turn = block - busy + (block < busy ? grid : 0);
+    const int busy = tables + send_blocks, turn = block - busy + (block < busy ? grid : 0);
     const int received = kHalf == kReceive ? warp * receivers + block : turn * kWarps + warp;
     const auto load = [&] {  // what does not depend on the call's number
         if constexpr (kHalf == kReceive) arriving.begin(args, received);
@@ -462,7 +465,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) dispatch_kernel(const 
     }
     const Waiting waiting{rt, kDispatch, epoch};
     if constexpr ((kHalf & kSend) != 0) {
-        if (sends_tables) send_tables(args, shared.tables, routes, epoch, peer, entered.writable >> peer & 1);
+        for (int next = block + tables; sends_tables; next += tables) {
+            send_tables(args, shared.tables, routes, epoch, peer, entered.writable.has(peer));
+            if (kRankWords == 1 || next >= ranks) break;
+            peer = (rt.domain.rank + next) % ranks;
+            routes = read_tile(args, shared.tables, peer, 0, packets);
+            __syncthreads();
+        }
         while (item < items) {
             Piece next = piece;
             if (item + senders < items) next.load<kFp8>(args, item + senders, pieces);
@@ -496,4 +505,4 @@ cudaError_t launch_dispatch(const DispatchArgs& args, Half half, int num_blocks,
                                         : launch<true>(args, half, num_blocks, stream);
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
@@ -30,10 +30,10 @@ LatencyEngine::LatencyEngine(std::shared_ptr<DomainRuntime> domain, int num_bloc
     : domain_(std::move(domain)), num_blocks_(num_blocks) {
     runtime_.domain = domain_->view();
     runtime_.masks = masks;
-    if (num_blocks <= runtime_.domain.num_ranks || num_blocks > kMaxBlocks)
-        throw std::invalid_argument("num_blocks = " + std::to_string(num_blocks) + ": must be more than the " +
-                                    std::to_string(runtime_.domain.num_ranks) + " ranks and at most " +
-                                    std::to_string(kMaxBlocks));
+    const int fewest = fewest_blocks(runtime_.domain.num_ranks);
+    if (num_blocks < fewest || num_blocks > kMaxBlocks)
+        throw std::invalid_argument("num_blocks = " + std::to_string(num_blocks) + ": must be " +
+                                    std::to_string(fewest) + " to " + std::to_string(kMaxBlocks));
     check(cudaMalloc(&runtime_.local, sizeof(LocalState)), "allocating device state");
     check(cudaMemset(runtime_.local, 0, sizeof(LocalState)), "clearing device state");
     check(cudaDeviceSynchronize(), "clearing device state");
@@ -43,6 +43,8 @@ LatencyEngine::~LatencyEngine() {  // errors are ignored: at interpreter exit th
     cudaFree(runtime_.local);
     cudaFree(arenas_on_device_);
 }
+
+int LatencyEngine::fewest_blocks(int num_ranks) { return kRankWords == 1 ? num_ranks + 1 : 4; }
 
 int64_t LatencyEngine::arena_bytes(int num_ranks, int max_tokens, int hidden) {
     return layout(num_ranks, max_tokens, hidden).bytes();
@@ -118,11 +120,11 @@ void LatencyEngine::clear_rows(Address stream) {
               "ending masks");
 }
 
-void LatencyEngine::lift_masks(RankMask lift, Address stream) {
+void LatencyEngine::lift_masks(const RankSet& lift, Address stream) {
     const cudaStream_t on = as_stream(stream);
     check(launch_meet(runtime_, false, lift, on), "ending masks");
     clear_rows(stream);
-    check(launch_meet(runtime_, true, 0, on), "ending masks");
+    check(launch_meet(runtime_, true, RankSet{}, on), "ending masks");
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

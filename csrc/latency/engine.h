@@ -9,7 +9,7 @@
 
 #include "latency/args.h"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 // What kernels had reported when a launch was asked for.
 enum Told : int {
@@ -20,12 +20,13 @@ enum Told : int {
 
 class LatencyEngine {
   public:
-    // `num_blocks`: of every kernel that moves rows; more than two per rank of the domain.
+    // `num_blocks`: of every kernel that moves rows; at least fewest_blocks().
     LatencyEngine(std::shared_ptr<DomainRuntime> domain, int num_blocks, bool masks);
     ~LatencyEngine();
     LatencyEngine(const LatencyEngine&) = delete;
     LatencyEngine& operator=(const LatencyEngine&) = delete;
 
+    static int fewest_blocks(int num_ranks);
     static int64_t control_bytes() { return sizeof(Control); }
     static int64_t arena_bytes(int num_ranks, int max_tokens, int hidden);
     // int32 words that a dispatch leaves for its combine.
@@ -45,9 +46,9 @@ class LatencyEngine {
     void refuse(Kind kind, Address passed_on, Address source, Address stream);
     void set_mask(int rank, Address stream);
     void query_mask(Address status, Address stream);
-    // End the masks of the ranks whose bits are set in `lift`, as far as they come. Collective; clears rows that were
-    // not read from all arenas.
-    void lift_masks(RankMask lift, Address stream);
+    // End the masks of the ranks in `lift`, as far as they come. Collective; clears rows that were not read from all
+    // arenas.
+    void lift_masks(const RankSet& lift, Address stream);
     // Clear the rows of all sources in this rank's memory.
     void clear_rows(Address stream);
 
@@ -63,4 +64,4 @@ class LatencyEngine {
     int num_blocks_;
 };
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

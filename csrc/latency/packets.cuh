@@ -4,7 +4,7 @@
 #include "device/wait.cuh"
 #include "latency/args.h"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 // -- packets ---------------------------------------------------------------------------------------------------------
 
@@ -126,8 +126,8 @@ struct Waiting {
 // -- the beginning of a kernel -------------------------------------------------------------------------------
 
 struct Entered {
-    int epoch;          // of this call; 0: the call is skipped, on all ranks or after a failure that lasts
-    RankMask writable;  // ranks whose half of the double buffer this call may write: neither masked nor lost
+    int epoch;         // of this call; 0: the call is skipped, on all ranks or after a failure that lasts
+    RankSet writable;  // ranks whose half of the double buffer this call may write: neither masked nor lost
 };
 
 // Tell all peers which calls this rank has finished reading: those of earlier kernels. Called by a warp.
@@ -138,6 +138,12 @@ __device__ __forceinline__ void post_consumed(const Runtime& rt) {
         store_relaxed_system(&rt.control[i / kWords]->consumed[rt.domain.rank][i % kWords],
                              rt.local->consumed[i % kWords]);
     __syncwarp();
+}
+
+// Blocks that send tables: the first ones of the grid, block d to rank d, d + tables, ... after this one. A narrow grid
+// has a block per rank.
+__device__ __forceinline__ int table_blocks(int ranks) {
+    return kRankWords == 1 ? ranks : min(ranks, static_cast<int>(gridDim.x) / 2);
 }
 
 // Whether this block writes the results that exist once per call. Not the last block: its post_consumed() is slow.
@@ -164,42 +170,46 @@ __device__ __forceinline__ Entered enter(const Runtime& rt, Kind kind, int* pass
                                          const Meanwhile& meanwhile) {
     __shared__ Entered shared;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int peer = threadIdx.x % kMaxRanks;  // a lane of the first kRankWords warps for each
     const bool posts = blockIdx.x == gridDim.x - 1 && warp == kWarps - 1;
     if (posts) post_consumed(rt);  // before any wait
     int stopped = 0, epoch = 0, consumed[2] = {0, 0};
     constexpr bool kBegins = (kHalf & kTables) != 0;  // whether this is the first kernel of the call
     int* counter = kBegins ? &rt.local->epochs[kind][blockIdx.x] : passed_on;
-    const int* of_peer = rt.control[rt.domain.rank]->consumed[lane] + 2 * kind;
-    if (warp == 0) {
+    const int* of_peer = rt.control[rt.domain.rank]->consumed[peer] + 2 * kind;
+    if (kRankWords == 1 ? warp == 0 : warp < kRankWords) {
         stopped = *static_cast<const volatile int*>(&rt.domain.state->failed);
         if (kBegins) {
             stopped |= *static_cast<const volatile int*>(&rt.domain.state->frozen);
             if (source) stopped |= *static_cast<const volatile int*>(source) == 0;
         }
         epoch = *static_cast<const volatile int*>(counter);
-        if ((kHalf & kSend) && lane < rt.domain.num_ranks)
+        if ((kHalf & kSend) && peer < rt.domain.num_ranks)
             for (int i = 0; i < 2; ++i) consumed[i] = load_relaxed_system(of_peer + i);
     }
     meanwhile();
-    if (warp == 0) {
-        RankMask writable = 0;
+    if (kRankWords == 1 ? warp == 0 : warp < kRankWords) {
+        unsigned writable = 0;
         if (kHalf & kSend) {
             if (kBegins) epoch = next_epoch(epoch);
             const Waiting waiting{rt, kind, epoch};
             int seen = epoch & 1 ? consumed[1] : consumed[0];
-            bool mine = !stopped && epoch != 0 && lane < rt.domain.num_ranks && !waiting.is_masked(lane);
+            bool mine = !stopped && epoch != 0 && peer < rt.domain.num_ranks && !waiting.is_masked(peer);
             if (mine && !half_is_free(seen, epoch)) {
                 mine = waiting.thread(
-                    lane, [&] { return half_is_free(seen = load_relaxed_system(of_peer + (epoch & 1)), epoch); }, seen);
-                if (rt.masks) mine = !waiting.vote(Vote::kWritable, lane, !mine);
+                    peer, [&] { return half_is_free(seen = load_relaxed_system(of_peer + (epoch & 1)), epoch); }, seen);
+                if (rt.masks) mine = !waiting.vote(Vote::kWritable, peer, !mine);
             }
             writable = __ballot_sync(kFullMask, mine);
-            if (kBegins && lane == 0 && !stopped) *counter = epoch;
-            if (kBegins && lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
+            if (kBegins && kRankWords == 1 && lane == 0 && !stopped) *counter = epoch;
+            if (kBegins && warp == 0 && lane == 0 && blockIdx.x == 0 && passed_on) *passed_on = stopped ? 0 : epoch;
         }
-        if (lane == 0) shared = {stopped ? 0 : epoch, writable};
+        if (lane == 0) shared.writable.words[kRankWords == 1 ? 0 : warp] = writable;
+        if (warp == 0 && lane == 0) shared.epoch = stopped ? 0 : epoch;
     }
     __syncthreads();
+    if (kBegins && kRankWords > 1 && threadIdx.x == 0 && shared.epoch != 0)
+        *counter = shared.epoch;  // all have read it
     if ((kHalf & kReceive) && posts && lane == 0 && shared.epoch != 0)
         rt.local->consumed[2 * kind + (shared.epoch & 1)] = shared.epoch;
     return shared;
@@ -212,17 +222,17 @@ __device__ __forceinline__ void send_facts(const Runtime& rt, Kind kind, int epo
         store_packet(&rt.control[peer]->facts[kind][epoch & 1][rt.domain.rank], facts.pack(withdrawn ? 0 : epoch));
 }
 
-// Sends facts of the next dispatch, before the kernel that executes it. Called by a warp, with a lane per rank.
+// Sends facts of the next dispatch, before the kernel that executes it. Called by a block of kMaxRanks threads.
 __device__ __forceinline__ void send_early(const Runtime& rt, int epoch, const Facts& facts, bool withdrawn) {
-    post_consumed(rt);  // before any wait, as in enter()
-    const int r = threadIdx.x % kWarpSize;
+    const int r = threadIdx.x, lane = r % kWarpSize;
+    if (r < kWarpSize) post_consumed(rt);  // before any wait, as in enter()
     const Waiting waiting{rt, kDispatch, epoch};
     const int* consumed = &rt.control[rt.domain.rank]->consumed[r][2 * kDispatch + (epoch & 1)];
     int seen = 0;
     const auto is_free = [&] { return half_is_free(seen = load_acquire_system(consumed), epoch); };
     const bool mine = r < rt.domain.num_ranks && !waiting.is_masked(r) && waiting.thread(r, is_free, seen);
-    for (RankMask left = __ballot_sync(kFullMask, mine); left; left &= left - 1)
-        send_facts(rt, kDispatch, epoch, __ffs(left) - 1, facts, withdrawn);
+    for (unsigned left = __ballot_sync(kFullMask, mine); left; left &= left - 1)
+        send_facts(rt, kDispatch, epoch, r - lane + __ffs(left) - 1, facts, withdrawn);
 }
 
 // The facts of a rank that refuses its input, which knows nothing of the call.
@@ -283,9 +293,10 @@ struct Ranks {
     int lost[kMaxRanks];
     int refused[kMaxRanks];
 
-    // Called by a warp, with a lane per rank. Adds the time waited to wait_stats unless that is null.
+    // Called by kMaxRanks threads, the first of which has a multiple of kMaxRanks as its number. Adds the time waited
+    // to wait_stats unless that is null.
     __device__ __forceinline__ void read(const Waiting& waiting, const Facts& own, unsigned long long* wait_stats) {
-        const int r = threadIdx.x % kWarpSize;
+        const int r = threadIdx.x % kMaxRanks;
         if (r >= waiting.runtime.domain.num_ranks) return;
         const uint64_t start = wait_stats ? global_nanoseconds() : 0;
         if (waiting.is_masked(r))
@@ -318,16 +329,41 @@ struct Ranks {
     }
 };
 
-// The ranks that own experts of a token, as bits. Called by a whole warp. Indices out of range count as dropped.
-__device__ __forceinline__ RankMask ranks_of(const TopkIdx& topk_idx, int64_t token, int num_topk, int num_experts,
-                                             int local_experts) {
+// The ranks that own experts of a token. Called by a whole warp. Indices out of range count as dropped.
+__device__ __forceinline__ RankSet ranks_of(const TopkIdx& topk_idx, int64_t token, int num_topk, int num_experts,
+                                            int local_experts) {
     const int lane = threadIdx.x % kWarpSize;
-    RankMask bit = 0;
+    RankSet ranks{};
     if (lane < num_topk) {
         const int64_t expert = topk_idx.at(token * num_topk + lane);
-        if (expert >= 0 && expert < num_experts) bit = RankMask{1} << (static_cast<int>(expert) / local_experts);
+        if (expert >= 0 && expert < num_experts) ranks.add(static_cast<int>(expert) / local_experts);
     }
-    return __reduce_or_sync(kFullMask, bit);
+#pragma unroll
+    for (int w = 0; w < kRankWords; ++w) ranks.words[w] = __reduce_or_sync(kFullMask, ranks.words[w]);
+    return ranks;
 }
 
-}  // namespace deepep_moe::latency
+// -- sets of ranks ---------------------------------------------------------------------------------------------------
+
+// The lowest rank of a set, -1 if there is none.
+__device__ __forceinline__ int first_of(const RankSet& ranks) {
+    int first = __ffs(ranks.words[0]) - 1;
+#pragma unroll
+    for (int w = 1; w < kRankWords; ++w)
+        if (first < 0 && ranks.words[w] != 0) first = 32 * w + __ffs(ranks.words[w]) - 1;
+    return first;
+}
+
+// Takes the lowest rank out of a set that has one.
+__device__ __forceinline__ void remove_first(RankSet& ranks) {
+    bool removed = false;
+#pragma unroll
+    for (int w = 0; w < kRankWords; ++w) {
+        if (kRankWords == 1 || (!removed && ranks.words[w] != 0)) {
+            ranks.words[w] &= ranks.words[w] - 1;
+            removed = true;
+        }
+    }
+}
+
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

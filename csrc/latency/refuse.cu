@@ -5,12 +5,12 @@
 // the peers send from the arena that they use.
 #include "latency/packets.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
-__global__ void __launch_bounds__(kWarpSize) announce_refusal_kernel(const __grid_constant__ Runtime rt, int* others) {
-    if (is_stopped(rt.domain)) return;  // as the dispatch will be
+__global__ void __launch_bounds__(kMaxRanks) announce_refusal_kernel(const __grid_constant__ Runtime rt, int* others) {
+    if (__syncthreads_or(is_stopped(rt.domain))) return;  // as the dispatch will be
     const int r = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
     send_early(rt, epoch, refusal_facts(true), false);
     const Waiting waiting{rt, kDispatch, epoch};
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kWarpSize) announce_refusal_kernel(const __gri
         const bool came = read_facts(waiting, r, facts, [](const Facts&) { return true; });
         allocates = came && facts.announced && !facts.refused;
     }
-    const bool any = __any_sync(kFullMask, allocates);
+    const bool any = __syncthreads_or(allocates) != 0;
     if (r == 0) *others = any ? kAllocating : kInCall;
 }
 
@@ -69,27 +69,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) refusal_kernel(const _
     __shared__ Sender senders[kMaxRanks];
     const Runtime& rt = args.runtime;
     const int ranks = rt.domain.num_ranks, own = rt.domain.rank, block = static_cast<int>(blockIdx.x);
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int warp = threadIdx.x / kWarpSize;
     const Entered entered = enter<kBoth>(rt, args.kind, args.passed_on, args.source, [] {});
     if (entered.epoch == 0) return;
     const Waiting waiting{rt, args.kind, entered.epoch};
-    const int peer = (own + block) % ranks;
-    const bool sends = block < ranks && peer != own && (entered.writable >> peer & 1);
-    if (warp == 0) {
-        if (sends) send_facts(rt, args.kind, entered.epoch, peer, refusal_facts(false));
-        if (lane < ranks) {
-            Facts facts{};
-            const auto of_the_call = [](const Facts& theirs) { return !theirs.announced; };
-            const bool came = lane != own && !waiting.is_masked(lane) && read_facts(waiting, lane, facts, of_the_call);
-            senders[lane] = came ? sender_of(args, facts) : Sender{};
+    const int tables = table_blocks(ranks), thread = threadIdx.x;
+    // Runs send(peer) for the peers to which this block sends tables.
+    const auto each_peer = [&](const auto& send) {
+        for (int next = block; block < tables && next < ranks; next += tables) {
+            const int peer = (own + next) % ranks;
+            if (peer != own && entered.writable.has(peer)) send(peer);
         }
+    };
+    if (warp == 0) each_peer([&](int peer) { send_facts(rt, args.kind, entered.epoch, peer, refusal_facts(false)); });
+    if (thread < ranks) {
+        Facts facts{};
+        const auto of_the_call = [](const Facts& theirs) { return !theirs.announced; };
+        const bool came =
+            thread != own && !waiting.is_masked(thread) && read_facts(waiting, thread, facts, of_the_call);
+        senders[thread] = came ? sender_of(args, facts) : Sender{};
     }
     __syncthreads();
-    if (sends && senders[peer].arena != nullptr) {
+    each_peer([&](int peer) {
+        if (senders[peer].arena == nullptr) return;
         Tagged* counts = senders[peer].arena->counts(peer, entered.epoch, own);
-        for (int l = threadIdx.x; l < senders[peer].experts / ranks; l += kThreads)
+        for (int l = thread; l < senders[peer].experts / ranks; l += kThreads)
             store_tagged_system(counts + l, 0, entered.epoch);
-    }
+    });
     int most = 0;
     for (int s = 0; s < ranks; ++s) most = max(most, senders[s].tokens);
     for (int item = block * kWarps + warp; item < ranks * most; item += gridDim.x * kWarps) {
@@ -101,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) refusal_kernel(const _
 }  // namespace
 
 cudaError_t launch_announce_refusal(const Runtime& runtime, int* others, cudaStream_t stream) {
-    announce_refusal_kernel<<<1, kWarpSize, 0, stream>>>(runtime, others);
+    announce_refusal_kernel<<<1, kMaxRanks, 0, stream>>>(runtime, others);
     return cudaGetLastError();
 }
 
@@ -110,4 +116,4 @@ cudaError_t launch_refusal(const RefusalArgs& args, int num_blocks, cudaStream_t
     return cudaGetLastError();
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

@@ -8,7 +8,7 @@
 
 #include "latency/packets.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 constexpr int kTileWords = 8;  // of 32 tokens each: what shared memory holds at a time
 static_assert(kTileWords % 4 == 0, "cleared sixteen bytes at a time");
@@ -135,4 +135,4 @@ __device__ __forceinline__ void send_tables(const DispatchArgs& args, Tables& ta
     }
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

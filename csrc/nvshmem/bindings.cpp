@@ -128,5 +128,7 @@ PYBIND11_MODULE(_nvshmem, m) {
     bind_world(m);
     bind_probe(m);
     bind_rail(m);
-    bind_latency(m);
+    narrow::bind_latency(m);
+    py::module_ submodule = m.def_submodule("wide", "The latency engine for more ranks.");
+    wide::bind_latency(submodule);
 }

@@ -3,8 +3,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include "runtime/ranks.h"
+
 namespace deepep_moe {
 
+// See csrc/runtime/ranks.h.
+namespace narrow {
 void bind_latency(pybind11::module_& m);
+}
+namespace wide {
+void bind_latency(pybind11::module_& m);
+}
 
 }  // namespace deepep_moe

@@ -4,13 +4,13 @@
 #include "nvshmem/latency.h"
 #include "nvshmem/signal.cuh"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
 namespace {
 
 constexpr int kPostThreads = 192;
 
-__device__ __forceinline__ bool is_remote(const Remote& remote, int rank) { return remote.ranks >> rank & 1; }
+__device__ __forceinline__ bool is_remote(const Remote& remote, int rank) { return remote.ranks.has(rank); }
 
 // Called by all threads of a block, before any wait.
 __device__ __forceinline__ void post(const Remote& remote) {
@@ -33,6 +33,9 @@ __device__ __forceinline__ void post(const Remote& remote) {
 }
 
 __host__ __device__ constexpr Kind kind_of(Step step) { return step == kDispatchStep ? kDispatch : kCombine; }
+
+// Blocks that send to one rank.
+__host__ __device__ constexpr int pieces_of(Step step) { return step == kTablesStep ? 1 : kPieces; }
 
 __device__ __forceinline__ uint64_t* table_signal(const Remote& remote, Kind kind, int epoch, int source, int table) {
     return &remote.signals->tables[kind][epoch & 1][source][table];
@@ -104,7 +107,7 @@ __device__ __forceinline__ void put_rows(const ExchangeArgs& args, int epoch, in
     for (int token = piece * kWarps + threadIdx.x / kWarpSize; token < tokens; token += kPieces * kWarps) {
         const bool wanted =
             kKind == kDispatch
-                ? ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / ranks) >> rank & 1
+                ? ranks_of(args.topk_idx, token, args.num_topk, args.num_experts, args.num_experts / ranks).has(rank)
                 : has_sum(args, epoch, rank, token);
         if (wanted)
             put(arena.row(kKind, self, epoch, self, token), arena.row(kKind, rank, epoch, self, token), bytes,
@@ -270,10 +273,11 @@ __global__ void __launch_bounds__(kThreads) exchange_kernel(const __grid_constan
     const Waiting waiting{rt, kKind, epoch};
     const bool stopped = epoch == 0 || *static_cast<const volatile int*>(&rt.domain.state->failed) != 0;
     if (blockIdx.x < gridDim.x - 1) {
-        const int count = __popc(args.remote.ranks), piece = static_cast<int>(blockIdx.x) / count;
-        RankMask left = args.remote.ranks;
-        for (int n = static_cast<int>(blockIdx.x) % count; n > 0; --n) left &= left - 1;
-        const int rank = __ffs(left) - 1;
+        const int count = (static_cast<int>(gridDim.x) - 1) / pieces_of(kStep);  // of remote ranks
+        const int piece = static_cast<int>(blockIdx.x) / count;
+        RankSet left = args.remote.ranks;
+        for (int n = static_cast<int>(blockIdx.x) % count; n > 0; --n) remove_first(left);
+        const int rank = first_of(left);
         // The last block may have found that another rank's arguments differ. That rank must find it too, so the tables
         // of a dispatch that has begun are sent in any case.
         const bool ends = kStep == kDispatchStep && piece == 0 ? epoch == 0 : stopped;
@@ -309,7 +313,7 @@ __device__ __forceinline__ void put_announcement(const Remote& remote, int epoch
                           NVSHMEM_SIGNAL_SET, pe);
 }
 
-__global__ void __launch_bounds__(kWarpSize)
+__global__ void __launch_bounds__(kMaxRanks)
     put_announcement_kernel(const __grid_constant__ Remote remote, bool withdrawn) {
     const Runtime& rt = remote.runtime;
     const int rank = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
@@ -318,20 +322,20 @@ __global__ void __launch_bounds__(kWarpSize)
     put_announcement(remote, epoch, rank, withdrawn);
 }
 
-__global__ void __launch_bounds__(kWarpSize)
+__global__ void __launch_bounds__(kMaxRanks)
     announce_refusal_kernel(const __grid_constant__ Remote remote, int* others) {
     const Runtime& rt = remote.runtime;
-    if (is_stopped(rt.domain)) return;  // as the dispatch will be
+    if (__syncthreads_or(is_stopped(rt.domain))) return;  // as the dispatch will be
     post(remote);
     const int rank = threadIdx.x, epoch = next_epoch(rt.local->epochs[kDispatch][0]);
     send_early(rt, epoch, refusal_facts(true), false);
     __threadfence_system();
-    __syncwarp();
+    __syncthreads();
     const Waiting waiting{rt, kDispatch, epoch};
     const bool peer = rank < rt.domain.num_ranks && rank != rt.domain.rank && !waiting.is_masked(rank);
     const bool is_far = peer && is_remote(remote, rank);
     if (is_far) put_announcement(remote, epoch, rank, false);
-    __syncwarp();
+    __syncthreads();
     bool allocates = false;
     if (peer) {
         Facts facts{};
@@ -344,11 +348,11 @@ __global__ void __launch_bounds__(kWarpSize)
                                  : read_facts(waiting, rank, facts, [](const Facts&) { return true; });
         allocates = came && facts.announced && !facts.refused;
     }
-    const bool any = __any_sync(kFullMask, allocates);
+    const bool any = __syncthreads_or(allocates) != 0;
     if (rank == 0) *others = any ? kAllocating : kInCall;
 }
 
-__global__ void __launch_bounds__(kWarpSize)
+__global__ void __launch_bounds__(kMaxRanks)
     refusal_kernel(const __grid_constant__ Remote remote, Kind kind, const int* source, int* passed_on) {
     const Runtime& rt = remote.runtime;
     const int rank = threadIdx.x, self = rt.domain.rank;
@@ -373,12 +377,12 @@ __global__ void __launch_bounds__(kWarpSize)
                            NVSHMEM_SIGNAL_SET, pe);
 }
 
-__global__ void __launch_bounds__(kWarpSize)
-    meet_kernel(const __grid_constant__ Remote remote, bool second, RankMask lift) {
+__global__ void __launch_bounds__(kMaxRanks)
+    meet_kernel(const __grid_constant__ Remote remote, bool second, const __grid_constant__ RankSet lift) {
     const Runtime& rt = remote.runtime;
     const int self = rt.domain.rank;
     if (threadIdx.x == 0) nvshmem_fence();  // rows of earlier calls arrive before this
-    __syncwarp();
+    __syncthreads();
     meet(
         rt, second, lift,
         [&](int rank, int4 packet) {
@@ -406,8 +410,8 @@ __global__ void __launch_bounds__(kWarpSize)
 
 cudaError_t launch_exchange(const ExchangeArgs& args, Step step, cudaStream_t stream) {
     int count = 0;
-    for (RankMask left = args.remote.ranks; left; left &= left - 1) ++count;
-    const int blocks = (args.puts ? count * (step == kTablesStep ? 1 : kPieces) : 0) + 1;
+    for (int rank = 0; rank < args.remote.runtime.domain.num_ranks; ++rank) count += args.remote.ranks.has(rank);
+    const int blocks = (args.puts ? count * pieces_of(step) : 0) + 1;
     switch (step) {
         case kDispatchStep: exchange_kernel<kDispatchStep><<<blocks, kThreads, 0, stream>>>(args); break;
         case kTablesStep: exchange_kernel<kTablesStep><<<blocks, kThreads, 0, stream>>>(args); break;
@@ -423,23 +427,23 @@ cudaError_t launch_post(const Remote& remote, cudaStream_t stream) {
 }
 
 cudaError_t launch_put_announcement(const Remote& remote, bool withdrawn, cudaStream_t stream) {
-    put_announcement_kernel<<<1, kWarpSize, 0, stream>>>(remote, withdrawn);
+    put_announcement_kernel<<<1, kMaxRanks, 0, stream>>>(remote, withdrawn);
     return cudaGetLastError();
 }
 
 cudaError_t launch_remote_announce_refusal(const Remote& remote, int* others, cudaStream_t stream) {
-    announce_refusal_kernel<<<1, kWarpSize, 0, stream>>>(remote, others);
+    announce_refusal_kernel<<<1, kMaxRanks, 0, stream>>>(remote, others);
     return cudaGetLastError();
 }
 
 cudaError_t launch_remote_refusal(const Remote& remote, Kind kind, const int* source, int* epoch, cudaStream_t stream) {
-    refusal_kernel<<<1, kWarpSize, 0, stream>>>(remote, kind, source, epoch);
+    refusal_kernel<<<1, kMaxRanks, 0, stream>>>(remote, kind, source, epoch);
     return cudaGetLastError();
 }
 
-cudaError_t launch_remote_meet(const Remote& remote, bool second, RankMask lift, cudaStream_t stream) {
-    meet_kernel<<<1, kWarpSize, 0, stream>>>(remote, second, lift);
+cudaError_t launch_remote_meet(const Remote& remote, bool second, const RankSet& lift, cudaStream_t stream) {
+    meet_kernel<<<1, kMaxRanks, 0, stream>>>(remote, second, lift);
     return cudaGetLastError();
 }
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

@@ -30,9 +30,9 @@
 
 #include "latency/args.h"
 
-namespace deepep_moe::latency {
+namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
 
-constexpr int kPieces = 8;  // blocks that send the rows for one rank
+constexpr int kPieces = kRankWords == 1 ? 8 : 2;  // blocks that send the rows for one rank
 
 // What an exchange carries.
 enum Step : int {
@@ -60,7 +60,7 @@ struct Posted {
 
 struct Remote {
     Runtime runtime;
-    RankMask ranks;  // a bit for each remote rank
+    RankSet ranks;  // remote ranks
     int pes[kMaxRanks];
     Signals* signals;
     Posted* posted;
@@ -93,6 +93,6 @@ cudaError_t launch_remote_announce_refusal(const Remote& remote, int* others, cu
 // or 0 if it is skipped, and does not count it. `source`: as in RefusalArgs.
 cudaError_t launch_remote_refusal(const Remote& remote, Kind kind, const int* source, int* epoch, cudaStream_t stream);
 // As launch_meet() of csrc/latency.
-cudaError_t launch_remote_meet(const Remote& remote, bool second, RankMask lift, cudaStream_t stream);
+cudaError_t launch_remote_meet(const Remote& remote, bool second, const RankSet& lift, cudaStream_t stream);
 
-}  // namespace deepep_moe::latency
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH::latency

@@ -9,7 +9,7 @@
 
 namespace py = pybind11;
 
-namespace deepep_moe {
+namespace deepep_moe::DEEPEP_MOE_WIDTH {
 
 namespace {
 
@@ -27,17 +27,18 @@ T unpack(const py::bytes& bytes, const char* name) {
     return value;
 }
 
-Remote remote(const py::bytes& runtime, const std::vector<int>& pes, RankMask ranks, Address signals, Address posted) {
+Remote remote(const py::bytes& runtime, const std::vector<int>& pes, const std::vector<int>& ranks, Address signals,
+              Address posted) {
     Remote made{};
     made.runtime = unpack<Runtime>(runtime, "runtime");
     for (size_t r = 0; r < pes.size() && r < kMaxRanks; ++r) made.pes[r] = pes[r];
-    made.ranks = ranks;
+    made.ranks = set_of(ranks);
     made.signals = at<Signals>(signals);
     made.posted = at<Posted>(posted);
     return made;
 }
 
-void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts, bool waits, bool refuses,
+void exchange(const Remote& remote, const py::bytes& arena, int step, bool puts, bool waits, bool refuses,
               int num_tokens, Address topk_idx, bool wide_idx, int num_topk, int num_experts, int format,
               Address places, Address epoch, Address wait_stats, Address stream) {
     ExchangeArgs args{};
@@ -54,7 +55,7 @@ void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts
     args.waits = waits;
     args.refuses = refuses;
     args.wait_stats = at<unsigned long long>(wait_stats);
-    check(launch_exchange(args, step, as_stream(stream)), "exchanging with ranks of other nodes");
+    check(launch_exchange(args, static_cast<Step>(step), as_stream(stream)), "exchanging with ranks of other nodes");
 }
 
 }  // namespace
@@ -62,7 +63,7 @@ void exchange(const Remote& remote, const py::bytes& arena, Step step, bool puts
 void bind_latency(py::module_& m) {
     m.attr("LATENCY_SIGNAL_BYTES") = sizeof(Signals);
     m.attr("LATENCY_POSTED_BYTES") = sizeof(Posted);
-    py::enum_<Step>(m, "LatencyStep")
+    py::enum_<Step>(m, "LatencyStep", py::arithmetic())
         .value("DISPATCH", kDispatchStep)
         .value("TABLES", kTablesStep)
         .value("ROWS", kRowsStep);
@@ -101,10 +102,10 @@ void bind_latency(py::module_& m) {
             py::arg("kind"), py::arg("source"), py::arg("epoch"), py::arg("stream"))
         .def(
             "meet",
-            [](const Remote& self, bool second, RankMask lift, Address stream) {
-                check(launch_remote_meet(self, second, lift, as_stream(stream)), "ending masks");
+            [](const Remote& self, bool second, const std::vector<int>& lift, Address stream) {
+                check(launch_remote_meet(self, second, set_of(lift), as_stream(stream)), "ending masks");
             },
             py::arg("second"), py::arg("lift"), py::arg("stream"));
 }
 
-}  // namespace deepep_moe
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstddef>
 
-namespace deepep_moe {
+namespace deepep_moe::DEEPEP_MOE_WIDTH {
 
 DomainRuntime::DomainRuntime(int rank, int num_ranks, int device, double timeout_seconds, bool record_waits) {
     if (num_ranks < 1 || num_ranks > kMaxRanks)
@@ -72,4 +72,4 @@ std::vector<double> DomainRuntime::wait_seconds() const {
     return seconds;
 }
 
-}  // namespace deepep_moe
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH

@@ -13,15 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "runtime/ranks.h"
+
 namespace deepep_moe {
 
 using Address = std::uintptr_t;  // of device memory, as returned by tensor.data_ptr()
-
-// Most ranks of a domain. Kernels use one lane of a warp and one bit of a RankMask per rank; a larger domain would need
-// a wider mask and loops over lanes, and no other change.
-constexpr int kMaxRanks = 32;
-using RankMask = unsigned;
-static_assert(8 * sizeof(RankMask) >= kMaxRanks, "a bit per rank");
 
 enum Failure : int {
     kNoFailure,
@@ -79,6 +75,8 @@ struct FailureRecord {
     FailureReport failure;  // permanent: no later call on this domain can work
 };
 
+inline namespace DEEPEP_MOE_WIDTH {
+
 // Symmetric memory: written by peers, read by its owner.
 struct Mailbox {
     int failed[kMaxRanks];  // [source] the Failure of that rank, or 0
@@ -135,6 +133,8 @@ class DomainRuntime {
 
 cudaError_t launch_give_up(const Domain& domain, cudaStream_t stream);
 
+}  // namespace DEEPEP_MOE_WIDTH
+
 // -- helpers for the host code of engines ----------------------------------------------------------------------------
 
 inline void check(cudaError_t status, const char* what) {
@@ -147,5 +147,20 @@ T* at(Address address) {
 }
 
 inline cudaStream_t as_stream(Address stream) { return at<CUstream_st>(stream); }
+
+inline namespace DEEPEP_MOE_WIDTH {
+
+inline RankSet set_of(const std::vector<int>& ranks) {
+    RankSet set{};
+    for (const int rank : ranks) {
+        if (rank < 0 || rank >= kMaxRanks)
+            throw std::invalid_argument("rank = " + std::to_string(rank) + ": must be 0 to " +
+                                        std::to_string(kMaxRanks - 1));
+        set.add(rank);
+    }
+    return set;
+}
+
+}  // namespace DEEPEP_MOE_WIDTH
 
 }  // namespace deepep_moe

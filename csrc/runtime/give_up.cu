@@ -1,7 +1,7 @@
 // Give up: a host that cannot continue marks its rank as failed and tells the peers.
 #include "device/wait.cuh"
 
-namespace deepep_moe {
+namespace deepep_moe::DEEPEP_MOE_WIDTH {
 
 namespace {
 
@@ -16,4 +16,4 @@ cudaError_t launch_give_up(const Domain& domain, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-}  // namespace deepep_moe
+}  // namespace deepep_moe::DEEPEP_MOE_WIDTH

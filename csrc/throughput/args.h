@@ -11,6 +11,8 @@
 namespace deepep_moe {
 
 constexpr int kMaxTopk = 32;  // one lane of a warp per route of a token
+using RankMask = unsigned;    // a bit per rank
+static_assert(8 * sizeof(RankMask) >= kMaxRanks, "a bit per rank");
 constexpr int kMaxExperts = 1024;
 constexpr int kTileEntries = 512;  // most routes that one block of the plan kernels orders
 constexpr int kTileTokens = 64;    // most tokens of one block

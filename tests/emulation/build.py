@@ -46,7 +46,7 @@ def for_the_cpu(source: str) -> str:
     return source
 
 
-def build(folder: Path, sources: Sequence[str], programs: Sequence[str], target: str) -> Path:
+def build(folder: Path, sources: Sequence[str], programs: Sequence[str], target: str, wide: bool = False) -> Path:
     """Compile ``sources`` of csrc and ``programs`` of this folder. Skips the test where a compiler or CUDA is missing.
 
     Args:
@@ -54,6 +54,7 @@ def build(folder: Path, sources: Sequence[str], programs: Sequence[str], target:
         sources: names of .cu and .cpp files below csrc.
         programs: names of .cpp files of this folder.
         target: name of the executable, or of a library that ends with .so.
+        wide: compile for more ranks (csrc/runtime/ranks.h).
 
     Returns:
         The path of the target.
@@ -71,7 +72,7 @@ def build(folder: Path, sources: Sequence[str], programs: Sequence[str], target:
         unit = (csrc / name).with_suffix(".emulated.cpp")
         unit.write_text('#include "cuda.h"\n' + for_the_cpu((csrc / name).read_text()))
         units.append(unit)
-    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-w"]
+    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-w", *(["-DDEEPEP_MOE_WIDE"] if wide else [])]
     paths = [f"-I{HERE}", f"-I{csrc}", "-isystem", str(headers)]
     objects = [str(folder / f"{number}.o") for number in range(len(units))]
     running = [

@@ -103,8 +103,8 @@ Network::Network(int pes, size_t heap_bytes) {
     state->heap_bytes = (heap_bytes + 4095) / 4096 * 4096;
     state->fences.resize(pes);
     for (int pe = 0; pe < pes; ++pe) {
-        state->heaps.push_back(static_cast<char*>(std::aligned_alloc(4096, state->heap_bytes)));
-        std::memset(state->heaps[pe], 0, state->heap_bytes);
+        const uintptr_t memory = reinterpret_cast<uintptr_t>(std::calloc(state->heap_bytes + 4096, 1));
+        state->heaps.push_back(reinterpret_cast<char*>((memory + 4095) / 4096 * 4096));
         state->links.emplace_back(pes);
     }
     for (int pe = 0; pe < pes; ++pe)

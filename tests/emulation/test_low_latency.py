@@ -41,6 +41,22 @@ def test_calls_return_what_the_reference_does(program: Path, ranks: int, per_nod
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def wide_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for up to 128 ranks."""
+    folder = tmp_path_factory.mktemp("wide")
+    return build(folder, SOURCES, ("network.cpp", "low_latency.cpp"), "low_latency", wide=True)
+
+
+@pytest.mark.timeout(2 * LIMIT_SECONDS)
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(("ranks", "per_node"), [(3, 1), (33, 31), (40, 40), (72, 72)])
+def test_more_than_32_ranks(wide_program: Path, ranks: int, per_node: int, seed: int) -> None:
+    """Sets of ranks are several words, and a block sends tables to several ranks."""
+    done = run(wide_program, ranks, per_node, seed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.timeout(2 * LIMIT_SECONDS)
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize(("fault", "engine"), [(1, "one domain"), (2, "nodes")])

@@ -145,6 +145,17 @@ def test_nvshmem_is_a_module_of_its_own_where_it_is_found(machine: Path, monkeyp
     assert not {str(home / "include"), "-rdc=true"} & set(toolchain.compile(base, Path("csrc/x.cu")))
     assert {str(home / "include"), "-rdc=true"} <= set(toolchain.compile(module, Path("csrc/nvshmem/rail.cu")))
     assert "-DDEEPEP_MOE_DELAY_PUTS" not in toolchain.compile(module, Path("csrc/nvshmem/rail.cu"))
+    twice = [str(source.relative_to(SETUP.CSRC)) for one in (base, module) for source, wide in one.units() if wide]
+    assert sorted(twice) == [
+        *(f"latency/{name}" for name in ("bindings.cpp", "combine.cu", "control.cu", "dispatch.cu", "engine.cpp")),
+        "latency/refuse.cu",
+        *(f"nvshmem/latency{name}" for name in (".cu", "_bindings.cpp")),
+        *(f"runtime/{name}" for name in ("bindings.cpp", "domain.cpp", "give_up.cu")),
+    ]
+    for one in (base, module):
+        assert [source for source, wide in one.units() if not wide] == [SETUP.ROOT / source for source in one.sources]
+    assert "-DDEEPEP_MOE_WIDE" in toolchain.compile(base, Path("csrc/x.cu"), wide=True)
+    assert "-DDEEPEP_MOE_WIDE" not in toolchain.compile(base, Path("csrc/x.cu"))
 
     monkeypatch.setenv("DEEPEP_MOE_DELAY_PUTS", "1")
     delayed = SETUP.Toolchain()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from deepep_moe import low_latency, low_latency_cuda, low_latency_reference
+from deepep_moe import DispatcherConfig, extension, low_latency, low_latency_cuda, low_latency_reference
+from deepep_moe import domain as domain_module
+from deepep_moe.domain import Domain
 from deepep_moe.errors import CapacityError, HandleError, InputError, PeerError, UnsupportedError
 from deepep_moe.events import StreamRunner
 from deepep_moe.extension import _C
@@ -490,3 +492,57 @@ def test_what_a_graph_cannot_capture_is_an_error_that_says_what_to_do(monkeypatc
     monkeypatch.setattr(low_latency, "is_capturing", lambda device: True)
     with pytest.raises(CapacityError, match="make one such call before capturing"):
         low_latency.make_engine(cast(Any, SimpleNamespace(device=torch.device("cuda"))), 0, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "reason"),
+    [
+        (32, 0, "backend collective does not map the peers' memory, and rail=nvshmem is not set"),
+        (33, 0, None),
+        (128, 128, None),
+        (128, 8, "ranks_per_node = 8 cuts the group into several nodes, and rail=nvshmem is not set"),
+        (129, 0, "rank 0: the group has 129 ranks, one NVLink domain is served up to 128, and rail=nvshmem is not set"),
+    ],
+)
+def test_more_ranks_than_nvlink_serves_have_a_domain_for_these_calls(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ranks: int, per_node: int, reason: str | None
+) -> None:
+    class Made(CudaEngine):
+        def __init__(self, domain: Domain, num_sms: int, masks: bool) -> None:
+            self.made = domain, num_sms, masks
+
+    monkeypatch.setattr(low_latency, "is_capturing", lambda device: False)
+    monkeypatch.setattr(low_latency, "CudaEngine", Made)
+    monkeypatch.setattr(low_latency, "ReferenceEngine", lambda backend: "reference")
+    monkeypatch.setattr(low_latency_cuda, "gather", lambda *arguments: [arguments[-1]] * ranks)
+    monkeypatch.setattr(domain_module, "gather", lambda *arguments: [arguments[-1]] * ranks)
+    monkeypatch.setattr(domain_module, "why_not_on", lambda device: None)
+    monkeypatch.setattr(domain_module.dist, "get_world_size", lambda group: ranks)
+    monkeypatch.setattr(domain_module.dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(Domain, "__init__", lambda self, *arguments: self.__dict__.update(arguments=arguments))
+    config = DispatcherConfig(ranks_per_node=per_node, timeout_seconds=7.0, debug_waits=True)
+    device = torch.device("cuda", 0)
+    backend: Any = SimpleNamespace(
+        name="collective", device=device, rank=0, world_size=ranks, config=config, group="the group"
+    )
+    made: Any = low_latency.make_engine(backend, 3, True, 0)
+    if reason is None:
+        domain, *rest = made.made
+        assert domain.arguments == ("the group", device, 7.0, True) and rest == [3, True]
+    else:
+        assert made == "reference" and f"through torch.distributed: {reason}." in caplog.text
+    supported = Domain.supports(backend.group, device, 7.0)
+    told = f"the group has {ranks} ranks, one NVLink domain is served up to 32"
+    assert supported == (None if ranks <= 32 else told)
+
+
+@pytest.mark.skipif(_C is None, reason="needs the CUDA extension")
+def test_the_extension_serves_as_many_ranks_as_python_thinks() -> None:
+    assert (_C.MAX_RANKS, _C.wide.MAX_RANKS) == (extension.MAX_RANKS, extension.MAX_LOW_LATENCY_RANKS)
+    for ranks in (1, 32, 33, 128):
+        module = extension.module_for(_C, ranks)
+        assert module is (_C if ranks <= 32 else _C.wide)
+        assert module.LatencyEngine.fewest_blocks(ranks) == (ranks + 1 if ranks <= 32 else 4)
+        assert module.LatencyEngine.places_words(ranks, 3, 2) == 2 + module.MAX_RANKS + ranks * 6
+        with pytest.raises(ValueError, match=f"num_ranks = {module.MAX_RANKS + 1}: must be 1 to {module.MAX_RANKS}"):
+            module.Domain(0, module.MAX_RANKS + 1, 0, 1.0, False)

@@ -92,16 +92,17 @@ def test_the_size_hint_covers_the_largest_tables() -> None:
 def test_a_rank_that_kernels_cannot_serve_is_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes_module, "why_not_on", lambda device: None)
     monkeypatch.setattr(nvshmem, "why_not_on", lambda device: None)
-    monkeypatch.setattr(nodes_module, "_C", SimpleNamespace(MAX_RANKS=32))
 
     def reason(ranks: int, of_rank_1: str | None = None) -> str | None:
-        monkeypatch.setattr(nodes_module, "gather", lambda *arguments: [arguments[-1], of_rank_1])
-        backend: Any = SimpleNamespace(device=torch.device("cuda"), group=None, world_size=ranks)
+        monkeypatch.setattr(low_latency_cuda, "gather", lambda *arguments: [arguments[-1], of_rank_1])
+        backend: Any = SimpleNamespace(
+            device=torch.device("cuda"), group=None, world_size=ranks, config=DispatcherConfig()
+        )
         return nodes_module.NodesEngine.why_not(backend, DispatcherConfig(rail="nvshmem"))
 
-    assert reason(32) is None
-    assert reason(32, "no NVSHMEM") == "rank 1: no NVSHMEM"
-    assert reason(33) == "rank 0: the group has 33 ranks, low-latency kernels serve up to 32"
+    assert reason(128) is None
+    assert reason(33, "no NVSHMEM") == "rank 1: no NVSHMEM"
+    assert reason(129) == "rank 0: the group has 129 ranks, low-latency kernels serve up to 128"
 
 
 @pytest.mark.parametrize("usable", [True, False])
