@@ -47,6 +47,12 @@ inline bool is_contiguous(const Tensor& tensor) {
     return true;
 }
 
+// Kernels read and write rows of BF16 sixteen bytes at a time. A view may begin anywhere.
+inline bool is_aligned(const Tensor& tensor) {
+    return tensor.type_code != kBfloat ||
+           (reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset) % 16 == 0;
+}
+
 // False where the storage was freed, as some programs do with outputs that they compute again.
 inline bool is_in_memory(const Tensor& tensor) {
     return tensor.data || std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0;
@@ -85,7 +91,8 @@ class TensorSignatures {
         : device_type_(device_type), device_index_(device_index), tensor_type_(tensor_type()), is_neg_("is_neg") {}
 
     // Some of the arguments may be None. The result is None if one of the others is not a plain tensor: contiguous, on
-    // the device, in memory, not a subclass, without the negative bit, with at most kMaxDims dimensions.
+    // the device, in memory, aligned for kernels, not a subclass, without the negative bit, with at most kMaxDims
+    // dimensions.
     template <typename... Handles>
     pybind11::object of(Handles... tensors) const {
         std::array<int64_t, sizeof...(tensors) * (1 + kMaxDims)> words;
@@ -110,7 +117,7 @@ class TensorSignatures {
         }
         return seen.device_type == device_type_ && seen.device_index == device_index_ && seen.ndim <= kMaxDims &&
                seen.lanes == 1 && dlpack::is_contiguous(seen) && dlpack::is_in_memory(seen) &&
-               !is_negative(tensor, seen);
+               dlpack::is_aligned(seen) && !is_negative(tensor, seen);
     }
 
     // Whether the memory holds the negated values. Only floating-point tensors are asked: PyTorch makes such views of

@@ -6,6 +6,8 @@
 // depend on the order of the atomic operations.
 #pragma once
 
+#include <cstddef>
+
 #include "latency/packets.cuh"
 
 namespace deepep_moe::DEEPEP_MOE_WIDTH::latency {
@@ -15,7 +17,7 @@ static_assert(kTileWords % 4 == 0, "cleared sixteen bytes at a time");
 
 struct Tables {
     // [local expert] a bit per token of the tile: whether it chose the expert
-    unsigned chosen[kMaxExperts][kTileWords];
+    alignas(sizeof(int4)) unsigned chosen[kMaxExperts][kTileWords];
     int base[kMaxExperts];  // [local expert] tokens of earlier tiles that chose it
 };
 
@@ -64,6 +66,8 @@ __device__ __forceinline__ PacketRoutes read_tile(const DispatchArgs& args, Tabl
         const int k = routes.number * kRoutesPerPacket + n;
         expert[n] = exists && k < args.num_topk ? args.topk_idx.at(token * args.num_topk + k) : -1;
     }
+    static_assert(alignof(Tables) % sizeof(int4) == 0 && offsetof(Tables, chosen) == 0,
+                  "shared memory for int4 stores");
     for (int i = threadIdx.x; i < local_experts * kTileWords / 4; i += kThreads)
         reinterpret_cast<int4*>(tables.chosen)[i] = {0, 0, 0, 0};
     if (first == 0)

@@ -250,6 +250,11 @@ def masked_ranks_count_as_none(group: dist.ProcessGroup) -> None:
             call()
 
 
+def unaligned(like: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor that does not begin where vectors of 16 bytes may."""
+    return like.new_zeros(like.numel() + 1)[1:].view(like.shape)
+
+
 @case()
 def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
     buffer, batch = Buffer(group), small(group)
@@ -277,6 +282,7 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"dispatch_wait_recv_cost_stats": topk_idx}, ("dispatch_wait_recv_cost_stats", "shape")),
         ({"x": torch.nested.nested_tensor([x.new_zeros(3)])}, ("x = a nested tensor", "dense")),
         ({"x": freed}, ("x = a tensor without memory", "freed storage")),
+        ({"x": unaligned(x)}, ("x = a view that begins 1 elements", "multiple of 16 bytes")),
         ({"use_fp8": torch.zeros(2, dtype=torch.bool)}, ("use_fp8 = tensor", "True or False")),
         ({"return_recv_hook": torch.zeros(2, dtype=torch.bool)}, ("return_recv_hook = tensor", "True or False")),
     ]
@@ -295,6 +301,8 @@ def wrong_arguments_are_named_on_every_rank(group: dist.ProcessGroup) -> None:
         ({"x": y.float()}, InputError, ("x = torch.float32",)),
         ({"x": y.transpose(1, 2).contiguous().transpose(1, 2)}, InputError, ("x = strides", "contiguous")),
         ({"x": y[:, :3]}, InputError, ("x = shape",)),
+        ({"x": unaligned(y)}, InputError, ("x = a view that begins 1 elements", "multiple of 16 bytes")),
+        ({"out": unaligned(x)}, InputError, ("out = a view that begins 1 elements", "multiple of 16 bytes")),
         ({"topk_idx": topk_idx[:1]}, InputError, ("topk_idx = shape (1, 3)",)),
         ({"topk_idx": other}, InputError, ("topk_idx", "token 1", "went elsewhere")),
         ({"topk_weights": weights.double()}, InputError, ("topk_weights = torch.float64",)),

@@ -155,6 +155,7 @@ def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer
         ({"num_max_dispatch_tokens_per_rank": 2}, "x = 16 tokens: num_max_dispatch_tokens_per_rank is 2"),
         ({"x": x.t().contiguous().t()}, "x = strides .* must be contiguous"),
         ({"x": x.float()}, "x = torch.float32"),
+        ({"x": x.new_zeros(x.numel() + 1)[1:].view(x.shape)}, "x = a view .* multiple of 16 bytes"),
         ({"async_finish": True, "return_recv_hook": True}, "async_finish"),
     ]
     for options, message in wrong:
@@ -173,6 +174,7 @@ def test_wrong_arguments_are_named_and_the_ranks_go_on(ranks: Ranks, make_buffer
     for changed, message in (
         ({"x": y.transpose(1, 2).contiguous().transpose(1, 2)}, "x = strides .* must be contiguous"),
         ({"topk_weights": weights.double()}, "topk_weights = torch.float64"),
+        ({"out": x.new_zeros(x.numel() + 1)[1:].view(x.shape)}, "out = a view .* multiple of 16 bytes"),
         ({"handle": tuple(result[2])}, "handle is a tuple"),
     ):
         arguments = {"x": y, "topk_idx": topk_idx, "topk_weights": weights, "handle": result[2]}
