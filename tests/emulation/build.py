@@ -73,6 +73,8 @@ def build(folder: Path, sources: Sequence[str], programs: Sequence[str], target:
         unit.write_text('#include "cuda.h"\n' + for_the_cpu((csrc / name).read_text()))
         units.append(unit)
     options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-w", *(["-DDEEPEP_MOE_WIDE"] if wide else [])]
+    # A misaligned address, an index outside of an array, or a shift by too much ends the program (SIGILL).
+    options += ["-fsanitize=alignment,bounds,shift", "-fsanitize-undefined-trap-on-error"]
     paths = [f"-I{HERE}", f"-I{csrc}", "-isystem", str(headers)]
     objects = [str(folder / f"{number}.o") for number in range(len(units))]
     running = [

@@ -207,14 +207,15 @@ int meet_block(bool value) {
     return mine.any[phase & 1];
 }
 
-void* shared_memory(const void* key, size_t bytes) {
+// Aligned as its type requires and no more, as it may be behind other variables on a GPU.
+void* shared_memory(const void* key, size_t bytes, size_t alignment) {
     for (const auto& [of, memory] : task->shared)
-        if (of == key) return memory.get();
-    const size_t whole = (bytes + 15) / 16 * 16;
-    char* memory = static_cast<char*>(std::aligned_alloc(16, whole));
+        if (of == key) return memory.get() + alignment;
+    const size_t unit = 2 * alignment, whole = (alignment + bytes + unit - 1) / unit * unit;
+    char* memory = static_cast<char*>(std::aligned_alloc(unit, whole));
     std::memset(memory, 0xa5, whole);
     task->shared.emplace_back(key, std::unique_ptr<char, void (*)(void*)>(memory, std::free));
-    return memory;
+    return memory + alignment;
 }
 
 void launch(int blocks, int threads, const std::function<void()>& body) {

@@ -74,11 +74,11 @@ uint64_t* meet_warp(uint64_t value);  // the values of all lanes
 int meet_block(bool value);           // whether it was true in any thread
 void launch(int blocks, int threads, const std::function<void()>& body);
 
-void* shared_memory(const void* key, size_t bytes);
+void* shared_memory(const void* key, size_t bytes, size_t alignment);
 // Shared memory of the current block.
 template <typename T>
 T& shared(const void* key) {
-    return *static_cast<T*>(shared_memory(key, sizeof(T)));
+    return *static_cast<T*>(shared_memory(key, sizeof(T), alignof(T)));
 }
 
 inline unsigned lane() { return task->current % 32; }
