@@ -47,15 +47,19 @@ inline bool is_contiguous(const Tensor& tensor) {
     return true;
 }
 
-// Kernels read and write rows of BF16 sixteen bytes at a time. A view may begin anywhere.
-inline bool is_aligned(const Tensor& tensor) {
-    return tensor.type_code != kBfloat ||
-           (reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset) % 16 == 0;
+inline std::uintptr_t address(const Tensor& tensor) {
+    return reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset;
 }
 
-// False where the storage was freed, as some programs do with outputs that they compute again.
+// Kernels read and write rows of BF16 sixteen bytes at a time. A view may begin anywhere.
+inline bool is_aligned(const Tensor& tensor) { return tensor.type_code != kBfloat || address(tensor) % 16 == 0; }
+
+// False where the storage was freed, as some programs do with outputs that they compute again. Such a storage begins at
+// 0, so views have small addresses, which memory of GPUs never has.
 inline bool is_in_memory(const Tensor& tensor) {
-    return tensor.data || std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0;
+    constexpr int32_t kCpu = 1;
+    const std::uint64_t least = tensor.device_type == kCpu ? 1 : std::uint64_t{1} << 32;
+    return address(tensor) >= least || std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0;
 }
 
 }  // namespace dlpack
@@ -80,7 +84,7 @@ inline std::uintptr_t address_of(pybind11::handle tensor) {
     if (tensor.is_none()) return 0;
     dlpack::Tensor description;
     if (describe(tensor.ptr(), &description)) throw pybind11::error_already_set();
-    return reinterpret_cast<std::uintptr_t>(description.data) + description.byte_offset;
+    return dlpack::address(description);
 }
 
 // Dtypes and sizes of several tensors on one device, as a value that Python can compare and hash.

@@ -168,7 +168,7 @@ def check_integer(argument: str, value: int, least: int = 0, most: int = _MOST) 
 
 
 def check_tensor(argument: str, tensor: Any) -> None:
-    """Raise :class:`InputError` unless ``tensor`` is a plain, dense tensor."""
+    """Raise :class:`InputError` unless ``tensor`` is a plain, dense tensor in memory."""
     if type(tensor) not in (Tensor, Parameter):
         if not isinstance(tensor, Tensor):
             raise InputError(argument, describe(tensor), "must be a torch.Tensor")
@@ -178,8 +178,22 @@ def check_tensor(argument: str, tensor: Any) -> None:
         raise InputError(argument, "a nested tensor", "must be dense (torch.strided)")
     if tensor.layout is not torch.strided:
         raise InputError(argument, f"a tensor of layout {tensor.layout}", "must be dense (torch.strided)")
-    if not torch.compiler.is_compiling() and tensor.is_neg():  # its memory holds the opposite numbers
+    if torch.compiler.is_compiling():
+        return
+    if tensor.is_neg():  # its memory holds the opposite numbers
         raise InputError(argument, "a view with the negative bit", "must be a plain tensor: pass resolve_neg() of it")
+    if _is_freed(tensor):
+        raise InputError(argument, "a tensor without memory", "must not have freed storage")
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether the storage was freed, as some programs do with tensors that they gather or compute again."""
+    if type(tensor) not in (Tensor, Parameter) or tensor.is_meta:
+        return False
+    try:
+        return tensor.data_ptr() <= tensor.storage_offset() * tensor.element_size() and tensor.numel() > 0
+    except RuntimeError:  # a wrapper of torch.func, which has no storage
+        return False
 
 
 def describe(value: object) -> str:

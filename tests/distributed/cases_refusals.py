@@ -62,7 +62,15 @@ def strange(group: dist.ProcessGroup, like: Tensor) -> list[tuple[Any, str]]:
         (torch.nested.nested_tensor([like.detach()]), "a nested tensor: must be dense"),
         (DTensor.from_local(like.detach(), mesh, [Replicate()]), "a DTensor: must be a plain tensor"),
         (torch._neg_view(like.detach()), "a view with the negative bit: must be a plain tensor"),
+        *((part, "a tensor without memory: must not have freed storage") for part in freed(like.detach())),
     ]
+
+
+def freed(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors in one storage without memory, as FSDP and activation offloading leave them behind."""
+    first, second = torch.stack([tensor, tensor]).unbind()
+    first.untyped_storage().resize_(0)
+    return first, second
 
 
 @case(ranks=(1, 2, 3))
