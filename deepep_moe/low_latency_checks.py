@@ -43,7 +43,7 @@ def check_dispatch(
             f"num_max_dispatch_tokens_per_rank is {max_tokens} (max_tokens_per_rank of a decoder)",
         )
     check_shape("x", x, (tokens, None), device, torch.bfloat16)
-    check_rows("x", x)
+    check_aligned("x", x)
     check_contiguous("topk_idx", topk_idx)
     unit = BLOCK if format != Format.BF16 else _ROW_BYTES // 2
     if x.shape[1] < 1 or x.shape[1] % unit:
@@ -70,7 +70,7 @@ def check_combine(
 ) -> None:
     """Check the arguments of a combine, of which ``x`` is known to the user as ``rows``."""
     check_shape(rows, x, tuple(dispatched.rows.shape), device, torch.bfloat16)
-    check_rows(rows, x)
+    check_aligned(rows, x)
     shape = (dispatched.shape.tokens, dispatched.shape.topk)
     check_shape("topk_idx", topk_idx, shape, device)
     check_topk_idx(topk_idx, dispatched.shape.num_experts, ranks, device)
@@ -79,7 +79,7 @@ def check_combine(
     check_contiguous("topk_weights", topk_weights)
     if out is not None:
         check_shape("out", out, (shape[0], dispatched.shape.hidden), device, torch.bfloat16)
-        check_rows("out", out)
+        check_aligned("out", out)
     check_wait_stats("combine_wait_recv_cost_stats", wait_stats, ranks, device)
 
 
@@ -100,20 +100,19 @@ def check_modes(async_finish: bool, return_recv_hook: bool) -> None:
 
 
 def check_contiguous(argument: str, tensor: Tensor) -> None:
-    """Raise InputError unless ``tensor`` is contiguous and in memory."""
+    """Raise InputError unless ``tensor``, which passed check_shape(), is contiguous and has memory of its own."""
     try:
-        storage = tensor.untyped_storage()
-        in_memory = storage.device == tensor.device and (storage.nbytes() > 0 or not tensor.numel())
+        has_memory = tensor.untyped_storage().device == tensor.device
     except (RuntimeError, NotImplementedError):
-        in_memory = False
-    if not in_memory:
-        rule = "must be a plain tensor: not with freed storage, not of torch.func.vmap or grad, no FakeTensor"
+        has_memory = False
+    if not has_memory:
+        rule = "must be a plain tensor: not of torch.func.vmap or grad, no FakeTensor"
         raise InputError(argument, "a tensor without memory", rule)
     if not tensor.is_contiguous():
         raise InputError(argument, f"strides {tensor.stride()} of shape {tuple(tensor.shape)}", "must be contiguous")
 
 
-def check_rows(argument: str, rows: Tensor) -> None:
+def check_aligned(argument: str, rows: Tensor) -> None:
     """As :func:`check_contiguous`; also, kernels read and write rows in units of 16 bytes."""
     check_contiguous(argument, rows)
     if rows.numel() and rows.data_ptr() % _ROW_BYTES:

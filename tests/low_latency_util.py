@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def packed_exponents(scales: Tensor) -> Tensor:
     return torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4)).contiguous().view(torch.int32)
 
 
-def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+def check_dispatch(batch: Batch, rank: int, format: str, result: Any, masked: Set[int] = frozenset()) -> None:
     """Every value that ``low_latency_dispatch`` returned on ``rank``."""
     received, counts, handle = result[:3]
     shape = batch.shape
@@ -159,7 +160,7 @@ def combined(
     rank: int,
     format: str,
     topk_idx: Tensor | None = None,
-    masked: set[int] = frozenset(),  # type: ignore[assignment]
+    masked: Set[int] = frozenset(),
 ) -> Tensor:
     """What ``low_latency_combine`` of :func:`expert_outputs` must give: BF16 sums per rank, added in rank order."""
     shape, x, weights = batch.shape, batch.x[rank], batch.weights[rank]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepep_moe import Buffer
@@ -42,14 +43,26 @@ def dispatch(buffer: Buffer, batch: Batch, **options: Any) -> Any:
     return buffer.low_latency_dispatch(**{**arguments, **options})
 
 
-def round_trip(buffer: Buffer, batch: Batch, format: str, where: str) -> None:
-    """One dispatch and combine, every value checked."""
+def round_trip(buffer: Buffer, batch: Batch, format: str, where: str, masked: Set[int] = frozenset()) -> None:
+    """One dispatch and combine, every value checked. ``masked``: ranks that this one has masked."""
     rank = buffer.rank
     result = dispatch(buffer, batch, **FORMATS[format])
-    check_dispatch(batch, rank, format, result)
+    check_dispatch(batch, rank, format, result, masked)
     y = expert_outputs(batch, rank, format, result)
     out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
-    check_combine(out, combined(batch, rank, format), f"{where}, rank {rank}")
+    check_combine(out, combined(batch, rank, format, masked=masked), f"{where}, rank {rank}")
+
+
+def end_masks(ranks: Ranks, buffer: Buffer) -> None:
+    """Collective, with the ranks that were masked."""
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)
+    buffer.low_latency_clean_mask_buffer()
+    status = torch.full((ranks.size,), 7, dtype=torch.int32, device=ranks.device)
+    buffer.low_latency_query_mask_buffer(status)
+    assert not status.any(), f"rank {ranks.rank}: still masked: {status.tolist()}"
+    torch.cuda.synchronize()
+    dist.barrier(ranks.group)
 
 
 def normal_round_trip(buffer: Buffer, batch: Batch) -> None:

@@ -21,7 +21,7 @@ from deepep_moe.config import DispatcherConfig
 from deepep_moe.errors import DeepEPMoEError, HandleError, InputError, PeerError, PeerTimeoutError, RankMismatchError
 from tests.gpu import lost_decoder
 from tests.gpu.conftest import Ranks, over_nodes
-from tests.gpu.low_latency_util import MakeBuffer, dispatch, normal_round_trip, round_trip, shape_of
+from tests.gpu.low_latency_util import MakeBuffer, dispatch, end_masks, normal_round_trip, round_trip, shape_of
 from tests.gpu.test_robustness import END_SECONDS, mps_is_running, on_first_rank, run_ranks
 from tests.low_latency_util import FORMATS, Batch, check_combine, check_dispatch, combined, expert_outputs
 
@@ -40,19 +40,7 @@ def test_masks_by_hand_and_by_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> 
     round_trip(buffer, Batch(0, shape_of(ranks), ranks.device), "fp8", "before")
 
     def masked_call(seed: int, masked: set[int]) -> None:
-        batch = Batch(seed, shape_of(ranks), ranks.device)
-        result = dispatch(buffer, batch, use_fp8=False)
-        y = expert_outputs(batch, rank, "bf16", result)
-        out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
-        check_dispatch(batch, rank, "bf16", result, masked)
-        check_combine(out, combined(batch, rank, "bf16", masked=masked), f"masked {masked}, rank {rank}")
-
-    def meet() -> None:
-        torch.cuda.synchronize()
-        dist.barrier(ranks.group)
-        buffer.low_latency_clean_mask_buffer()
-        buffer.low_latency_query_mask_buffer(status)
-        assert not status.any(), f"rank {rank}: still masked: {status.tolist()}"
+        round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "bf16", f"masked {masked}", masked)
 
     # by hand: the others and the last rank ignore each other
     others = set(range(last))
@@ -63,7 +51,7 @@ def test_masks_by_hand_and_by_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> 
     assert status.tolist() == [int(r in masked) for r in range(ranks.size)]
     for seed in range(3):
         masked_call(seed, masked)
-    meet()
+    end_masks(ranks, buffer)
     for seed in range(3):
         round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "fp8", "after masks by hand")
 
@@ -77,7 +65,7 @@ def test_masks_by_hand_and_by_timeout(ranks: Ranks, make_buffer: MakeBuffer) -> 
         assert SHORT_SECONDS * 0.9 < waited < SHORT_SECONDS + 3, f"rank {rank}: masked after {waited:.1f} s"
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [int(r == last) for r in range(ranks.size)]
-    meet()
+    end_masks(ranks, buffer)
     for seed in range(4):
         round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "fp8", "after a timeout")
     buffer.low_latency_check()

@@ -10,11 +10,10 @@ import random
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from deepep_moe.errors import InputError
 from tests.gpu.conftest import Ranks
-from tests.gpu.low_latency_util import MakeBuffer, dispatch, round_trip
+from tests.gpu.low_latency_util import MakeBuffer, dispatch, end_masks, round_trip
 from tests.gpu.test_low_latency import SelfChecked
 from tests.gpu.test_low_latency_failures import hear
 from tests.low_latency_util import FORMATS, Batch, Shape, check_combine, check_dispatch, combined, expert_outputs
@@ -77,23 +76,9 @@ def test_masks(ranks: Ranks, make_buffer: MakeBuffer) -> None:
     round_trip(buffer, Batch(0, shape_of(ranks), ranks.device), "fp8", "before")
 
     def masked_call(seed: int) -> None:
-        batch = Batch(seed, shape_of(ranks), ranks.device)
-        result = dispatch(buffer, batch, use_fp8=False)
-        y = expert_outputs(batch, rank, "bf16", result)
-        out, _, _ = buffer.low_latency_combine(y, batch.topk_idx[rank], batch.weights[rank], result[2])
-        check_dispatch(batch, rank, "bf16", result, lost)
-        check_combine(out, combined(batch, rank, "bf16", masked=lost), f"masked {lost}, rank {rank}")
+        round_trip(buffer, Batch(seed, shape_of(ranks), ranks.device), "bf16", f"masked {lost}", lost)
         buffer.low_latency_query_mask_buffer(status)
         assert [r for r in range(ranks.size) if status[r]] == sorted(lost), f"rank {rank}: {status.tolist()}"
-
-    def meet() -> None:
-        torch.cuda.synchronize()
-        dist.barrier(ranks.group)
-        buffer.low_latency_clean_mask_buffer()
-        buffer.low_latency_query_mask_buffer(status)
-        assert not status.any(), f"rank {rank}: still masked: {status.tolist()}"
-        torch.cuda.synchronize()
-        dist.barrier(ranks.group)
 
     for by_hand in (True, False):
         if rank not in lost:
@@ -102,7 +87,7 @@ def test_masks(ranks: Ranks, make_buffer: MakeBuffer) -> None:
                     buffer.low_latency_update_mask_buffer(r, True)
             for seed in range(2):
                 masked_call(seed)
-        meet()
+        end_masks(ranks, buffer)
         round_trip(buffer, Batch(3, shape_of(ranks), ranks.device), "fp8", f"after masks, by hand: {by_hand}")
     buffer.low_latency_check()
 
