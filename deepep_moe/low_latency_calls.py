@@ -49,9 +49,9 @@ class LowLatencyCalls:
         new M or hidden size allocates (collectively), and cannot be captured in a CUDA graph.
 
         Args:
-            x: [T, H] bf16, contiguous, T <= M (0 and different per rank allowed); H a multiple of 128 with FP8, else
-                of 8.
-            topk_idx: [T, K] int32 or int64, K <= 32, experts of a token differ, -1 = dropped.
+            x: [T, H] bf16, contiguous, its address a multiple of 16, T <= M (0 and different per rank allowed); H a
+                multiple of 128 with FP8, else of 8.
+            topk_idx: [T, K] int32 or int64, contiguous, K <= 32, experts of a token differ, -1 = dropped.
             num_max_dispatch_tokens_per_rank: equal on all ranks, at most 32768.
             num_experts: of the group, a multiple of R, at most 1024.
             cumulative_local_expert_recv_stats: [L] int32, received rows are added.
@@ -108,7 +108,7 @@ class LowLatencyCalls:
 
         Args:
             x: [L, R * M, H] bf16, contiguous, rows where the dispatch put them; not read with ``zero_copy``.
-            topk_idx: [T, K] that of the dispatch; entries may have become -1, those add nothing.
+            topk_idx: [T, K], contiguous, that of the dispatch; entries may have become -1, those add nothing.
             topk_weights: [T, K] float32.
             handle: of the dispatch; may be combined more than once.
             use_logfmt: accepted; rows travel as BF16, which is more accurate.

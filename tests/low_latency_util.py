@@ -56,7 +56,7 @@ class Batch:
             self.topk_idx.append(topk_idx.masked_fill(lost, -1).to(device))
             self.weights.append(weights.to(device))
 
-    def rows_of_expert(self, expert: int, masked: set[int]) -> list[list[int]]:
+    def rows_of_expert(self, expert: int, masked: Set[int]) -> list[list[int]]:
         """Tokens that each source sends to ``expert``, in order."""
         return [
             [] if source in masked else (topk_idx == expert).any(1).nonzero().squeeze(1).tolist()
